@@ -1,0 +1,332 @@
+"""Everything that has weights: a GPT, its KV cache, its language-model loss and its classification head.
+
+The settings in `GPTConfig` choose between the GPT-2 form (learned positions, LayerNorm, GELU: equal to Hugging Face's
+GPT-2 with the same weights) and modern parts, each by its own field (rotary positions, RMSNorm, QK-norm, SwiGLU or
+squared ReLU, grouped-query attention: equal to Hugging Face's Qwen3 with the same weights). Imports torch only.
+
+Shapes: B batch, T positions, C = n_embd, H heads, K key/value heads, D = C / H head size, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -1  # target of a position that has nothing to predict
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 64
+    block_size: int = 256  # longest sequence, in tokens
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads
+    n_kv_head: int = 0  # key/value heads (grouped-query attention); 0 = n_head
+    n_embd: int = 768  # width of the residual stream
+    pos: Literal["learned", "rope"] = "rope"  # position information
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalisation before each sub-layer
+    mlp: Literal["gelu", "relu2", "swiglu"] = "relu2"  # activation of the MLP
+    qk_norm: bool = True  # RMSNorm on queries and keys
+    bias: bool = False  # biases in the linear layers and LayerNorm
+    tie_weights: bool = True  # one matrix for the token embedding and the LM head
+    dropout: float = 0.0  # on the embedding, the attention weights and each sub-layer's output
+    rope_base: float = 10000.0  # base of the rotary frequencies
+
+    def check(self) -> list[str]:
+        """Problems with these settings, in plain words; empty when there are none."""
+        problems = []
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_head > 0 and self.n_embd % self.n_head:
+            problems.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        elif self.n_head > 0 and self.pos == "rope" and self.n_embd // self.n_head % 2:
+            problems.append(f"rotary positions need an even head size, n_embd/n_head is {self.n_embd // self.n_head}")
+        if self.n_kv_head < 0 or (self.n_kv_head and self.n_head % self.n_kv_head):
+            problems.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"dropout={self.dropout} must be in [0, 1)")
+        return problems
+
+
+class KVCache:
+    """Keys and values of the positions read so far, preallocated: `k`, `v` are (n_layer, B, K, max_T, D).
+
+    It holds no position: the caller says at which position a piece of text starts, so that taking back a turn is
+    only a smaller number.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, max_len, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of positions start..start+T; return those of positions 0..start+T."""
+        end = start + k.size(2)
+        self.k[layer, :, :, start:end] = k
+        self.v[layer, :, :, start:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.n_embd, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=1e-6)
+
+
+def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (Su et al. 2021), (..., T, D) each, for positions (..., T).
+
+    Computed in float32 whatever the autocast: bf16 cannot tell position 256 from 257.
+    """
+    exponent = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    angle = positions[..., None].float() * base**-exponent
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the two halves of each head of x (B, H, T, D) by the angles of its position."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention through PyTorch's fused kernels, with optional rotary positions, QK-norm and GQA."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.head_size, self.dropout = config.n_embd // config.n_head, config.dropout
+        width_kv = self.n_kv_head * self.head_size
+        # three matrices, not one: each is a whole for tensor parallel and for Muon's orthogonalisation
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.k = nn.Linear(config.n_embd, width_kv, bias=config.bias)
+        self.v = nn.Linear(config.n_embd, width_kv, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+
+    def forward(self, x: Tensor, ctx: "Context", layer: int) -> Tensor:
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
+        k = self.k(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, K, T, D)
+        v = self.v(x).view(B, T, -1, self.head_size).transpose(1, 2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if ctx.rotary is not None:
+            q, k = rotate(q, *ctx.rotary), rotate(k, *ctx.rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms answer in float32
+        if ctx.cache is not None:
+            k, v = ctx.cache.write(layer, ctx.start, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
+        )  # fmt: skip
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers around GELU (tanh form, as GPT-2) or squared ReLU (So et al. 2021); or SwiGLU (Shazeer 2020).
+
+    The hidden width is 4 C; for SwiGLU, which has a third matrix, 8/3 C rounded up to a multiple of 64.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        hidden = 64 * math.ceil(config.n_embd / 24) if config.mlp == "swiglu" else 4 * config.n_embd
+        self.kind = config.mlp
+        self.fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        self.proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "swiglu":
+            return self.proj(F.silu(self.gate(x)) * self.fc(x))
+        if self.kind == "relu2":
+            return self.proj(F.relu(self.fc(x)).square())
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+@dataclass
+class Context:
+    """What every block of one forward pass shares."""
+
+    rotary: tuple[Tensor, Tensor] | None  # cosines and sines of this pass's positions
+    mask: Tensor | None  # (B or 1, 1, T, keys) True = may look; None = plain causal
+    cache: KVCache | None
+    start: int  # position of the first token of this pass
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.norm1, self.attn = make_norm(config), Attention(config)
+        self.norm2, self.mlp = make_norm(config), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x), ctx, self.layer))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+def softmax_slice(logits: Tensor, targets: Tensor, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of logits (N, V) in precision acc, and its gradient (N, V) in that of the logits."""
+    logits, dtype = logits.to(acc), logits.dtype
+    valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    log_z = logits.logsumexp(dim=-1, keepdim=True)
+    loss = ((log_z - logits.gather(1, index)) * valid).sum()
+    hit = torch.arange(logits.size(1), device=logits.device) == index
+    return loss, (((logits - log_z).exp() - hit.to(acc)) * valid).to(dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time.
+
+    The logits of a slice are turned into their own gradient at once, while they are in the cache, and thrown away:
+    (B*T, V) never exists, in no precision. (The idea of Liger-Kernel's fused linear cross-entropy, in plain PyTorch.)
+    h (N, C), weight (V, C), targets (N,), IGNORE = no target; returns a float32 (or float64) scalar.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax) -> Tensor:
+        rows = max(64, (2**22 if h.device.type == "cpu" else 2**27) // weight.size(0))
+        acc = torch.float64 if h.dtype == torch.float64 else torch.float32
+        w, total = weight.to(dtype), torch.zeros((), device=h.device, dtype=acc)
+        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight, dtype=acc)
+        with torch.autocast(h.device.type, enabled=False):
+            for x, t, grad_x in zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True):
+                loss, grad = softmax(x @ w.T, t, acc)
+                total += loss
+                if any(ctx.needs_input_grad):
+                    grad_x.copy_(grad @ w)
+                    grad_w += grad.T @ x
+        ctx.save_for_backward(grad_h, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad.to(grad_h.dtype), grad_w * grad.to(grad_w.dtype), None, None, None
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        assert config.vocab_size > 0, "GPTConfig.vocab_size must be set before the model is built"
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        self.softmax_slice = softmax_slice
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """GPT-2's initialisation, every tensor:
+
+        wte, wpe, lm_head and all linear weights normal(0, 0.02); the projections back into the residual stream
+        (attn.proj, mlp.proj) normal(0, 0.02 / sqrt(2 n_layer)); biases 0; norms 1 (their biases 0).
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+
+    def new_cache(self, batch: int = 1, max_len: int = 0, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache of max_len positions (0 = block_size), beside the weights and in their precision."""
+        w = self.wte.weight
+        return KVCache(self.config, batch, max_len or self.config.block_size, w.device, dtype or w.dtype)
+
+    def trunk(
+        self, idx: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, start: int = 0
+    ) -> Tensor:
+        """Hidden states (B, T, C) after the final norm, of tokens idx (B, T) at positions start..start+T.
+
+        segments (B, T): packed texts, numbered from left to right; a position sees only its own segment, and positions
+        count from its beginning. cache: the keys and values of positions 0..start, to which these are added.
+        """
+        T = idx.size(1)
+        assert start + T <= self.config.block_size, f"{start + T} tokens exceed block_size={self.config.block_size}"
+        position = torch.arange(start, start + T, device=idx.device)
+        mask = None
+        if segments is not None:
+            begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+            position = position - torch.where(begins, position, 0).cummax(dim=1).values  # (B, T)
+            mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
+        elif cache is not None and start > 0 and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)[None, None]
+        x = self.wte(idx)
+        if self.wpe is not None:
+            x, turn = x + self.wpe(position), None
+        else:
+            turn = rotary(position, self.config.n_embd // self.config.n_head, self.config.rope_base)
+            if segments is not None:
+                turn = (turn[0][:, None], turn[1][:, None])  # (B, 1, T, D): the same for all heads
+        ctx = Context(turn, mask, cache, start)
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x, ctx)
+        return self.norm(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); or, given targets (B, T), IGNORE where there is none, the SUM of the token losses in nats.
+
+        A sum, so that the caller divides once by the number of valid targets of the whole step: padding, packing,
+        accumulation and the number of processes cannot bias the mean.
+        """
+        h = self.trunk(idx, segments)
+        if targets is None:
+            return self.lm_head(h)
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lm_head.weight.dtype
+        h, targets = h.flatten(0, 1), targets.flatten()
+        return LinearCrossEntropy.apply(h, self.lm_head.weight, targets, dtype, self.softmax_slice)
+
+    def compile_parts(self) -> None:
+        """torch.compile, one block compiled once and used for all: a third of the whole model's compile time."""
+        for block in self.blocks:
+            block.compile()
+        self.softmax_slice = torch.compile(softmax_slice)
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
+        c = self.config
+        lookups = () if c.tie_weights else ("wte.weight",)
+        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and n not in (*lookups, "wpe.weight"))
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+class GPTClassifier(nn.Module):
+    """A GPT trunk and a linear head on one hidden state per text; initialised like the rest of the model."""
+
+    def __init__(self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last"):
+        super().__init__()
+        self.gpt, self.pool = gpt, pool
+        self.head = nn.Linear(gpt.config.n_embd, n_classes, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, idx: Tensor, lengths: Tensor) -> Tensor:
+        """Scores (B, n_classes) of texts idx (B, T), padded on the right to T, of which lengths (B,) are real.
+
+        Causal attention already hides what is to the right: padding cannot change the state that is pooled.
+        """
+        h = self.gpt.trunk(idx)  # (B, T, C)
+        if self.pool == "last":
+            return self.head(h[torch.arange(len(h), device=h.device), lengths - 1])
+        real = torch.arange(h.size(1), device=h.device) < lengths[:, None]  # (B, T)
+        return self.head((h * real[..., None]).sum(1) / lengths[:, None])

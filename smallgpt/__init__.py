@@ -1,0 +1,1 @@
+"""The shared parts of small-gpt. Nothing here imports model.py or a script."""

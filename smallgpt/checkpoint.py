@@ -1,0 +1,223 @@
+"""Checkpoints: self-contained step folders, written atomically, read without unpickling anything.
+
+    checkpoints/<run>/step-00001000/model.safetensors   full weights under clean names
+                                   /state/*.safetensors  optimizer state, one file per process, reshardable
+                                   /meta.json            model config, step, data; written last, lists every file
+    checkpoints/<run>/latest, best                       names of step folders
+
+`state/` is written by torch.distributed.checkpoint through its safetensors storage: its default storage pickles. There
+is no random state in it, because the training loop derives all randomness from (seed, step, rank).
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.optim import Optimizer
+
+from smallgpt.dist import World
+from smallgpt.settings import UserError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One valid step folder and what its meta.json says."""
+
+    path: Path
+    meta: dict
+
+    @property
+    def run(self) -> Path:
+        return self.path.parent
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a step folder, in words; empty when nothing is."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        files = {path / name: size for name, size in meta["files"].items()}
+    except FileNotFoundError:
+        return "it has no meta.json: the save was cut short"
+    except (ValueError, KeyError, AttributeError):
+        return "its meta.json is unreadable"
+    if meta.get("format") != FORMAT:
+        return f"its format is {meta.get('format')}, this program reads {FORMAT}"
+    for file, size in files.items():
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            return f"{file.relative_to(path)} has {found} bytes instead of {size}"
+    return ""
+
+
+def find(path: Path | str, say: Callable[[str], None] = print, prefer: str = "latest") -> Checkpoint | None:
+    """The checkpoint at path: a step folder, or a run folder's `latest` (or `best`), else its newest whole one.
+
+    Damaged folders are named through say and passed over. None if the run has no checkpoint yet. UserError if there are
+    only damaged ones, or if a step folder that was asked for is damaged.
+    """
+    path = Path(path)
+    if re.fullmatch(r"step-\d+", path.name):
+        if problem := damage(path) if path.is_dir() else "there is no such folder":
+            raise UserError(f"cannot use the checkpoint {path}: {problem}")
+        return Checkpoint(path, json.loads((path / "meta.json").read_text(encoding="utf-8")))
+    steps = sorted((p for p in path.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), reverse=True)
+    pointed = read_pointer(path, prefer) or read_pointer(path, "latest")
+    for step in sorted(steps, key=lambda p: p != pointed):  # the one pointed to first, then newest to oldest
+        if not (problem := damage(step)):
+            return find(step)
+        say(f"passing over the damaged checkpoint {step}: {problem}")
+    if steps:
+        raise UserError(f"every checkpoint in {path} is damaged; start again with another run=name")
+    return None
+
+
+def read_pointer(run: Path, name: str) -> Path | None:
+    """The step folder that `latest` or `best` names; None if there is none. A pointer cannot lead out of the run."""
+    try:
+        target = (run / name).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    return run / target if re.fullmatch(r"step-\d+", target) else None
+
+
+def point(run: Path, name: str, step: int) -> None:
+    """Make `latest` or `best` name the folder of this step, atomically."""
+    tmp = run / f".{name}.tmp"
+    tmp.write_text(f"{step_name(step)}\n", encoding="utf-8")
+    os.replace(tmp, run / name)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
+    """Every state tensor as `parameter name/state name`; hyper-parameters come from the settings, not from here."""
+    names = {p: n for n, p in module.named_parameters()}
+    return {
+        f"{names[p]}/{key}": value
+        for o in optimizers
+        for p, state in o.state.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, world: World, keep: int) -> None:
+    """Write step folder meta["step"], point `latest` to it, delete all but the newest `keep` and the best.
+
+    A collective: every rank must call it. If anything fails (a full disk) the older checkpoints are untouched, the
+    half-written folder is removed, and every rank raises UserError.
+    """
+    final = run / step_name(meta["step"])
+    tmp = run / f".{final.name}.tmp"
+    error = ""
+    try:
+        if world.main:
+            shutil.rmtree(tmp, ignore_errors=True)
+            (tmp / "state").mkdir(parents=True)
+    except OSError as e:
+        error = str(e)
+    world.barrier()
+    full = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    try:
+        if not error:
+            state = optimizer_tensors(module, optimizers)
+            writer = dcp.HuggingFaceStorageWriter(str(tmp / "state"), save_distributed=True)
+            with warnings.catch_warnings(action="ignore"):  # "assuming the intent is to save in a single process"
+                dcp.save(state, storage_writer=writer, no_dist=world.size == 1)
+        if world.main and not error:
+            # named_parameters lists a tied matrix once, and safetensors wants each tensor once
+            save_file({n: full[n].contiguous() for n, _ in module.named_parameters()}, tmp / "model.safetensors")
+            publish(tmp, final, meta)
+            point(run, "latest", meta["step"])
+    except (OSError, SafetensorError, CheckpointException) as e:
+        error = " ".join(str(e).split())[-300:]
+    if world.sum(bool(error))[0]:
+        if world.main:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise UserError(
+            f"could not save {final} ({error or 'another process failed'}); is the disk full? "
+            "The older checkpoints are intact: make room, then the same command continues from the last one"
+        )
+    if world.main:
+        kept = {read_pointer(run, "latest"), read_pointer(run, "best")}
+        for old in sorted(run.glob("step-*"))[:-keep]:
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def publish(tmp: Path, final: Path, meta: dict) -> None:
+    """Flush every file of tmp to the disk, write meta.json last, give the folder its real name."""
+    files = sorted(p for p in tmp.rglob("*") if p.is_file())
+    meta = {"format": FORMAT, **meta, "files": {p.relative_to(tmp).as_posix(): p.stat().st_size for p in files}}
+    (tmp / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+    for file in [*files, tmp / "meta.json", tmp / "state", tmp]:
+        flush(file)
+    shutil.rmtree(final, ignore_errors=True)  # a damaged folder of the same step
+    os.replace(tmp, final)
+    flush(final.parent)
+
+
+def flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot flush a folder
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Put the saved weights into module; every name and shape must agree, or UserError says which do not."""
+    weights = load_file(checkpoint.path / "model.safetensors")
+    wanted = {n: tuple(p.shape) for n, p in module.named_parameters()}
+    found = {n: tuple(t.shape) for n, t in weights.items()}
+    wrong = [n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)]
+    if wrong:
+        n = sorted(wrong)[0]
+        raise UserError(
+            f"the weights in {checkpoint.path} do not fit this model: {len(wrong)} tensors differ, for example "
+            f"{n} is {found.get(n, 'absent')} in the file and {wanted.get(n, 'absent')} in the model"
+        )
+    # strict=False only for the second name of a tied matrix; all names were compared above
+    set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimizer], world: World) -> None:
+    """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
+    saved: set[str] = set()
+    for file in (checkpoint.path / "state").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as f:
+            saved.update(f.keys())
+    names = {p: n for n, p in module.named_parameters()}
+    targets: dict[str, torch.Tensor] = {}
+    for o in optimizers:
+        for p in (p for g in o.param_groups for p in g["params"]):
+            for key in (k.rpartition("/")[2] for k in saved if k.rpartition("/")[0] == names[p]):
+                like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                targets[f"{names[p]}/{key}"] = o.state[p][key] = like
+    if set(targets) != saved:
+        raise UserError(f"the optimizer state in {checkpoint.path} belongs to another optimizer or other parameters")
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint.path / "state"))
+    with warnings.catch_warnings(action="ignore"):
+        dcp.load(targets, storage_reader=reader, no_dist=world.size == 1)

@@ -1,0 +1,86 @@
+"""Parameter groups, optimizers and the learning-rate schedule, a pure function of the step."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.optim import Optimizer
+
+
+@dataclass
+class OptimSettings:
+    name: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the blocks by Muon, everything else by AdamW
+    lr: float = 1e-3  # peak learning rate, of both optimizers
+    min_lr: float = 0.1  # last learning rate, as a fraction of the peak
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd = stay at the peak, then go down linearly
+    warmup: int = 100  # steps of linear warm-up
+    decay: float = 0.2  # last fraction of the run in which wsd goes down
+    weight_decay: float = 0.1  # on matrices and embeddings; norms and biases are not decayed
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
+    clip: float = 1.0  # largest norm of the whole gradient; 0 = no clipping
+
+    def check(self) -> list[str]:
+        """Problems with these settings, in plain words."""
+        problems = []
+        if self.lr <= 0:
+            problems.append(f"lr={self.lr} must be positive")
+        for name in ("min_lr", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{name}={getattr(self, name)} is a fraction, from 0 to 1")
+        if self.warmup < 0:
+            problems.append(f"warmup={self.warmup} must not be negative")
+        return problems
+
+
+def lr_factor(step: int, max_steps: int, s: OptimSettings) -> float:
+    """Learning rate of step (from 0) as a fraction of the peak: linear warm-up, then cosine or warmup-stable-decay."""
+    if step < s.warmup:
+        return (step + 1) / (s.warmup + 1)
+    progress = min(1.0, (step - s.warmup) / max(1, max_steps - 1 - s.warmup))
+    if s.schedule == "cosine":
+        falling = 0.5 * (1 + math.cos(math.pi * progress))
+    else:  # Hu et al. 2024 (MiniCPM)
+        falling = min(1.0, (1 - progress) / s.decay) if s.decay else 1.0
+    return s.min_lr + (1 - s.min_lr) * falling
+
+
+def make_optimizers(model: nn.Module, s: OptimSettings) -> list[Optimizer]:
+    """AdamW for everything, or Muon (Jordan et al. 2024, PyTorch's own) for the matrices inside the blocks.
+
+    Every trainable parameter is in exactly one group; frozen ones are in none. Each group keeps its peak rate in
+    `peak_lr`, which `set_lr` scales.
+    """
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for n, p in trainable.items() if s.name == "muon" and p.dim() == 2 and "blocks." in n]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in trainable.values() if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=s.lr, betas=(s.beta1, s.beta2), eps=1e-8, fused=True
+    )
+    optimizers: list[Optimizer] = [adamw]
+    if matrices:
+        # updates scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in trainable.values()), "every trainable parameter in one group"
+    for o in optimizers:
+        for g in o.param_groups:
+            g["peak_lr"] = g["lr"]
+    return optimizers
+
+
+def set_lr(optimizers: list[Optimizer], factor: float) -> float:
+    """Set every group to factor times its peak; returns AdamW's rate, the one that is logged."""
+    for o in optimizers:
+        for g in o.param_groups:
+            g["lr"] = g["peak_lr"] * factor
+    return optimizers[0].param_groups[0]["lr"]

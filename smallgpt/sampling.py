@@ -1,0 +1,158 @@
+"""Turning scores into text: choosing a token, and a conversation whose history stays in the KV cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from smallgpt.tokenizer import Tokenizer
+
+
+@dataclass
+class SampleSettings:
+    temperature: float = 0.8  # 0 = always the likeliest token
+    top_k: int = 0  # only the k likeliest tokens; 0 = all
+    top_p: float = 0.9  # only the likeliest tokens that together reach this probability
+    repetition_penalty: float = 1.1  # above 1: tokens already in the reply are made less likely
+    max_tokens: int = 100  # longest reply, in tokens
+    seed: int = 0  # of the sampling; the same seed gives the same replies
+
+    def check(self) -> list[str]:
+        """Problems with these settings, in plain words."""
+        problems = []
+        if self.temperature < 0:
+            problems.append(f"temperature={self.temperature} must not be negative")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k} must not be negative")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} must be in (0, 1]")
+        if self.repetition_penalty <= 0:
+            problems.append(f"repetition_penalty={self.repetition_penalty} must be positive")
+        if self.max_tokens < 1:
+            problems.append(f"max_tokens={self.max_tokens} must be at least 1")
+        return problems
+
+
+def pick(logits: Tensor, seen: list[int], s: SampleSettings, generator: torch.Generator | None = None) -> int:
+    """Choose the next token from logits (V,). The order is that of the field: penalty, temperature, top-k, top-p."""
+    logits = logits.float()
+    if s.repetition_penalty != 1.0 and seen:  # Keskar et al. 2019 (CTRL)
+        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        score = logits[ids]
+        score = torch.where(score > 0, score / s.repetition_penalty, score * s.repetition_penalty)
+        logits = logits.index_copy(0, ids, score)
+    if s.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / s.temperature
+    if 0 < s.top_k < logits.numel():
+        logits = logits.masked_fill(logits < logits.topk(s.top_k).values[-1], -torch.inf)
+    probs = logits.softmax(-1)
+    if s.top_p < 1:  # Holtzman et al. 2019: keep a token if those before it have not reached top_p yet
+        ordered, order = probs.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0
+        probs = torch.zeros_like(probs).scatter(0, order, ordered)
+    return int(torch.multinomial(probs, 1, generator=generator))
+
+
+class Conversation:
+    """A dialogue with a model. `ids` is the history; the cache holds keys and values of its first `cached` tokens.
+
+    Only new text is ever read: a turn costs its own length, not that of the history. When the history outgrows
+    block_size, whole oldest turns go, and what is left is read again (its positions have changed).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, settings: SampleSettings):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.cache = model.new_cache()
+        self.block_size = model.config.block_size
+        self.generator = torch.Generator(self.cache.k.device).manual_seed(settings.seed)
+        t = tokenizer
+        # what no reply may hold, the rows that only round the vocabulary up included; and, an empty reply being no
+        # reply, what it may not begin with
+        never = [t.bos, t.pad, t.cls, t.pair, *range(t.vocab_size, model.config.vocab_size)]
+        self.never = torch.tensor(never, device=self.cache.k.device)
+        self.never_first = torch.tensor([*never, t.sep, t.end], device=self.cache.k.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.ids: list[int] = [self.tokenizer.bos]
+        self.turns: list[int] = []  # where each turn begins in ids
+        self.cached = 0
+
+    def say(self, text: str) -> None:
+        """Add a turn of the user."""
+        self.turns.append(len(self.ids))
+        self.ids += [*self.tokenizer.encode(text), self.tokenizer.sep]
+
+    def undo(self) -> bool:
+        """Take back the last exchange (the user's turn and the reply); False if there is none."""
+        if len(self.turns) < 2:
+            return False
+        self.ids = self.ids[: self.turns[-2]]
+        self.turns = self.turns[:-2]
+        self.cached = min(self.cached, len(self.ids))
+        return True
+
+    def make_room(self) -> None:
+        """Drop whole oldest turns until a reply fits behind the history."""
+        limit = self.block_size - min(self.settings.max_tokens, self.block_size // 2)
+        if len(self.ids) <= limit:
+            return
+        while len(self.turns) > 1 and 1 + len(self.ids) - self.turns[0] > limit:
+            self.turns.pop(0)
+        # a single turn longer than the room keeps its end
+        kept = self.ids[self.turns[0] :][-(limit - 1) :]
+        moved = len(self.ids) - len(kept) - 1
+        self.ids = [self.tokenizer.bos, *kept]
+        self.turns = [max(1, t - moved) for t in self.turns]
+        self.cached = 0
+
+    @torch.inference_mode()
+    def next_logits(self) -> Tensor:
+        """Read what is new; scores (V,) of the token after the history."""
+        new = torch.tensor([self.ids[self.cached :]], device=self.cache.k.device)
+        h = self.model.trunk(new, cache=self.cache, start=self.cached)
+        self.cached = len(self.ids)
+        return self.model.lm_head(h[0, -1])
+
+    def reply(self) -> Iterator[str]:
+        """Generate the next turn, piece by piece; pieces are whole characters.
+
+        The turn is closed however it ends: by the model, at max_tokens, at the end of the block, or because the caller
+        stopped listening (Ctrl-C), so that the history stays a well-formed dialogue.
+        """
+        t, s = self.tokenizer, self.settings
+        self.make_room()
+        begin = len(self.ids)
+        self.turns.append(begin)
+        stream = t.stream()
+        try:
+            while len(self.ids) - begin < s.max_tokens and len(self.ids) < self.block_size:
+                banned = self.never_first if len(self.ids) == begin else self.never
+                logits = self.next_logits().index_fill(0, banned, -torch.inf)
+                token = pick(logits, self.ids[begin:], s, self.generator)
+                if token in (t.sep, t.end):
+                    break
+                self.ids.append(token)
+                if piece := stream.push(token):
+                    yield piece
+            if piece := stream.flush():
+                yield piece
+        finally:
+            self.ids.append(t.sep)
+
+
+def replies(model: nn.Module, tokenizer: Tokenizer, prompts: list[str], settings: SampleSettings) -> list[str]:
+    """One reply to each prompt, each in a conversation of its own."""
+    answers = []
+    was_training = model.training
+    model.eval()
+    for prompt in prompts:
+        talk = Conversation(model, tokenizer, settings)
+        talk.say(prompt)
+        answers.append("".join(talk.reply()))
+    model.train(was_training)
+    return answers

@@ -1,0 +1,304 @@
+"""Pretrain a GPT on chat text, in one process or several (DDP).
+
+    python train.py config/quickstart.yaml                              one process: CPU, GPU or Mac
+    torchrun --nproc_per_node=8 train.py config/train90M_ddp.yaml       one machine, 8 GPUs
+    torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=10.0.0.1 --master_port=29500 \\
+        train.py config/train300M_ddp.yaml                              on each machine, with its own --node_rank
+
+The same command again continues an interrupted run. Any setting can be changed as key=value, e.g. optim.lr=3e-4.
+"""
+
+import math
+import platform
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from model import GPT, IGNORE, GPTConfig
+from smallgpt import checkpoint, dist, parallel, settings
+from smallgpt.batches import Corpus
+from smallgpt.corpus import DataSettings, prepare
+from smallgpt.metrics import Metrics
+from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
+from smallgpt.sampling import SampleSettings, replies
+from smallgpt.settings import UserError
+from smallgpt.tokenizer import Tokenizer, TokenizerSettings
+
+
+@dataclass
+class TrainSettings:
+    run: str = "pretrain"  # name of the run's folder under out_dir
+    out_dir: str = "checkpoints"  # where run folders live
+    seed: int = 0  # of the weights, the order of the batches and dropout
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix products
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = where it works and pays
+    max_steps: int = 1000  # optimisation steps of the whole run
+    batch_tokens: int = 16384  # tokens per step, over all processes; the rest is derived from it
+    micro_batch: int = 16  # at most this many sequences per forward pass and process (memory)
+    eval_every: int = 100  # steps between evaluations (and sample replies)
+    save_every: int = 100  # steps between checkpoints
+    log_every: int = 10  # steps between records of the training loss
+    keep: int = 2  # newest checkpoints kept, besides the best
+    resume: str = "auto"  # auto = continue this run if it has a checkpoint | never | PATH of a run or step folder
+    prompts: list[str] = field(default_factory=lambda: ["你好", "How are you?"])  # answered at evaluation
+    data: DataSettings = field(default_factory=DataSettings)  # the corpus
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)  # how text becomes tokens
+    model: GPTConfig = field(default_factory=GPTConfig)  # the shape of the model
+    optim: OptimSettings = field(default_factory=OptimSettings)  # optimizer and learning rate
+    sample: SampleSettings = field(default_factory=SampleSettings)  # sample replies
+
+    def check(self) -> list[str]:
+        """Problems with these settings, in plain words."""
+        problems = []
+        if Path(self.run).name != self.run or self.run in ("", "..", "."):
+            problems.append(f"run={self.run!r} must be a plain folder name; out_dir says where it lives")
+        for name in ("max_steps", "batch_tokens", "micro_batch", "eval_every", "save_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        return problems
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the batch of a step is cut: rows = world.size * accum * micro."""
+
+    rows: int  # sequences per step, over all processes
+    micro: int  # sequences per forward pass
+    accum: int  # forward passes per step and process
+
+
+def share_batch(s: TrainSettings, world: dist.World) -> Shares:
+    """Derive micro-batch and accumulation from the global batch, or say what does not divide."""
+    block = s.model.block_size
+    if s.batch_tokens % (block * world.size):
+        unit = block * world.size
+        near = max(1, round(s.batch_tokens / unit)) * unit
+        raise UserError(
+            f"batch_tokens={s.batch_tokens} cannot be shared equally: it must be a multiple of "
+            f"model.block_size={block} x {world.size} process(es) = {unit}, for example {near}"
+        )
+    rows = s.batch_tokens // block
+    mine = rows // world.size
+    micro = next(m for m in range(min(s.micro_batch, mine), 0, -1) if mine % m == 0)
+    return Shares(rows, micro, mine // micro)
+
+
+def starting_point(s: TrainSettings, run: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    """The checkpoint to continue from, as `resume` asks."""
+    if s.resume == "never":
+        if any(run.glob("step-*")):
+            raise UserError(f"{run} already holds checkpoints: choose another run=name, or delete the folder")
+        return None
+    where = run if s.resume == "auto" else Path(s.resume)
+    found = checkpoint.find(where, say)
+    if found is None and s.resume != "auto":
+        raise UserError(f"resume={s.resume}: there is no checkpoint in that folder")
+    return found
+
+
+def check_same(meta: dict, now: dict, where: Path) -> None:
+    """A resumed run must be the same optimisation; the first difference is named."""
+    what = {"data": "the corpus (or its split) has changed: its fingerprint", "tokenizer": "the tokenizer's hash"}
+    then_flat, now_flat = ({**m, **{f"model.{k}": v for k, v in m["model"].items()}} for m in (meta, now))
+    for key in now_flat:
+        if key != "model" and then_flat.get(key) != now_flat[key]:
+            raise UserError(
+                f"cannot continue from {where}: {what.get(key, key)} was {then_flat.get(key)} and is now "
+                f"{now_flat[key]}; put it back, or start afresh with another run=name"
+            )
+
+
+@torch.no_grad()
+def evaluate(model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: dist.World, ctx: torch.autocast) -> dict:
+    """Mean loss per target token in nats, and bits per byte, over the fixed validation blocks, shared by all ranks.
+
+    Every rank makes the same number of forward passes (rows past the end have no target), so that a strategy whose
+    forward communicates works here too.
+    """
+    model.eval()
+    nats = tokens = n_bytes = 0.0
+    for first in range(world.rank * rows, corpus.n_val_blocks + world.rank * rows, rows * world.size):
+        x, y = corpus.val_batch(range(first, first + rows))
+        with ctx:
+            nats += float(forward(model, x, y, corpus, s, world.device))
+        tokens += int((y != IGNORE).sum())
+        n_bytes += corpus.val_bytes(y)
+    model.train()
+    nats, tokens, n_bytes = world.sum(nats, tokens, n_bytes)
+    return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes}
+
+
+def forward(model, x: torch.Tensor, y: torch.Tensor, corpus: Corpus, s: TrainSettings, device) -> torch.Tensor:
+    """Summed loss of a micro-batch; with data.isolate each packed dialogue (each bos begins one) sees only itself."""
+    x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    segments = (x == corpus.tokenizer.bos).cumsum(1) if s.data.isolate else None
+    return model(x, y, segments)
+
+
+def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel.choose) -> int:
+    """The whole run. strategy_for(module, world) decides how the model is spread over processes."""
+    say = print if world.main else lambda *_: None
+    device, run = world.device, Path(s.out_dir) / s.run
+    dtype, why_dtype = dist.choose_dtype(s.dtype, device)
+    compiled, why_compiled = dist.choose_compile(s.compile, device, s.max_steps)
+    shares = share_batch(s, world)
+
+    resumed = starting_point(s, run, say)
+    tokenizer = Tokenizer.load(resumed.run / "tokenizer.json") if resumed else s.tokenizer
+    corpus = prepare(s.data, tokenizer, s.model.block_size)
+    vocab = corpus.tokenizer.vocab_size
+    s.model.vocab_size = s.model.vocab_size or 64 * math.ceil(vocab / 64)
+    if s.model.vocab_size < vocab:
+        raise UserError(f"model.vocab_size={s.model.vocab_size} is less than the tokenizer's {vocab}: use 0")
+    identity = {
+        "model": asdict(s.model), "tokenizer": corpus.tokenizer.hash, "data": corpus.fingerprint,
+        "seed": s.seed, "batch_tokens": s.batch_tokens,
+    }  # fmt: skip
+
+    torch.manual_seed(s.seed)  # the same weights on every rank
+    module = GPT(s.model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    optimizers = make_optimizers(module, s.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, tokens = 0, 0
+    if resumed:
+        check_same(resumed.meta, identity, resumed.path)
+        checkpoint.load_weights(resumed, module)
+        checkpoint.load_optimizers(resumed, module, optimizers, world)
+        scaler.load_state_dict(resumed.meta["scaler"])
+        step, tokens = resumed.step, resumed.meta["tokens"]
+    strategy = strategy_for(module, world)
+    if compiled:
+        module.compile_parts()
+    if world.main:
+        run.mkdir(parents=True, exist_ok=True)
+        settings.write(s, run / "config.yaml")
+        corpus.tokenizer.save(run / "tokenizer.json")
+
+    n_params = sum(p.numel() for p in module.parameters())
+    say(f"run      {run}: " + (f"continuing from step {step} of {s.max_steps}" if step else f"{s.max_steps} steps"))
+    say(f"model    {n_params / 1e6:.1f}M parameters, vocabulary {vocab:,} ({corpus.tokenizer.kind})")
+    say(f"data     {corpus.n_train_tokens:,} training tokens, {corpus.n_val_tokens:,} held out; "
+        f"this run reads them {s.max_steps * shares.rows / corpus.blocks_per_epoch:.2f} times")  # fmt: skip
+    say(f"batch    {s.batch_tokens:,} tokens = {shares.rows} sequences of {s.model.block_size} = "
+        f"{world.size} process(es) x {shares.accum} accumulation x {shares.micro} sequences")  # fmt: skip
+    say(f"device   {device.type}, {strategy.name}; {str(dtype)[6:]}: {why_dtype}; "
+        f"torch.compile {'on' if compiled else 'off'}: {why_compiled}")  # fmt: skip
+
+    ctx = dist.autocast(device, dtype)
+    peak = dist.peak_flops(device)
+    metrics = Metrics(run, world, step, s.max_steps)
+    evaluated = {r["step"]: r["loss"] for r in metrics.read("val") if r["step"] <= step}
+    if not world.agree(step + len(evaluated)):
+        raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
+
+    def save() -> None:
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        meta = {"step": step, "tokens": tokens, **identity, "scaler": scaler.state_dict(), "versions": versions}
+        checkpoint.save(run, module, optimizers, meta, world, s.keep)
+
+    saved, fresh_tokens, began = step, 0, time.perf_counter()
+    with StopRequest() as stop:
+        while True:
+            last = step == s.max_steps
+            if step > saved and (step % s.save_every == 0 or last):
+                save()  # before evaluating: whatever happens there, nothing is lost
+                saved, fresh_tokens, began = step, 0, time.perf_counter()
+            if step not in evaluated and step and (step % s.eval_every == 0 or last):
+                result = evaluate(module, corpus, s, shares.micro, world, ctx)
+                metrics.log({"step": step, "split": "val", "tokens": tokens, **result})
+                if result["loss"] < min(evaluated.values(), default=math.inf):
+                    if saved < step:
+                        save()
+                        saved = step
+                    if world.main:
+                        checkpoint.point(run, "best", step)
+                evaluated[step] = result["loss"]
+                with ctx:
+                    answers = replies(module, corpus.tokenizer, s.prompts, s.sample)
+                pairs = zip(s.prompts, answers, strict=True)
+                metrics.text("replies", "\n".join(f"  {q} → {a}" for q, a in pairs), step)
+                fresh_tokens, began = 0, time.perf_counter()
+            if last:
+                break
+
+            lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
+            # all randomness is a function of (seed, step, rank): nothing to save, and resuming is exact
+            torch.manual_seed((s.seed * 1_000_003 + step) * 1_000_003 + world.rank)
+            first = step * shares.rows + world.rank * shares.accum * shares.micro
+            starts = range(first, first + shares.accum * shares.micro, shares.micro)
+            batches = [corpus.train_batch(range(i, i + shares.micro), s.seed) for i in starts]
+            targets, stopping = world.sum(sum(int((y != IGNORE).sum()) for _, y in batches), stop.signal > 0)
+            if stopping:  # one rank got a signal: all stop here, together
+                break
+
+            total = 0.0
+            for i, (x, y) in enumerate(batches):
+                with strategy.accumulate(last=i == len(batches) - 1):
+                    with ctx:
+                        loss = forward(strategy.model, x, y, corpus, s, device)
+                    scaler.scale(loss * (strategy.loss_scale / targets)).backward()
+                total += loss.detach()
+            loss = world.sum(float(total))[0] / targets
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss} at step {step + 1}; no update was made, the last checkpoint is step {saved}: "
+                    "lower optim.lr or raise optim.warmup, and continue"
+                )
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = strategy.clip(s.optim.clip)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+
+            step, tokens, fresh_tokens = step + 1, tokens + s.batch_tokens, fresh_tokens + s.batch_tokens
+            metrics.step(loss)
+            if step % s.log_every == 0 or step == s.max_steps:
+                speed = fresh_tokens / (time.perf_counter() - began)
+                mfu = {"mfu": speed / world.size * module.flops_per_token() / peak} if peak else {}
+                metrics.log({"step": step, "split": "train", "loss": loss, "tokens": tokens, "lr": lr,
+                             "grad_norm": float(norm), "tokens_per_second": speed, **mfu})  # fmt: skip
+                fresh_tokens, began = 0, time.perf_counter()
+        if step > saved:
+            save()
+    metrics.close()
+    if step < s.max_steps:
+        say(f"stopped by a signal after step {step}, saved in {run}; the same command continues")
+        return 128 + (stop.signal or signal.SIGTERM)
+    say(f"finished {step} steps, best validation loss {min(evaluated.values()):.4f}; "
+        f"to talk to it: python chat.py {run}")  # fmt: skip
+    return 0
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask the loop to finish its step, save and leave; a second one ends at once."""
+
+    def __enter__(self) -> "StopRequest":
+        self.signal = 0
+        self.before = {sig: signal.signal(sig, self.request) for sig in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def request(self, number: int, frame: object) -> None:
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *exc: object) -> None:
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
+
+
+def main() -> int:
+    s = settings.load(TrainSettings, doc=__doc__)
+    with dist.start(s.device) as world:
+        return train(s, world)
+
+
+if __name__ == "__main__":
+    settings.cli(main)
