@@ -306,9 +306,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
         c = self.config
-        lookups = () if c.tie_weights else ("wte.weight",)
-        matrices = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and n not in (*lookups, "wpe.weight"))
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
+        blocks = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        return 6 * (blocks + self.lm_head.weight.numel()) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 class GPTClassifier(nn.Module):

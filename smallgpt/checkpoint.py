@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from smallgpt.dist import World
 from smallgpt.settings import UserError
+from smallgpt.tokenizer import Tokenizer
 
 FORMAT = 1
 
@@ -221,3 +222,27 @@ def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[
     reader = dcp.HuggingFaceStorageReader(str(checkpoint.path / "state"))
     with warnings.catch_warnings(action="ignore"):
         dcp.load(targets, storage_reader=reader, no_dist=world.size == 1)
+
+
+def open_model(path: Path | str, model_class: type, config_class: type) -> tuple[Checkpoint, nn.Module, Tokenizer]:
+    """The best (or the given) checkpoint at path as (checkpoint, model on the CPU, tokenizer); needs nothing else.
+
+    model_class(config_class(**fields)) must build the model; the fields come from the checkpoint.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"there is no checkpoint folder {path}")
+    found = find(path, prefer="best")
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint (a step-... folder); train.py writes them")
+    tokenizer = Tokenizer.load(found.run / "tokenizer.json")
+    if tokenizer.hash != found.meta["tokenizer"]:
+        raise UserError(f"{found.run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with")
+    try:
+        config = config_class(**found.meta["model"])
+    except TypeError as e:
+        raise UserError(f"{found.path} was written by another version of this program: {e}") from None
+    if problems := config.check():
+        raise UserError(f"the model settings in {found.path} are not valid: {'; '.join(problems)}")
+    module = model_class(config)
+    load_weights(found, module)
+    return found, module, tokenizer

@@ -80,7 +80,7 @@ class Conversation:
         """Forget everything."""
         self.ids: list[int] = [self.tokenizer.bos]
         self.turns: list[int] = []  # where each turn begins in ids
-        self.cached = 0
+        self.cached = self.reply_tokens = 0
 
     def say(self, text: str) -> None:
         """Add a turn of the user."""
@@ -128,15 +128,17 @@ class Conversation:
         self.make_room()
         begin = len(self.ids)
         self.turns.append(begin)
+        self.reply_tokens = 0
         stream = t.stream()
         try:
-            while len(self.ids) - begin < s.max_tokens and len(self.ids) < self.block_size:
-                banned = self.never_first if len(self.ids) == begin else self.never
+            while self.reply_tokens < s.max_tokens and len(self.ids) < self.block_size - 1:  # room for the end
+                banned = self.never if self.reply_tokens else self.never_first
                 logits = self.next_logits().index_fill(0, banned, -torch.inf)
                 token = pick(logits, self.ids[begin:], s, self.generator)
                 if token in (t.sep, t.end):
                     break
                 self.ids.append(token)
+                self.reply_tokens += 1
                 if piece := stream.push(token):
                     yield piece
             if piece := stream.flush():
