@@ -64,31 +64,6 @@ class TrainSettings:
         return problems
 
 
-@dataclass(frozen=True)
-class Shares:
-    """How the batch of a step is cut: rows = world.size * accum * micro."""
-
-    rows: int  # sequences per step, over all processes
-    micro: int  # sequences per forward pass
-    accum: int  # forward passes per step and process
-
-
-def share_batch(s: TrainSettings, world: dist.World) -> Shares:
-    """Derive micro-batch and accumulation from the global batch, or say what does not divide."""
-    block = s.model.block_size
-    if s.batch_tokens % (block * world.size):
-        unit = block * world.size
-        near = max(1, round(s.batch_tokens / unit)) * unit
-        raise UserError(
-            f"batch_tokens={s.batch_tokens} cannot be shared equally: it must be a multiple of "
-            f"model.block_size={block} x {world.size} process(es) = {unit}, for example {near}"
-        )
-    rows = s.batch_tokens // block
-    mine = rows // world.size
-    micro = next(m for m in range(min(s.micro_batch, mine), 0, -1) if mine % m == 0)
-    return Shares(rows, micro, mine // micro)
-
-
 def starting_point(s: TrainSettings, run: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The checkpoint to continue from, as `resume` asks."""
     if s.resume == "never":
@@ -147,7 +122,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     device, run = world.device, Path(s.out_dir) / s.run
     dtype, why_dtype = dist.choose_dtype(s.dtype, device)
     compiled, why_compiled = dist.choose_compile(s.compile, device, s.max_steps)
-    shares = share_batch(s, world)
+    shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
 
     resumed = starting_point(s, run, say)
     tokenizer = Tokenizer.load(resumed.run / "tokenizer.json") if resumed else s.tokenizer
@@ -230,9 +205,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             # all randomness is a function of (seed, step, rank): nothing to save, and resuming is exact
             torch.manual_seed((s.seed * 1_000_003 + step) * 1_000_003 + world.rank)
-            first = step * shares.rows + world.rank * shares.accum * shares.micro
-            starts = range(first, first + shares.accum * shares.micro, shares.micro)
-            batches = [corpus.train_batch(range(i, i + shares.micro), s.seed) for i in starts]
+            batches = [corpus.train_batch(rows, s.seed) for rows in shares.of(step, world.rank)]
             targets, stopping = world.sum(sum(int((y != IGNORE).sum()) for _, y in batches), stop.signal > 0)
             if stopping:  # one rank got a signal: all stop here, together
                 break

@@ -6,12 +6,44 @@ synchronised gradient to be that of the global mean. A later strategy (FSDP, ten
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from smallgpt.dist import World
+from smallgpt.settings import UserError
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the global batch of a step is cut: rows = processes * accum * micro."""
+
+    rows: int  # sequences per step, over all processes
+    accum: int  # forward passes per step and process
+    micro: int  # sequences per forward pass
+
+    def of(self, step: int, rank: int) -> list[range]:
+        """The global sample indices of each micro-batch of this rank at this step."""
+        first = step * self.rows + rank * self.accum * self.micro
+        return [range(i, i + self.micro) for i in range(first, first + self.accum * self.micro, self.micro)]
+
+
+def share_batch(batch_tokens: int, block_size: int, micro_batch: int, world: World) -> Shares:
+    """Derive accumulation and micro-batch (at most micro_batch sequences) from the global batch.
+
+    UserError if batch_tokens is not a multiple of block_size times the number of processes.
+    """
+    unit = block_size * world.size
+    if batch_tokens % unit:
+        raise UserError(
+            f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of model.block_size="
+            f"{block_size} x {world.size} process(es) = {unit}, for example {max(1, round(batch_tokens / unit)) * unit}"
+        )
+    mine = batch_tokens // unit
+    micro = next(m for m in range(min(micro_batch, mine), 0, -1) if mine % m == 0)
+    return Shares(mine * world.size, mine // micro, micro)
 
 
 class Single:

@@ -1,0 +1,32 @@
+# make quickstart   a model of your own in a few minutes, on any computer with Python 3.11 or newer
+# make test         the tests
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: quickstart test lint clean
+
+# remade when requirements.txt changes; the stamp is touched last, so a broken install is not taken for a good one
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "small-gpt needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	@$(PY) -m smallgpt.corpus embedded --to data
+	@$(PY) train.py config/quickstart.yaml
+	@$(PY) -m smallgpt.curves checkpoints/quickstart
+	@printf '你好\nWhat is your name?\nDo you like music?\n' | $(PY) chat.py checkpoints/quickstart --show
+	@echo
+	@echo "The loss curve: checkpoints/quickstart/curve.png"
+	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"
+
+test: $(VENV)/.installed lint
+	$(PY) -m pytest -q
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) data/tokens

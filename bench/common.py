@@ -1,0 +1,227 @@
+"""What the benchmarks share: contenders, each in a process of its own, timed in alternating rounds.
+
+Every contender is built and warmed up once (compilation included), then sleeps on its pipe until the parent asks for a
+timed round; the parent asks one at a time, in turn. So a machine that slows down slows all of them, and the ratio of
+two contenders, taken round by round, stays comparable where their speeds do not.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+
+# No torch here: a child's ru_maxrss begins at the memory of the process that started it, so the parent stays small.
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+class Skip(Exception):
+    """A contender that cannot run here; the message says why."""
+
+
+@dataclass
+class Contender:
+    """One timed thing. `tokens` are those of one call of `round`."""
+
+    round: Callable[[], None]
+    tokens: int
+    precision: str
+    compiled: bool
+    why: str  # of the precision and of the compilation
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--n-layer", type=int, default=6)
+    p.add_argument("--n-head", type=int, default=6)
+    p.add_argument("--n-embd", type=int, default=384)
+    p.add_argument("--block-size", type=int, default=256)
+    p.add_argument("--vocab-size", type=int, default=8000)
+    p.add_argument("--rounds", type=int, default=5, help="timed rounds of each contender")
+    p.add_argument("--threads", type=int, default=0, help="torch threads of each contender (0 = torch's default)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
+    p.add_argument("--json", metavar="FILE", help="write every sample and the machine here")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
+    return p
+
+
+def shape(args: argparse.Namespace) -> dict[str, int]:
+    """The shape under the names that this project and nanoGPT share."""
+    return {k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+
+
+def import_nanogpt(path: str):
+    """nanoGPT's model.py under another name than ours."""
+    spec = util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
+    module = util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def gpt2_of_hugging_face(args: argparse.Namespace):
+    """GPT2LMHeadModel of the same shape, without dropout and with fused attention. Its biases cannot be turned off."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    names = {"n_positions": args.block_size, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = {k: v for k, v in shape(args).items() if k != "block_size"} | names
+    return GPT2LMHeadModel(GPT2Config(**config, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None))
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+
+
+# --- in the process of a contender
+
+
+def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Contender]) -> None:
+    """Build and warm up one contender, then run a timed round for each line on stdin; answers are JSON lines."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints is not an answer
+
+    def say(**what) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    import torch
+
+    cuda = args.device == "cuda"
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    try:
+        c = build(args)
+    except Skip as e:
+        say(skipped=str(e))
+        return
+    c.round()
+    if cuda:
+        torch.cuda.synchronize()
+    machine = {
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": cpu_name(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+    }  # fmt: skip
+    say(tokens=c.tokens, precision=c.precision, compiled=c.compiled, why=c.why, machine=machine,
+        warmup_seconds=time.perf_counter() - began)  # fmt: skip
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        c.round()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        say(seconds=seconds, peak_rss=rss, peak_cuda=torch.cuda.max_memory_allocated() if cuda else 0)
+
+
+# --- in the parent
+
+
+class Worker:
+    """The parent's end of one contender."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.process = subprocess.Popen(
+            [sys.executable, *sys.argv, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.log, encoding="utf-8",
+        )  # fmt: skip
+        self.about = self.answer()
+        self.samples: list[dict] = []
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            sys.exit(f"{self.log.read()}\nerror: {self.name} has died")
+        return json.loads(line)
+
+    def timed_round(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.samples.append(self.answer())
+
+    def speeds(self) -> list[float]:
+        """Tokens per second of each round."""
+        return [self.about["tokens"] / s["seconds"] for s in self.samples]
+
+
+def table(workers: list[Worker], cuda: bool) -> str:
+    """A Markdown table. The ratio is that of the first contender to each, within the same round."""
+    ours = workers[0].speeds()
+    rows = [
+        f"| contender | precision | compiled | tokens/s: median (min to max) | {workers[0].name} is faster by: median "
+        "(min to max) | peak memory | why |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for w in workers:
+        speed, a, last = w.speeds(), w.about, w.samples[-1]
+        ratio = [x / y for x, y in zip(ours, speed, strict=True)]
+        memory = last["peak_cuda"] if cuda else last["peak_rss"]
+        rows.append(
+            f"| {w.name} | {a['precision']} | {'yes' if a['compiled'] else 'no'} | {statistics.median(speed):,.0f} "
+            f"({min(speed):,.0f} to {max(speed):,.0f}) | {statistics.median(ratio):.2f}x ({min(ratio):.2f} to "
+            f"{max(ratio):.2f}) | {memory / 2**20:,.0f} MiB | {a['why']} |"
+        )
+    return "\n".join(rows)
+
+
+def compete(args: argparse.Namespace, contenders: dict[str, Callable[[argparse.Namespace], Contender]]) -> None:
+    """As the parent: start all, alternate, print the table, write the JSON. As a contender's process: serve."""
+    if args.worker:
+        return serve(args, contenders[args.worker])
+    workers, skipped = [], {}
+    for name in contenders:
+        print(f"warming up {name} ...", file=sys.stderr)
+        w = Worker(name)
+        if "skipped" in w.about:
+            skipped[name] = w.about["skipped"]
+        else:
+            workers.append(w)
+    if not workers:
+        sys.exit("\n".join(f"{name}: skipped, {why}" for name, why in skipped.items()))
+    load = [os.getloadavg()]
+    for i in range(args.rounds):
+        print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
+        first = i % len(workers)  # nobody always runs after the same neighbour
+        for w in workers[first:] + workers[:first]:
+            w.timed_round()
+    load.append(os.getloadavg())
+    for w in workers:
+        w.process.stdin.close()
+        w.process.wait()
+
+    m = workers[0].about.pop("machine")
+    print(f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['cpu_capability']}; torch "
+          f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds\n")  # fmt: skip
+    print(table(workers, args.device == "cuda"))
+    for name, why in skipped.items():
+        print(f"\n{name}: skipped, {why}")
+    if args.json:
+        found = {w.name: {**{k: v for k, v in w.about.items() if k != "machine"}, "tokens_per_second": w.speeds(),
+                          "samples": w.samples} for w in workers}  # fmt: skip
+        # the path of someone's checkout is nobody's business
+        options = {k: v for k, v in vars(args).items() if k not in ("worker", "json", "nanogpt")}
+        record = {"benchmark": Path(sys.argv[0]).stem, "time": time.time(), "options": options, "machine": m,
+                  "load_before_and_after": load, "contenders": found, "skipped": skipped}  # fmt: skip
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,156 @@
+"""Training speed: this project, Hugging Face and nanoGPT side by side, in alternating rounds.
+
+    python bench/pretrain.py --nanogpt ~/nanoGPT --json pretrain.json       about ten minutes on two cores
+
+A round is a few whole optimizer steps: forward, backward, clipping at 1.0, AdamW. Everyone gets the same shape, the
+same tokens, no dropout and the same number of threads. Peak memory is that of the whole process, compiling included.
+"""
+
+import argparse
+from collections.abc import Callable
+
+from common import Contender, Skip, arguments, compete, gpt2_of_hugging_face, import_nanogpt, shape
+
+CPU_WITHOUT_BF16 = "this CPU has no bf16 matrix instructions"
+
+
+def batch(args: argparse.Namespace):
+    """x, y (B, T): the same random tokens for everyone."""
+    import torch
+
+    tokens = torch.randint(args.vocab_size, (args.batch, args.block_size + 1)).to(args.device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def rounds_of(step: Callable[[], None], args: argparse.Namespace) -> dict:
+    """What makes a round of a step."""
+
+    def steps() -> None:
+        for _ in range(args.steps):
+            step()
+
+    return {"round": steps, "tokens": args.steps * args.batch * args.block_size}
+
+
+def ours(args: argparse.Namespace, form: dict) -> Contender:
+    """This project through the calls of train.py."""
+    import math
+
+    import torch
+
+    from model import GPT, IGNORE, GPTConfig
+    from smallgpt import dist, parallel
+    from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
+
+    device = dist.choose_device(args.device)
+    dtype, why = dist.choose_dtype("auto", device)
+    module, s = GPT(GPTConfig(**shape(args), **form)).to(device), OptimSettings()
+    optimizers = make_optimizers(module, s)
+    strategy = parallel.choose(module, dist.World(0, 0, 1, device))
+    module.compile_parts()
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    ctx, (x, y) = dist.autocast(device, dtype), batch(args)
+    at = 0
+
+    def step() -> None:
+        nonlocal at
+        set_lr(optimizers, lr_factor(at, 1000, s))
+        targets = int((y != IGNORE).sum())
+        with strategy.accumulate(last=True):
+            with ctx:
+                loss = strategy.model(x, y)
+            scaler.scale(loss * (strategy.loss_scale / targets)).backward()
+        assert math.isfinite(float(loss))
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        strategy.clip(s.clip)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        at += 1
+
+    return Contender(**rounds_of(step, args), precision=str(dtype)[6:], compiled=True, why=f"{why}; as a long run")
+
+
+def peer(model, optimizer, loss_of: Callable, args: argparse.Namespace, bf16: bool, compiled: bool, why: str):
+    """The training step that the other two projects share."""
+    import torch
+
+    ctx = torch.autocast(args.device, dtype=torch.bfloat16, enabled=bf16)
+    x, y = batch(args)
+    run = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with ctx:
+            loss = loss_of(run, x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Contender(**rounds_of(step, args), precision="bfloat16" if bf16 else "float32", compiled=compiled, why=why)
+
+
+def has_bf16(args: argparse.Namespace) -> bool:
+    from smallgpt import dist
+
+    return args.device == "cuda" or dist.cpu_has_bf16()
+
+
+def hugging_face(args: argparse.Namespace, compiled: bool) -> Contender:
+    import torch
+
+    model, bf16 = gpt2_of_hugging_face(args).to(args.device).train(), has_bf16(args)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def loss_of(run, x, y):
+        return run(input_ids=x, labels=x, use_cache=False).loss  # it shifts the labels itself
+
+    why = "bf16 autocast, where the hardware has it" if bf16 else CPU_WITHOUT_BF16
+    why += "; compiled for comparison" if compiled else "; eager, as people run it"
+    return peer(model, optimizer, loss_of, args, bf16, compiled, why)
+
+
+def nanogpt(args: argparse.Namespace, patched: bool) -> Contender:
+    import torch
+
+    cuda = args.device == "cuda"
+    if patched and cuda:
+        raise Skip("as it ships it is already bf16 on a GPU")
+    if patched and not has_bf16(args):
+        raise Skip(CPU_WITHOUT_BF16)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py does
+    m = import_nanogpt(args.nanogpt)
+    model = m.GPT(m.GPTConfig(**shape(args), dropout=0.0, bias=False)).to(args.device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), args.device)
+
+    def loss_of(run, x, y):
+        return run(x, y)[1]
+
+    why = "patched: bf16 autocast" if patched else "as it ships: bf16 on a GPU" if cuda else "as it ships: fp32 on CPU"
+    return peer(model, optimizer, loss_of, args, cuda or patched, True, why + ", compile=True is its default")
+
+
+def main() -> None:
+    p = arguments(__doc__)
+    p.add_argument("--batch", type=int, default=16, help="sequences per step")
+    p.add_argument("--steps", type=int, default=3, help="optimizer steps per round")
+    p.add_argument("--hf-compile", action="store_true", help="also Hugging Face under torch.compile")
+    args = p.parse_args()
+    gpt2 = {"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "bias": False, "tie_weights": True}
+    contenders = {
+        "ours, GPT-2 form": lambda a: ours(a, gpt2),
+        "ours, default form": lambda a: ours(a, {}),
+        "Hugging Face GPT-2": lambda a: hugging_face(a, False),
+    }
+    if args.hf_compile:
+        contenders["Hugging Face GPT-2, compiled"] = lambda a: hugging_face(a, True)
+    if args.nanogpt:
+        contenders["nanoGPT"] = lambda a: nanogpt(a, False)
+        contenders["nanoGPT, bf16"] = lambda a: nanogpt(a, True)
+    compete(args, contenders)
+
+
+if __name__ == "__main__":
+    main()
