@@ -38,32 +38,27 @@ class GPTConfig:
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words; empty when there are none."""
-        problems = []
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_head > 0 and self.n_embd % self.n_head:
-            problems.append(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        elif self.n_head > 0 and self.pos == "rope" and self.n_embd // self.n_head % 2:
-            problems.append(f"rotary positions need an even head size, n_embd/n_head is {self.n_embd // self.n_head}")
-        if self.n_kv_head < 0 or (self.n_kv_head and self.n_head % self.n_kv_head):
-            problems.append(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
-        if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout={self.dropout} must be in [0, 1)")
-        return problems
+        heads, kv = max(1, self.n_head), self.n_kv_head or self.n_head
+        sizes = ("block_size", "n_layer", "n_head", "n_embd")
+        wrong = {f"{name}={getattr(self, name)} must be at least 1": getattr(self, name) < 1 for name in sizes} | {
+            f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % heads,
+            f"n_head={self.n_head} is not divisible by n_kv_head={kv}": kv < 1 or heads % kv,
+            f"rotary positions need an even head size, n_embd/n_head is {self.n_embd // heads}":
+                self.pos == "rope" and self.n_embd // heads % 2,
+            f"dropout={self.dropout} must be in [0, 1)": not 0.0 <= self.dropout < 1.0,
+        }  # fmt: skip
+        return [problem for problem, found in wrong.items() if found]
 
 
 class KVCache:
-    """Keys and values of the positions read so far, preallocated: `k`, `v` are (n_layer, B, K, max_T, D).
+    """Keys and values of the positions read so far: `k`, `v` (n_layer, B, K, max_T, D), preallocated.
 
-    It holds no position: the caller says at which position a piece of text starts, so that taking back a turn is
-    only a smaller number.
+    It holds no position: the caller says where a piece of text starts, and taking back a turn is a smaller number.
     """
 
     def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch, config.n_kv_head or config.n_head, max_len, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of positions start..start+T; return those of positions 0..start+T."""
@@ -80,14 +75,13 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding (Su et al. 2021), (..., T, D) each, for positions (..., T).
+    """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021).
 
-    Computed in float32 whatever the autocast: bf16 cannot tell position 256 from 257.
+    In float32 whatever the autocast: bf16 cannot tell position 256 from 257.
     """
     exponent = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     angle = positions[..., None].float() * base**-exponent
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    return torch.cat((angle, angle), dim=-1).cos(), torch.cat((angle, angle), dim=-1).sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -132,9 +126,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around GELU (tanh form, as GPT-2) or squared ReLU (So et al. 2021); or SwiGLU (Shazeer 2020).
+    """GELU (tanh form, as GPT-2), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020).
 
-    The hidden width is 4 C; for SwiGLU, which has a third matrix, 8/3 C rounded up to a multiple of 64.
+    Hidden width 4 C; SwiGLU, which has a third matrix, 8/3 C rounded up to a multiple of 64.
     """
 
     def __init__(self, config: GPTConfig):
@@ -146,16 +140,15 @@ class MLP(nn.Module):
         self.proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
         if self.kind == "swiglu":
-            return self.proj(F.silu(self.gate(x)) * self.fc(x))
-        if self.kind == "relu2":
-            return self.proj(F.relu(self.fc(x)).square())
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+            return self.proj(F.silu(self.gate(x)) * h)
+        return self.proj(F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh"))
 
 
 @dataclass
 class Context:
-    """What every block of one forward pass shares."""
+    """What all blocks of one forward pass share."""
 
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines of this pass's positions
     mask: Tensor | None  # (B or 1, 1, T, keys) True = may look; None = plain causal
@@ -189,9 +182,8 @@ def softmax_slice(logits: Tensor, targets: Tensor, acc: torch.dtype) -> tuple[Te
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time.
 
-    The logits of a slice are turned into their own gradient at once, while they are in the cache, and thrown away:
-    (B*T, V) never exists, in no precision. (The idea of Liger-Kernel's fused linear cross-entropy, in plain PyTorch.)
-    h (N, C), weight (V, C), targets (N,), IGNORE = no target; returns a float32 (or float64) scalar.
+    A slice's logits become their own gradient while they are in the cache: (N, V) never exists, in no precision (the
+    idea of Liger-Kernel). h (N, C), weight (V, C), targets (N,); returns a float32 (or float64) scalar.
     """
 
     @staticmethod
@@ -234,11 +226,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialisation, every tensor:
-
-        wte, wpe, lm_head and all linear weights normal(0, 0.02); the projections back into the residual stream
-        (attn.proj, mlp.proj) normal(0, 0.02 / sqrt(2 n_layer)); biases 0; norms 1 (their biases 0).
-        """
+        """GPT-2's: embeddings, lm_head and linear weights normal(0, 0.02), but those that write into the residual
+        stream (attn.proj, mlp.proj) normal(0, 0.02 / sqrt(2 n_layer)); biases 0; norms 1."""
         for name, p in self.named_parameters():
             if name.endswith("proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -257,9 +246,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) after the final norm, of tokens idx (B, T) at positions start..start+T.
 
-        segments (B, T): packed texts, numbered from left to right; a position sees only its own segment, and positions
-        count from its beginning. cache: the keys and values of positions 0..start, to which these are added.
-        """
+        segments (B, T): numbers of the texts packed into a row; a position sees only its own text, and counts from
+        its beginning. cache: keys and values of positions 0..start, to which these are added."""
         T = idx.size(1)
         assert start + T <= self.config.block_size, f"{start + T} tokens exceed block_size={self.config.block_size}"
         position = torch.arange(start, start + T, device=idx.device)
@@ -270,15 +258,13 @@ class GPT(nn.Module):
             mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
         elif cache is not None and start > 0 and T > 1:
             mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)[None, None]
-        x = self.wte(idx)
+        x, turn = self.wte(idx), None
         if self.wpe is not None:
-            x, turn = x + self.wpe(position), None
-        else:
+            x = x + self.wpe(position)
+        else:  # (1 or B, 1, T, D): the same for all heads
+            position = position.view(-1, 1, T)
             turn = rotary(position, self.config.n_embd // self.config.n_head, self.config.rope_base)
-            if segments is not None:
-                turn = (turn[0][:, None], turn[1][:, None])  # (B, 1, T, D): the same for all heads
-        ctx = Context(turn, mask, cache, start)
-        x = self.drop(x)
+        x, ctx = self.drop(x), Context(turn, mask, cache, start)
         for block in self.blocks:
             x = block(x, ctx)
         return self.norm(x)
@@ -286,9 +272,8 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); or, given targets (B, T), IGNORE where there is none, the SUM of the token losses in nats.
 
-        A sum, so that the caller divides once by the number of valid targets of the whole step: padding, packing,
-        accumulation and the number of processes cannot bias the mean.
-        """
+        A sum: the caller divides once by the valid targets of the whole step, so that padding, packing, accumulation
+        and the number of processes cannot bias the mean."""
         h = self.trunk(idx, segments)
         if targets is None:
             return self.lm_head(h)
@@ -311,7 +296,7 @@ class GPT(nn.Module):
 
 
 class GPTClassifier(nn.Module):
-    """A GPT trunk and a linear head on one hidden state per text; initialised like the rest of the model."""
+    """A GPT's trunk and a linear head on one hidden state per text."""
 
     def __init__(self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last"):
         super().__init__()
@@ -320,10 +305,9 @@ class GPTClassifier(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, idx: Tensor, lengths: Tensor) -> Tensor:
-        """Scores (B, n_classes) of texts idx (B, T), padded on the right to T, of which lengths (B,) are real.
+        """Scores (B, n_classes) of texts idx (B, T), padded on the right, of which lengths (B,) are real.
 
-        Causal attention already hides what is to the right: padding cannot change the state that is pooled.
-        """
+        Causal attention hides what is to the right, so padding cannot change the state that is pooled."""
         h = self.gpt.trunk(idx)  # (B, T, C)
         if self.pool == "last":
             return self.head(h[torch.arange(len(h), device=h.device), lengths - 1])

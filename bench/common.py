@@ -123,14 +123,14 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
     say(tokens=c.tokens, precision=c.precision, compiled=c.compiled, why=c.why, machine=machine,
         warmup_seconds=time.perf_counter() - began)  # fmt: skip
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         c.round()
         if cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        say(seconds=seconds, peak_rss=rss, peak_cuda=torch.cuda.max_memory_allocated() if cuda else 0)
+        say(seconds=seconds, cpu_seconds=cpu, peak_rss=rss, peak_cuda=torch.cuda.max_memory_allocated() if cuda else 0)
 
 
 # --- in the parent

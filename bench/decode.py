@@ -22,7 +22,7 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
     from smallgpt.tokenizer import TokenizerSettings, train
 
     alphabet = "".join(chr(0x4E00 + i) for i in range(args.vocab_size - 256 - 6))  # beside the bytes and the marks
-    tokenizer = train(TokenizerSettings("char", args.vocab_size, min_count=1), [[alphabet]])
+    tokenizer = train(TokenizerSettings("char", args.vocab_size, min_count=1), [alphabet])
     model = GPT(GPTConfig(**shape(args), **form))
     with torch.no_grad():
         model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = 0  # score 0 of thousands: never the likeliest

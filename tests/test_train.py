@@ -1,0 +1,283 @@
+"""train.py through its command: a whole run, kill and resume, signals, users' mistakes."""
+
+import json
+import math
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Result, losses, mistake, run_train, same_weights, steps, wait_for
+
+import train
+from smallgpt import settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny) -> tuple[Path, Result, list[str]]:
+    """A run of 60 steps started as a user would, in a folder that did not exist."""
+    out = tmp_path_factory.mktemp("finished") / "new"
+    args = tiny(out, run="first", max_steps=60, eval_every=20, save_every=10)
+    result = run_train(args)
+    assert result.status == 0, result.err
+    return out / "first", result, args
+
+
+def test_the_loss_falls_and_the_console_says_what_ran(finished):
+    folder, result, _ = finished
+    train_loss, val_loss = losses(folder, "train"), losses(folder, "val")
+    assert list(train_loss) == list(range(1, 61)) and list(val_loss) == [20, 40, 60]
+    assert train_loss[1] == pytest.approx(math.log(320), rel=0.05)  # an untrained model knows nothing
+    assert train_loss[60] < 0.5 * train_loss[1] and val_loss[60] < 0.5 * train_loss[1]
+    assert "256 tokens = 8 sequences of 32 = 1 process(es) x 1 accumulation x 8 sequences" in result.out
+    assert f"python chat.py {folder}" in result.out and "hi → " in result.out
+
+
+def test_run_folder(finished):
+    folder, _, args = finished
+    names = {"config.yaml", "tokenizer.json", "metrics.jsonl", "tensorboard", "latest", "best"}
+    assert {p.name for p in folder.iterdir()} == names | {"step-00000050", "step-00000060"}
+    assert (folder / "latest").read_text(encoding="utf-8") == "step-00000060\n"
+    assert list((folder / "tensorboard").iterdir())
+    step = folder / "step-00000060"
+    assert {p.name for p in step.iterdir()} == {"model.safetensors", "state", "meta.json"}
+    meta = json.loads((step / "meta.json").read_text(encoding="utf-8"))
+    assert meta["step"] == 60 and meta["tokens"] == 60 * 256 and meta["model"]["n_embd"] == 32
+    assert len(meta["tokenizer"]) == 64 and meta["data"] and meta["versions"]["torch"]
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    fields = {"step", "split", "loss", "tokens", "tokens_per_second", "lr", "grad_norm", "time"}
+    assert {frozenset(r) for r in records if r["split"] == "train"} == {frozenset(fields)}
+    fields = {"step", "split", "loss", "tokens", "bits_per_byte", "time"}
+    assert {frozenset(r) for r in records if r["split"] == "val"} == {frozenset(fields)}
+    assert all(r["tokens"] == r["step"] * 256 for r in records)
+    assert abs(records[-1]["time"] - time.time()) < 3600
+
+    wanted = settings.load(train.TrainSettings, args)
+    wanted.model.vocab_size = 320  # resolved: 256 bytes, 4 characters and 6 special tokens, rounded up
+    assert settings.from_file(train.TrainSettings, folder / "config.yaml") == wanted
+
+
+def test_a_date_is_a_seed(tmp_path, tiny, run):
+    """seed=20251121 made the seed of a step overflow 64 bits."""
+    assert run("train", tiny(tmp_path, run="r", max_steps=1, seed=20251121)).status == 0
+    assert run("train", tiny(tmp_path, run="s", max_steps=1, seed=-1)).status == 0
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(finished, run):
+    folder, _, args = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = run("train", args)
+    assert again.status == 0 and "finished 60 steps" in again.out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    longer = run("train", [*args, "max_steps=62", f"resume={folder / 'step-00000060'}"])
+    assert longer.status == 0 and "continuing from step 60 of 62" in longer.out
+    assert list(losses(folder, "train"))[-2:] == [61, 62]
+
+
+def test_fewer_steps_than_a_run_has(tmp_path, tiny, start):
+    """max_steps=2 for a run at step 3 went on training for ever."""
+    args = tiny(tmp_path, run="r", save_every=1)
+    assert start("train", [*args, "max_steps=3"]).wait().status == 0
+    assert start("train", [*args, "max_steps=2"]).wait(timeout=10).status in (0, 2)
+    assert max(losses(tmp_path / "r", "train")) == 3
+
+
+def test_the_best_checkpoint_outlives_the_newest(tmp_path, tiny, run):
+    # a learning rate that goes wild after step 4: the best stays, beside the `keep` newest
+    args = tiny(tmp_path, run="r", max_steps=12, eval_every=2, save_every=2, optim__clip=0, optim__warmup=0)
+    assert run("train", [*args, "max_steps=4", "optim.min_lr=1"]).status == 0
+    assert run("train", [*args, "optim.lr=3"]).status == 0
+    val = losses(tmp_path / "r", "val")
+    best = min(val, key=val.get)
+    assert best <= 6 and (tmp_path / "r" / "best").read_text(encoding="utf-8") == f"step-{best:08d}\n"
+    assert steps(tmp_path / "r") == [best, 10, 12]
+
+
+# --- exact resume -----------------------------------------------------------------------------------------------------
+
+
+def killable(tiny, out: Path, name: str) -> list[str]:
+    return tiny(out, run=name, max_steps=16, eval_every=4, save_every=3, keep=1, micro_batch=2, model__dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny, run) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert run("train", killable(tiny, out, "r")).status == 0
+    return out / "r"
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    assert losses(folder, "train") == losses(reference, "train")
+    assert losses(folder, "val") == losses(reference, "val")
+    assert same_weights(folder, reference)
+    for pointer in ("latest", "best"):
+        assert (folder / pointer).read_text(encoding="utf-8") == (reference / pointer).read_text(encoding="utf-8")
+    assert steps(folder) == steps(reference)
+    assert not list(folder.glob(".*")), "something temporary was left"
+
+
+def test_kill_9_before_any_file_operation_then_resume_is_exact(tmp_path, tiny, start, uninterrupted):
+    """Killed before its 1st, 2nd, 3rd ... change to the run folder, always in the same run."""
+    args, deaths = killable(tiny, tmp_path, "r"), 0
+    for count in [*range(1, 60, 2), 10**6]:
+        ended = start("train", args, die_at=(count, str(tmp_path / "r"))).wait()
+        if ended.status == 0:
+            break
+        assert ended.status == -signal.SIGKILL, ended.err
+        deaths += 1
+    assert ended.status == 0 and deaths >= 8
+    assert_same(tmp_path / "r", uninterrupted)
+
+
+def test_killed_between_an_evaluation_and_its_pointer(tmp_path, tiny, start, uninterrupted):
+    """Every operation of the first save and evaluation, each in a run of its own."""
+    args = killable(tiny, tmp_path, "r")
+    for count in range(14, 40, 3):
+        folder = tmp_path / str(count) / "r"
+        args = killable(tiny, folder.parent, "r")
+        assert start("train", args, die_at=(count, str(folder))).wait().status == -signal.SIGKILL
+        assert start("train", args).wait().status == 0
+        assert_same(folder, uninterrupted)
+
+
+def test_kill_9_at_random_moments_then_resume_is_exact(tmp_path, tiny, start, uninterrupted):
+    draw, args, kills = random.Random(time.time_ns()), killable(tiny, tmp_path, "r"), 0
+    for _ in range(40):
+        process = start("train", args)
+        wait_for(lambda p=process: (tmp_path / "r" / "metrics.jsonl").exists() or not p.alive(), "the run to begin")
+        process.process.join(draw.uniform(0.1, 0.5))
+        if not process.alive():
+            break
+        process.kill()
+        kills += process.wait().status == -signal.SIGKILL
+    assert process.wait().status == 0 and kills
+    assert_same(tmp_path / "r", uninterrupted)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, start, run, uninterrupted, number, status):
+    args = killable(tiny, tmp_path, "r")
+    process = start("train", args)
+    folder = tmp_path / "r"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 4, "four steps")
+    process.kill(number)
+    stopped = process.wait()
+    assert stopped.status == status and "the same command continues" in stopped.out and not stopped.err
+    done = max(losses(folder, "train"))
+    assert 4 <= done < 16 and (folder / "latest").read_text(encoding="utf-8") == f"step-{done:08d}\n"
+    assert run("train", args).status == 0
+    assert losses(folder, "train") == losses(uninterrupted, "train")
+    assert same_weights(folder, uninterrupted)
+
+
+def test_the_same_signal_twice_in_a_moment_still_saves(tmp_path, tiny, start):
+    """Slurm signals every process of a job, and torchrun passes the signal on: a worker gets it twice."""
+    process = start("train", tiny(tmp_path, run="r", max_steps=5000, eval_every=5000, save_every=5000))
+    folder = tmp_path / "r"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 2, "two steps")
+    process.kill(signal.SIGTERM)
+    time.sleep(0.01)
+    process.kill(signal.SIGTERM)
+    assert process.wait().status == 143
+    assert (folder / "latest").exists()
+
+
+# --- a loss that is no number -----------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path, tiny, run):
+    args = tiny(tmp_path, run="r")
+    assert run("train", [*args, "max_steps=2"]).status == 0  # the good checkpoint
+    message = mistake(run("train", [*args, "optim.lr=1e30", "optim.clip=0", "save_every=100"]))
+    assert re.search(r"the loss is (nan|inf) at step \d+; no update was made, the last checkpoint is step 2", message)
+    assert steps(tmp_path / "r") == [2]
+    assert run("train", args).status == 0  # and the run goes on from there
+    assert all(map(math.isfinite, losses(tmp_path / "r", "train").values()))
+
+
+# --- users' mistakes: one sentence, status 2, no traceback ------------------------------------------------------------
+
+MISTAKES = [
+    ("model.n_layr=2", "model.n_layer"),
+    ("max_steps=many", "max_steps must be int, not many"),
+    ("none.yaml", "none.yaml"),
+    ("data.path=/no/such/file.txt", "/no/such/file.txt"),
+    ("data.path={empty}", "the corpus is empty"),
+    ("data.path={short}", "shorter than one block of block_size=32"),
+    ("data.path={latin}", "latin.txt, line 3: not UTF-8"),
+    ("batch_tokens=250", "multiple of model.block_size=32 x 1 process(es) = 32, for example 256"),
+    ("run=../x", "run='../x' must be a plain folder name"),
+    ("run=step-2", "run='step-2'"),
+    ("resume={empty}", "there is no checkpoint"),
+    ("resume=/no/such/folder", "there is no checkpoint"),
+    ("dtype=float16", "float16 needs a CUDA GPU"),
+    ("device=cuda", "GPU"),
+    ("out_dir={empty}", "empty.txt"),
+    ("data.cache={empty}", "empty.txt"),
+    ("model.vocab_size=100", "model.vocab_size=100 is less than the tokenizer's"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bad")
+    contents = {"empty": b"", "short": b"a\nb\n", "latin": b"a\nb\ncaf\xe9\n\n" + b"so it goes\n\n" * 200}
+    for name, content in contents.items():
+        (folder / f"{name}.txt").write_bytes(content)
+    return {name: folder / f"{name}.txt" for name in contents}
+
+
+@pytest.mark.parametrize("argument, says", MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_mistakes(tmp_path, tiny, run, bad_files, argument, says):
+    message = mistake(run("train", [*tiny(tmp_path / "out", run="r"), argument.format(**bad_files)]))
+    assert says in message and "\n" not in message
+    assert not (tmp_path / "out").exists(), "nothing is to be left behind"
+
+
+def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path, tiny, run, bad_files):
+    args = tiny(tmp_path, run="r", max_steps=1, data__path=bad_files["latin"], data__errors="replace")
+    assert run("train", args).status == 0
+
+
+def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny):
+    """Windows consoles and LANG=C print replies in an encoding without Chinese."""
+    import subprocess
+
+    from conftest import ENV, command
+
+    env = {**ENV, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    args = tiny(tmp_path, run="r", max_steps=1, prompts="[你好]")
+    done = subprocess.run(command(args), env=env, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    "argument, says",
+    [
+        ("data.path={other}", "the corpus"),
+        ("data.split_seed=7", "the corpus"),
+        ("model.n_layer=2", "model.n_layer was 1 and is now 2"),
+        ("model.dropout=0.5", "model.dropout was 0.0 and is now 0.5"),
+        ("batch_tokens=512", "batch_tokens was 256 and is now 512"),
+        ("seed=1", "seed was 0 and is now 1"),
+        ("optim.name=muon", "optimizer"),
+        ("resume=never", "already holds checkpoints"),
+    ],
+)
+def test_what_may_not_change_on_resume(finished, run, tmp_path, argument, says):
+    folder, _, args = finished
+    (tmp_path / "other.txt").write_text("one\ntwo\n\n" * 400 + "three\n\n" * 99, encoding="utf-8")
+    config = (folder / "config.yaml").read_bytes()
+    message = mistake(run("train", [*args, argument.format(other=tmp_path / "other.txt")]))
+    assert says in message and (folder / "config.yaml").read_bytes() == config
+
+
+def test_help_names_every_key():
+    assert "--help" not in settings._help(train.TrainSettings, train.__doc__).splitlines()[0]
+    text = settings._help(train.TrainSettings, train.__doc__)
+    assert all(key in text for key in ("batch_tokens", "model.n_layer", "optim.lr", "data.path", "sample.top_p"))
+    assert (ROOT / "train.py").read_text(encoding="utf-8").startswith('"""Pretrain')
