@@ -38,7 +38,7 @@ class GPTConfig:
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words; empty when there are none."""
-        heads, kv = max(1, self.n_head), self.n_kv_head or self.n_head
+        heads, kv = max(1, self.n_head), self.n_kv_head or max(1, self.n_head)
         sizes = ("block_size", "n_layer", "n_head", "n_embd")
         wrong = {f"{name}={getattr(self, name)} must be at least 1": getattr(self, name) < 1 for name in sizes} | {
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % heads,
@@ -279,8 +279,8 @@ class GPT(nn.Module):
             return self.lm_head(h)
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lm_head.weight.dtype
-        h, targets = h.flatten(0, 1), targets.flatten()
-        return LinearCrossEntropy.apply(h, self.lm_head.weight, targets, dtype, self.softmax_slice)
+        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), dtype, self.softmax_slice)
 
     def compile_parts(self) -> None:
         """torch.compile, one block compiled once and used for all: a third of the whole model's compile time."""

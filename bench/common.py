@@ -213,7 +213,8 @@ def compete(args: argparse.Namespace, contenders: dict[str, Callable[[argparse.N
 
     m = workers[0].about.pop("machine")
     print(f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['cpu_capability']}; torch "
-          f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds\n")  # fmt: skip
+          f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds, load average {load[0][0]:.1f} before and {load[1][0]:.1f} "
+          "after (more than the threads = others were using the machine)\n")  # fmt: skip
     print(table(workers, args.device == "cuda"))
     for name, why in skipped.items():
         print(f"\n{name}: skipped, {why}")

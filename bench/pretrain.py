@@ -70,7 +70,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
         scaler.update()
         at += 1
 
-    return Contender(**rounds_of(step, args), precision=str(dtype)[6:], compiled=True, why=f"{why}; as a long run")
+    return Contender(**rounds_of(step, args), precision=str(dtype)[6:], compiled=True, why=f"{why}; as in a long run")
 
 
 def peer(model, optimizer, loss_of: Callable, args: argparse.Namespace, bf16: bool, compiled: bool, why: str):

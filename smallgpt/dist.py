@@ -4,7 +4,9 @@ Ranks come from torchrun's environment and nowhere else. RANK decides who writes
 chooses the GPU.
 """
 
+import importlib.util
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +113,10 @@ def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, s
         return name == "true", "as asked"
     if os.name == "nt" or device.type == "mps":
         return False, "not supported here"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return False, "the package triton is missing"
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return False, "there is no C++ compiler"
     if device.type == "cpu" and steps < 500:
         return False, "a run of under 500 steps ends before compiling (about 20 s) pays"
     return True, "a long run"

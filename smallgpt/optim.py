@@ -61,10 +61,10 @@ def make_optimizers(model: nn.Module, s: OptimSettings) -> list[Optimizer]:
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=s.lr, betas=(s.beta1, s.beta2), eps=1e-8, fused=True
-    )
-    optimizers: list[Optimizer] = [adamw]
+    optimizers: list[Optimizer] = []
+    if rest:
+        groups = [g for g in groups if g["params"]]
+        optimizers.append(torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True))
     if matrices:
         # updates scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both
         optimizers.append(
@@ -79,7 +79,7 @@ def make_optimizers(model: nn.Module, s: OptimSettings) -> list[Optimizer]:
 
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> float:
-    """Set every group to factor times its peak; returns AdamW's rate, the one that is logged."""
+    """Set every group to factor times its peak; returns the rate, for the log."""
     for o in optimizers:
         for g in o.param_groups:
             g["lr"] = g["peak_lr"] * factor

@@ -69,9 +69,9 @@ class Conversation:
         self.block_size = model.config.block_size
         self.generator = torch.Generator(self.cache.k.device).manual_seed(settings.seed)
         t = tokenizer
-        # what no reply may hold, the rows that only round the vocabulary up included; and, an empty reply being no
-        # reply, what it may not begin with
-        never = [t.bos, t.pad, t.cls, t.pair, *range(t.vocab_size, model.config.vocab_size)]
+        # what no reply may hold: ids that stand for no text, and the rows that only round the vocabulary up; and,
+        # an empty reply being no reply, what it may not begin with
+        never = [*(t.token_bytes() == 0).nonzero()[0].tolist(), *range(t.vocab_size, model.config.vocab_size)]
         self.never = torch.tensor(never, device=self.cache.k.device)
         self.never_first = torch.tensor([*never, t.sep, t.end], device=self.cache.k.device)
         self.reset()
@@ -98,7 +98,7 @@ class Conversation:
 
     def make_room(self) -> None:
         """Drop whole oldest turns until a reply fits behind the history."""
-        limit = self.block_size - min(self.settings.max_tokens, self.block_size // 2)
+        limit = max(2, self.block_size - 1 - min(self.settings.max_tokens, self.block_size // 2))
         if len(self.ids) <= limit:
             return
         while len(self.turns) > 1 and 1 + len(self.ids) - self.turns[0] > limit:

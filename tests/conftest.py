@@ -1,8 +1,8 @@
 """Helpers of the tests that start the scripts: a tiny corpus, tiny settings, and quick real processes.
 
-Importing torch takes two seconds, so most processes here are forked from a server that has imported the scripts already
-(`start`): they are processes like any other, with their own pid, exit status, stdout and stderr, and can be killed. What
-depends on how a user starts a script (torchrun, a terminal) goes through the real command: `run_train`.
+Importing torch takes two seconds, so most processes here are forked from a server that has imported the scripts
+already (`start`): they are processes like any other, with their own pid, exit status, stdout and stderr, and can be
+killed. What depends on how a user starts a script (torchrun, a terminal) goes through the real command: `run_train`.
 """
 
 import json
@@ -120,15 +120,15 @@ def child(script: str, argv: list[str], folder: str, name: str, stdin: str | Non
     module.settings.cli(module.main)
 
 
-def die_at(count: int, folder: str) -> None:
-    """SIGKILL this process just before it makes its count-th change to the file system below folder."""
+def die_at(count: int, where: str) -> None:
+    """SIGKILL this process just before it makes its count-th change to the file system at a path holding `where`."""
     seen = 0
 
     def hook(event: str, args: tuple) -> None:
         nonlocal seen
         changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
         changes = changes or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR))
-        if changes and str(args[0]).startswith(folder):
+        if changes and where in str(args[0]):
             seen += 1
             if seen == count:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -154,17 +154,19 @@ def forks():
 @pytest.fixture(scope="session")
 def start(forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started]:
     """start("train", args) -> a running process; stdin is its input, ranks as torchrun would set them in env."""
-    folder = tmp_path_factory.mktemp("output")
-    numbers = iter(range(10**6))
+    folder, processes = tmp_path_factory.mktemp("output"), []
 
     def start(script: str, argv: list[str], stdin: str | None = None, env: dict | None = None, **limits) -> Started:
-        name = str(next(numbers))
+        name = str(len(processes))
         args = (script, [str(a) for a in argv], str(folder), name, stdin, env or {}, limits)
         process = forks.Process(target=child, args=args)
+        processes.append(process)
         process.start()
         return Started(process, folder, name)
 
-    return start
+    yield start
+    for process in processes:
+        process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Qwen3 and Llama with the same weights, naive loops, and PyTorch's own cross-entr
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, IGNORE, GPTClassifier, GPTConfig, LinearCrossEntropy, softmax_slice
+
+torch.set_num_threads(1)  # tensors this small gain nothing from more, and wait for them on a busy machine
 
 SMALL = GPTConfig(vocab_size=96, block_size=24, n_layer=2, n_head=4, n_embd=32)
 GPT2 = replace(SMALL, pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False)
@@ -195,6 +198,12 @@ def test_attention_equals_a_loop_over_heads_and_positions(n_kv_head):
     assert_close(seen["y"], attn.proj(heads))
 
 
+def test_swiglu_hidden_width_is_eight_thirds_in_steps_of_64():
+    for width, hidden in ((768, 2048), (32, 128), (48, 128), (64, 192)):
+        mlp = GPT(replace(QWEN3, n_embd=width, n_layer=1)).blocks[0].mlp
+        assert mlp.fc.out_features == mlp.gate.out_features == mlp.proj.in_features == hidden
+
+
 @torch.no_grad()
 def test_relu2_squares_what_is_positive():
     mlp = lively(GPT(SMALL)).blocks[0].mlp
@@ -206,11 +215,11 @@ def test_relu2_squares_what_is_positive():
 
 @torch.no_grad()
 def test_rotary_scores_depend_on_the_distance_only():
-    """Moving a text inside the block (here: behind a cache of which nothing may be seen) leaves its scores alone;
-    with learned positions they change."""
-    for config, same in ((replace(SMALL, n_layer=1), True), (replace(GPT2, n_layer=1), False)):
-        model, idx = lively(GPT(config)), tokens(config, 1, 1)
-        first, later = model.trunk(idx), model.trunk(idx, cache=None, start=9)
+    """A text at positions 9 to 15, with nothing before it, reads like the same text at the beginning; with learned
+    positions it does not."""
+    for config, same in ((SMALL, True), (GPT2, False)):
+        model, idx = lively(GPT(config)), tokens(config, 1, 6)
+        first, later = model.trunk(idx), model.trunk(idx, start=9)
         assert torch.allclose(first, later, atol=1e-5) == same
 
 
@@ -433,7 +442,7 @@ def test_initialisation_is_that_of_gpt2(config):
     ],
 )
 def test_check_names_the_problem(change, problem):
-    assert replace(SMALL, **change).check() == [problem]
+    assert problem in replace(SMALL, **change).check()
 
 
 def test_check_accepts_every_form_and_collects_all_problems():
@@ -469,9 +478,11 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(dropping(idx), plain(idx))
 
 
-def test_compiled_parts_equal_eager_and_the_block_is_compiled_once():
+def test_compiled_parts_equal_eager_and_the_block_is_compiled_once(monkeypatch):
     """The slow test of this file. Ten layers: were each compiled for itself, the ninth would meet PyTorch's limit of
-    recompilations and silently stay eager."""
+    recompilations and silently stay eager. The graphs are captured and differentiated as always but run as they are:
+    turning them into C++ is PyTorch's business, takes half a minute and needs a compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = replace(QWEN3, n_layer=10)
     model, idx = lively(GPT(config)).train(), tokens(config, 2, 24)
     eager = model(idx, next_tokens(idx))

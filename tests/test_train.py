@@ -5,11 +5,12 @@ import math
 import random
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Result, losses, mistake, run_train, same_weights, steps, wait_for
+from conftest import ENV, Result, command, losses, mistake, run_train, same_weights, steps, wait_for
 
 import train
 from smallgpt import settings
@@ -72,9 +73,12 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(finished, run):
     again = run("train", args)
     assert again.status == 0 and "finished 60 steps" in again.out
     assert (folder / "metrics.jsonl").read_bytes() == before
-    longer = run("train", [*args, "max_steps=62", f"resume={folder / 'step-00000060'}"])
+    elsewhere = [*args, "max_steps=62", "run=second", f"resume={folder / 'step-00000060'}"]
+    longer = run("train", elsewhere)
     assert longer.status == 0 and "continuing from step 60 of 62" in longer.out
-    assert list(losses(folder, "train"))[-2:] == [61, 62]
+    assert list(losses(folder.parent / "second", "train")) == [61, 62]
+    # the same command again continues what it began, not what it began from
+    assert "continuing from step 62 of 64" in run("train", [*elsewhere, "max_steps=64"]).out
 
 
 def test_fewer_steps_than_a_run_has(tmp_path, tiny, start):
@@ -133,15 +137,23 @@ def test_kill_9_before_any_file_operation_then_resume_is_exact(tmp_path, tiny, s
     assert_same(tmp_path / "r", uninterrupted)
 
 
-def test_killed_between_an_evaluation_and_its_pointer(tmp_path, tiny, start, uninterrupted):
-    """Every operation of the first save and evaluation, each in a run of its own."""
+MOMENTS = {
+    "writing the first checkpoint": (2, "step-00000003.tmp"),
+    "giving it its name": (1, ".step-00000003.tmp/meta.json"),
+    "before latest names the second": (2, ".latest.tmp"),
+    "deleting the first": (2, "/step-00000003"),
+    "evaluated and saved, before best names it": (1, ".best.tmp"),
+    "the last time best moves": (7, ".best.tmp"),
+    "before what is no longer kept is deleted": (1, "/step-00000015"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_delicate_moment_then_resume_is_exact(tmp_path, tiny, start, uninterrupted, moment):
     args = killable(tiny, tmp_path, "r")
-    for count in range(14, 40, 3):
-        folder = tmp_path / str(count) / "r"
-        args = killable(tiny, folder.parent, "r")
-        assert start("train", args, die_at=(count, str(folder))).wait().status == -signal.SIGKILL
-        assert start("train", args).wait().status == 0
-        assert_same(folder, uninterrupted)
+    assert start("train", args, die_at=MOMENTS[moment]).wait().status == -signal.SIGKILL
+    assert start("train", args).wait().status == 0
+    assert_same(tmp_path / "r", uninterrupted)
 
 
 def test_kill_9_at_random_moments_then_resume_is_exact(tmp_path, tiny, start, uninterrupted):
@@ -225,7 +237,8 @@ MISTAKES = [
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bad")
-    contents = {"empty": b"", "short": b"a\nb\n", "latin": b"a\nb\ncaf\xe9\n\n" + b"so it goes\n\n" * 200}
+    latin = b"a\nb\ncaf\xe9\n\n" + b"".join(b"so it goes %d\n\n" % i for i in range(200))
+    contents = {"empty": b"", "short": b"a\nb\n", "latin": latin}
     for name, content in contents.items():
         (folder / f"{name}.txt").write_bytes(content)
     return {name: folder / f"{name}.txt" for name in contents}
@@ -245,10 +258,6 @@ def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path, tiny, run, bad_files)
 
 def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny):
     """Windows consoles and LANG=C print replies in an encoding without Chinese."""
-    import subprocess
-
-    from conftest import ENV, command
-
     env = {**ENV, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     args = tiny(tmp_path, run="r", max_steps=1, prompts="[你好]")
     done = subprocess.run(command(args), env=env, capture_output=True, timeout=60)
@@ -264,20 +273,19 @@ def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny)
         ("model.dropout=0.5", "model.dropout was 0.0 and is now 0.5"),
         ("batch_tokens=512", "batch_tokens was 256 and is now 512"),
         ("seed=1", "seed was 0 and is now 1"),
-        ("optim.name=muon", "optimizer"),
+        ("optim.name=muon", "optim"),
         ("resume=never", "already holds checkpoints"),
     ],
 )
 def test_what_may_not_change_on_resume(finished, run, tmp_path, argument, says):
     folder, _, args = finished
-    (tmp_path / "other.txt").write_text("one\ntwo\n\n" * 400 + "three\n\n" * 99, encoding="utf-8")
+    (tmp_path / "other.txt").write_text("\n\n".join(f"one\ntwo {i}" for i in range(400)), encoding="utf-8")
     config = (folder / "config.yaml").read_bytes()
     message = mistake(run("train", [*args, argument.format(other=tmp_path / "other.txt")]))
     assert says in message and (folder / "config.yaml").read_bytes() == config
 
 
-def test_help_names_every_key():
-    assert "--help" not in settings._help(train.TrainSettings, train.__doc__).splitlines()[0]
-    text = settings._help(train.TrainSettings, train.__doc__)
-    assert all(key in text for key in ("batch_tokens", "model.n_layer", "optim.lr", "data.path", "sample.top_p"))
-    assert (ROOT / "train.py").read_text(encoding="utf-8").startswith('"""Pretrain')
+def test_help_names_every_key(run):
+    result = run("train", ["--help"])
+    assert result.status == 0 and result.out.startswith("Pretrain a GPT on chat text")
+    assert all(key in result.out for key in ("batch_tokens", "model.n_layer", "optim.lr", "data.path", "sample.top_p"))

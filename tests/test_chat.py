@@ -1,0 +1,189 @@
+"""chat.py as its users use it: piped, and in a terminal (a pty)."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENV, ROOT, Result, mistake
+
+from smallgpt import corpus
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, chat_file, run, tiny) -> Path:
+    """A run whose corpus is gone; it learned to answer in its 150 steps."""
+    out = tmp_path_factory.mktemp("chat")
+    text = shutil.copy(chat_file, out / "text.txt")
+    args = tiny(out, run="r", data__path=text, data__cache=out / "tokens", max_steps=150, eval_every=50, save_every=50)
+    assert run("train", args).status == 0
+    Path(text).unlink()
+    shutil.rmtree(out / "tokens")
+    return out / "r"
+
+
+@pytest.fixture(scope="module")
+def talk(run, model):
+    def talk(text: str, *args: str) -> Result:
+        result = run("chat", [model, "device=cpu", "dtype=float32", *args], stdin=text)
+        assert result.status == 0, result.err
+        return result
+
+    return talk
+
+
+def test_one_reply_a_line(talk):
+    result = talk("what is red 1?\nwhat is 黑色 5?\n\n   \nhello")
+    lines = result.out.splitlines()
+    assert len(lines) == 3 and all(line.strip() for line in lines) and not result.err
+    assert "red" in lines[0] or "fine" in lines[0], "the model has learned this corpus"
+
+
+def test_the_same_seed_the_same_text(talk):
+    text = "what is blue 1?\nwhat is 白色 2?\n"
+    outs = [talk(text, f"sample.seed={seed}", "sample.temperature=2").out for seed in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+    assert len({talk(text, f"sample.seed={seed}", "sample.temperature=0").out for seed in (1, 2)}) == 1
+
+
+def test_commands(talk, tmp_path):
+    script = ["/help", "hi", "/stats", "/set temperature=0 top_k=5", "/set", "/undo", "/undo", "there", "/save {f}",
+              "/save", "/reset", "/stats", "flush", "/nonsense", "/save {f}", "/exit", "never read"]  # fmt: skip
+    out = talk("\n".join(script).format(f=tmp_path / "said.txt")).out
+    for says in (
+        "/set KEY=VALUE", "context ", "2 turns", "temperature=0.0  top_k=5", "(took back the last exchange)",
+        "(nothing to take back)", "(saved 2 lines", "/save FILE, after something was said", "(new conversation)",
+        "context 1 of 32 tokens, 0 turns", "there is no command /nonsense",
+    ):  # fmt: skip
+        assert says in out, says
+    assert out.count("(new conversation)") == 2 and "never read" not in out
+    (said,) = corpus.read_dialogues(tmp_path / "said.txt")
+    assert len(said) == 2 and said[0] == "there"
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("/set temperature=-1", "temperature=-1.0 must not be negative"),
+        ("/set temprature=1", "did you mean temperature"),
+        ("/set top_k=many", "top_k must be int"),
+        ("/set warm", "/set KEY=VALUE ..., not warm"),
+        ("/save /no/such/folder/x.txt", "could not save"),
+    ],
+)
+def test_a_bad_command_changes_nothing(talk, command, says):
+    before, message, after = talk(f"hi\n/set\n{command}\n/set\n").out.splitlines()[1:]
+    assert says in message and before == after
+
+
+def test_words_that_leave_and_forget(talk):
+    assert talk("exit\nhi\n").out == ""
+    assert talk("flush\n").out == "(new conversation)\n"
+    assert talk("").out == ""
+
+
+def test_bytes_that_are_not_utf8_do_not_end_the_session(talk, model):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "chat.py"), str(model)], input=b"caf\xe9\nhi\n", capture_output=True,
+        env={**ENV, "PYTHONIOENCODING": "utf-8"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(done.stdout.decode().splitlines()) == 2
+
+
+def test_settings_in_a_file(run, model, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"checkpoint: {model}\ndevice: cpu\nsample:\n  top_k: 7\n", encoding="utf-8")
+    result = run("chat", [tmp_path / "c.yaml", "sample.seed=5"], stdin="/set\n")
+    assert result.status == 0 and "top_k=7" in result.out and "seed=5" in result.out
+    step = next(model.glob("step-*"))
+    assert run("chat", [step], stdin="hi\n").status == 0
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ([], "which model?"),
+        (["/no/such/run"], "there is no checkpoint folder /no/such/run"),
+        (["{empty}"], "holds no checkpoint"),
+        (["{empty}/step-00000001"], "step-00000001"),
+        (["{model}", "sample.top_p=2"], "top_p=2.0 must be in (0, 1]"),
+        (["{model}", "device=cuda"], "GPU"),
+        (["{model}", "{model}", "temperature=1"], "did you mean sample.temperature"),
+    ],
+)
+def test_mistakes(run, model, tmp_path, args, says):
+    assert says in mistake(run("chat", [a.format(empty=tmp_path, model=model) for a in args], stdin="hi\n"))
+
+
+class Terminal:
+    """python chat.py in a pseudo-terminal."""
+
+    def __init__(self, args: list[str], home: Path):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            env = {**ENV, "HOME": str(home), "TERM": "dumb"}
+            os.execve(sys.executable, [sys.executable, str(ROOT / "chat.py"), *args], env)
+        self.seen = ""
+
+    def until(self, pattern: str, timeout: float = 60) -> str:
+        """Read until the pattern appears in what is new; returns that."""
+        end = time.monotonic() + timeout
+        while not (found := re.search(pattern, self.seen, re.DOTALL)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen[-2000:]!r}"
+            if select.select([self.fd], [], [], 0.1)[0]:
+                self.seen += os.read(self.fd, 65536).decode("utf-8", "replace")
+        new, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return new
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def status(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_a_terminal_session(tmp_path_factory, tiny, run, tmp_path):
+    """Ctrl-C stops a long reply and the session goes on; Ctrl-D leaves with status 0; history is kept."""
+    out = tmp_path_factory.mktemp("long")
+    # a model that has not learned to stop, with room for many seconds of talk
+    args = tiny(out, run="r", max_steps=1, model__block_size=4096, batch_tokens=4096, model__n_layer=8)
+    assert run("train", args).status == 0
+    tty = Terminal([str(out / "r"), "device=cpu", "sample.max_tokens=2000", "sample.repetition_penalty=1"], tmp_path)
+    try:
+        tty.until(r"/help lists the commands.*> ")
+        tty.type("hello\n")
+        tty.until(r"hello\r\n.")
+        time.sleep(0.3)
+        tty.type("\x03")
+        tty.until(r"\[stopped\]\r\n> ", timeout=10)
+        tty.type("/set max_tokens=5\n")
+        tty.until(r"max_tokens=5.*> ")
+        tty.type("again\n")
+        tty.until(r"again\r\n.+\r\n> ")
+        tty.type("/stats\n")
+        assert "4 turns" in tty.until(r"tokens/s.*> ")
+        tty.type("\x03")  # at the prompt: it does not leave
+        tty.until(r"Ctrl-D.*> ")
+        tty.type("\x04")
+        assert tty.status() == 0
+    finally:
+        os.close(tty.fd)
+    history = tmp_path / ".small_gpt_history"
+    assert "again" in history.read_text(encoding="utf-8")
+
+
+def test_a_bf16_conversation_and_meta_of_a_newer_program(run, model, tmp_path):
+    assert run("chat", [model, "dtype=bfloat16"], stdin="hi\n").status == 0
+    shutil.copytree(model, tmp_path / "r")
+    for step in (tmp_path / "r").glob("step-*"):
+        meta = json.loads((step / "meta.json").read_text(encoding="utf-8"))
+        meta["model"]["experts"] = 8
+        (step / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert "another version" in mistake(run("chat", [tmp_path / "r"], stdin="hi\n"))
