@@ -1,8 +1,7 @@
 """Everything that has weights: a GPT, its KV cache, its language-model loss and its classification head.
 
-The settings in `GPTConfig` choose between the GPT-2 form (learned positions, LayerNorm, GELU: equal to Hugging Face's
-GPT-2 with the same weights) and modern parts, each by its own field (rotary positions, RMSNorm, QK-norm, SwiGLU or
-squared ReLU, grouped-query attention: equal to Hugging Face's Qwen3 with the same weights). Imports torch only.
+`GPTConfig` chooses between the GPT-2 form (learned positions, LayerNorm, GELU: equal to Hugging Face's GPT-2 with the
+same weights) and modern parts, each by its own field (equal to Hugging Face's Qwen3). Imports torch only.
 
 Shapes: B batch, T positions, C = n_embd, H heads, K key/value heads, D = C / H head size, V vocabulary.
 """
@@ -39,22 +38,20 @@ class GPTConfig:
     def check(self) -> list[str]:
         """Problems with these settings, in plain words; empty when there are none."""
         heads, kv = max(1, self.n_head), self.n_kv_head or max(1, self.n_head)
-        sizes = ("block_size", "n_layer", "n_head", "n_embd")
-        wrong = {f"{name}={getattr(self, name)} must be at least 1": getattr(self, name) < 1 for name in sizes} | {
+        sizes = {name: getattr(self, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+        wrong = {f"{name}={size} must be at least 1": size < 1 for name, size in sizes.items()} | {
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % heads,
             f"n_head={self.n_head} is not divisible by n_kv_head={kv}": kv < 1 or heads % kv,
-            f"rotary positions need an even head size, n_embd/n_head is {self.n_embd // heads}":
-                self.pos == "rope" and self.n_embd // heads % 2,
+            f"rotary positions need an even head size, n_embd/n_head is {self.n_embd // heads}": self.pos == "rope"
+            and self.n_embd // heads % 2,
             f"dropout={self.dropout} must be in [0, 1)": not 0.0 <= self.dropout < 1.0,
-        }  # fmt: skip
+        }
         return [problem for problem, found in wrong.items() if found]
 
 
 class KVCache:
-    """Keys and values of the positions read so far: `k`, `v` (n_layer, B, K, max_T, D), preallocated.
-
-    It holds no position: the caller says where a piece of text starts, and taking back a turn is a smaller number.
-    """
+    """Keys and values k, v (n_layer, B, K, max_T, D) of what was read so far, preallocated. It holds no position: the
+    caller says where a piece of text starts, and taking back a turn is a smaller number."""
 
     def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch, config.n_kv_head or config.n_head, max_len, config.n_embd // config.n_head)
@@ -68,20 +65,25 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the precision of its input: the fused kernel wants the weight in the same, which autocast does not see to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(config.n_embd, bias=config.bias)
-    return nn.RMSNorm(config.n_embd, eps=1e-6)
+    return RMSNorm(config.n_embd, eps=1e-6)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021).
-
-    In float32 whatever the autocast: bf16 cannot tell position 256 from 257.
-    """
+    """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021), in float32 whatever the autocast:
+    bf16 cannot tell position 256 from 257."""
     exponent = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
-    angle = positions[..., None].float() * base**-exponent
-    return torch.cat((angle, angle), dim=-1).cos(), torch.cat((angle, angle), dim=-1).sin()
+    angle = (positions[..., None].float() * base**-exponent).repeat(*[1] * positions.dim(), 2)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,25 +99,22 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
         self.head_size, self.dropout = config.n_embd // config.n_head, config.dropout
-        width_kv = self.n_kv_head * self.head_size
         # three matrices, not one: each is a whole for tensor parallel and for Muon's orthogonalisation
         self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.k = nn.Linear(config.n_embd, width_kv, bias=config.bias)
-        self.v = nn.Linear(config.n_embd, width_kv, bias=config.bias)
+        self.k = nn.Linear(config.n_embd, self.n_kv_head * self.head_size, bias=config.bias)
+        self.v = nn.Linear(config.n_embd, self.n_kv_head * self.head_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
 
     def forward(self, x: Tensor, ctx: "Context", layer: int) -> Tensor:
         B, T, C = x.shape
-        q = self.q(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H, T, D)
-        k = self.k(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, K, T, D)
-        v = self.v(x).view(B, T, -1, self.head_size).transpose(1, 2)
+        # q (B, H, T, D); k, v (B, K, T, D)
+        q, k, v = (f(x).view(B, T, -1, self.head_size).transpose(1, 2) for f in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotary is not None:
             q, k = rotate(q, *ctx.rotary), rotate(k, *ctx.rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast the norms answer in float32
         if ctx.cache is not None:
             k, v = ctx.cache.write(layer, ctx.start, k, v)
         y = F.scaled_dot_product_attention(
@@ -126,10 +125,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (tanh form, as GPT-2), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020).
-
-    Hidden width 4 C; SwiGLU, which has a third matrix, 8/3 C rounded up to a multiple of 64.
-    """
+    """4 C wide with GELU (tanh form, as GPT-2) or squared ReLU (So et al. 2021); or SwiGLU (Shazeer 2020), which has a
+    third matrix and is therefore 8/3 C wide, rounded up to a multiple of 64."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -180,11 +177,9 @@ def softmax_slice(logits: Tensor, targets: Tensor, acc: torch.dtype) -> tuple[Te
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time.
-
-    A slice's logits become their own gradient while they are in the cache: (N, V) never exists, in no precision (the
-    idea of Liger-Kernel). h (N, C), weight (V, C), targets (N,); returns a float32 (or float64) scalar.
-    """
+    """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time: its logits become their own
+    gradient while they are in the cache, and (N, V) never exists, in no precision (the idea of Liger-Kernel).
+    h (N, C), weight (V, C), targets (N,); returns a float32 (or float64) scalar."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax) -> Tensor:
@@ -204,8 +199,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad.to(grad_h.dtype), grad_w * grad.to(grad_w.dtype), None, None, None
+        return *(g * grad for g in ctx.saved_tensors), None, None, None
 
 
 class GPT(nn.Module):
@@ -229,10 +223,8 @@ class GPT(nn.Module):
         """GPT-2's: embeddings, lm_head and linear weights normal(0, 0.02), but those that write into the residual
         stream (attn.proj, mlp.proj) normal(0, 0.02 / sqrt(2 n_layer)); biases 0; norms 1."""
         for name, p in self.named_parameters():
-            if name.endswith("proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer if name.endswith("proj.weight") else 1))
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
@@ -291,8 +283,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
         c = self.config
-        blocks = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        return 6 * (blocks + self.lm_head.weight.numel()) + 12 * c.n_layer * c.n_embd * c.block_size
+        matrices = sum(p.numel() for m in (self.blocks, self.lm_head) for p in m.parameters() if p.dim() == 2)
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 class GPTClassifier(nn.Module):
@@ -308,8 +300,6 @@ class GPTClassifier(nn.Module):
         """Scores (B, n_classes) of texts idx (B, T), padded on the right, of which lengths (B,) are real.
 
         Causal attention hides what is to the right, so padding cannot change the state that is pooled."""
-        h = self.gpt.trunk(idx)  # (B, T, C)
-        if self.pool == "last":
-            return self.head(h[torch.arange(len(h), device=h.device), lengths - 1])
-        real = torch.arange(h.size(1), device=h.device) < lengths[:, None]  # (B, T)
-        return self.head((h * real[..., None]).sum(1) / lengths[:, None])
+        h, at = self.gpt.trunk(idx), torch.arange(idx.size(1), device=idx.device)  # (B, T, C), (T,)
+        pooled = at == lengths[:, None] - 1 if self.pool == "last" else at < lengths[:, None]  # (B, T)
+        return self.head((h * pooled[..., None]).sum(1) / pooled.sum(1, keepdim=True))

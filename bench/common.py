@@ -186,8 +186,9 @@ def table(workers: list[Worker], cuda: bool) -> str:
     return "\n".join(rows)
 
 
-def compete(args: argparse.Namespace, contenders: dict[str, Callable[[argparse.Namespace], Contender]]) -> None:
-    """As the parent: start all, alternate, print the table, write the JSON. As a contender's process: serve."""
+def compete(args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Namespace], Contender]]) -> None:
+    """As the parent: start all, alternate, print a table for each group, write the JSON. As a worker: serve."""
+    contenders = {name: build for group in groups for name, build in group.items()}
     if args.worker:
         return serve(args, contenders[args.worker])
     workers, skipped = [], {}
@@ -211,11 +212,13 @@ def compete(args: argparse.Namespace, contenders: dict[str, Callable[[argparse.N
         w.process.stdin.close()
         w.process.wait()
 
-    m = workers[0].about.pop("machine")
+    m = workers[0].about["machine"]
     print(f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['cpu_capability']}; torch "
-          f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds, load average {load[0][0]:.1f} before and {load[1][0]:.1f} "
-          "after (more than the threads = others were using the machine)\n")  # fmt: skip
-    print(table(workers, args.device == "cuda"))
+          f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds; load average "
+          f"{load[0][0]:.1f} before, {load[1][0]:.1f} after (above the threads: others used the machine)")  # fmt: skip
+    for group in groups:
+        if members := [w for w in workers if w.name in group]:
+            print(f"\n{table(members, args.device == 'cuda')}")
     for name, why in skipped.items():
         print(f"\n{name}: skipped, {why}")
     if args.json:

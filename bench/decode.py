@@ -89,10 +89,11 @@ def main() -> None:
     if args.nanogpt:
         kinds["nanoGPT"] = nanogpt
     dtypes = ("float32", "bfloat16") if args.dtype == "bfloat16" else ("float32",)
-    compete(args, {
-        f"{name}, bf16" if dtype == "bfloat16" else name: lambda a, build=build, dtype=dtype: build(a, dtype)
-        for dtype in dtypes for name, build in kinds.items()
-    })  # fmt: skip
+    groups = [
+        {f"{name}, {dtype}": lambda a, build=build, dtype=dtype: build(a, dtype) for name, build in kinds.items()}
+        for dtype in dtypes
+    ]
+    compete(args, *groups)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def test_a_terminal_session(tmp_path_factory, tiny, run, tmp_path):
         tty.until(r"again\r\n.+\r\n> ")
         tty.type("/stats\n")
         assert "4 turns" in tty.until(r"tokens/s.*> ")
+        time.sleep(0.3)  # readline shows the prompt just before it listens
         tty.type("\x03")  # at the prompt: it does not leave
         tty.until(r"Ctrl-D.*> ")
         tty.type("\x04")
