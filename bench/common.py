@@ -208,10 +208,6 @@ def compete(args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Name
         for w in workers[first:] + workers[:first]:
             w.timed_round()
     load.append(os.getloadavg())
-    for w in workers:
-        w.process.stdin.close()
-        w.process.wait()
-
     m = workers[0].about["machine"]
     print(f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['cpu_capability']}; torch "
           f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds; load average "
@@ -229,3 +225,7 @@ def compete(args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Name
         record = {"benchmark": Path(sys.argv[0]).stem, "time": time.time(), "options": options, "machine": m,
                   "load_before_and_after": load, "contenders": found, "skipped": skipped}  # fmt: skip
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for w in workers:
+        w.process.stdin.close()  # the end of its input ends a worker; all of them at once, as it can take seconds
+    for w in workers:
+        w.process.wait()
