@@ -50,18 +50,17 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values k, v (n_layer, B, K, max_T, D) of what was read so far, preallocated. It holds no position: the
-    caller says where a piece of text starts, and taking back a turn is a smaller number."""
+    """Keys and values k, v (n_layer, B, K, block_size, D) of what was read so far. It holds no position: the caller
+    says where a piece of text starts, and taking back a turn is a smaller number."""
 
-    def __init__(self, config: GPTConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, max_len, config.n_embd // config.n_head)
-        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
+    def __init__(self, c: GPTConfig, batch: int, weight: Tensor):
+        shape = (c.n_layer, batch, c.n_kv_head or c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.k, self.v = weight.new_zeros(2, *shape)
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of positions start..start+T; return those of positions 0..start+T."""
         end = start + k.size(2)
-        self.k[layer, :, :, start:end] = k
-        self.v[layer, :, :, start:end] = v
+        self.k[layer, :, :, start:end], self.v[layer, :, :, start:end] = k, v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
@@ -156,10 +155,9 @@ class Context:
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer = layer
+        self.layer, self.drop = layer, nn.Dropout(config.dropout)
         self.norm1, self.attn = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
-        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         x = x + self.drop(self.attn(self.norm1(x), ctx, self.layer))
@@ -206,7 +204,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.vocab_size > 0, "GPTConfig.vocab_size must be set before the model is built"
-        self.config = config
+        self.config, self.softmax_slice = config, softmax_slice
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
         self.drop = nn.Dropout(config.dropout)
@@ -215,7 +213,6 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
-        self.softmax_slice = softmax_slice
         self.init_weights()
 
     @torch.no_grad()
@@ -228,10 +225,9 @@ class GPT(nn.Module):
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
-    def new_cache(self, batch: int = 1, max_len: int = 0, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache of max_len positions (0 = block_size), beside the weights and in their precision."""
-        w = self.wte.weight
-        return KVCache(self.config, batch, max_len or self.config.block_size, w.device, dtype or w.dtype)
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty cache of block_size positions, beside the weights and in their precision."""
+        return KVCache(self.config, batch, self.wte.weight.detach())
 
     def trunk(
         self, idx: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, start: int = 0
@@ -242,8 +238,7 @@ class GPT(nn.Module):
         its beginning. cache: keys and values of positions 0..start, to which these are added."""
         T = idx.size(1)
         assert start + T <= self.config.block_size, f"{start + T} tokens exceed block_size={self.config.block_size}"
-        position = torch.arange(start, start + T, device=idx.device)
-        mask = None
+        position, mask = torch.arange(start, start + T, device=idx.device), None
         if segments is not None:
             begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
             position = position - torch.where(begins, position, 0).cummax(dim=1).values  # (B, T)
@@ -282,9 +277,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
-        c = self.config
         matrices = sum(p.numel() for m in (self.blocks, self.lm_head) for p in m.parameters() if p.dim() == 2)
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
 
 class GPTClassifier(nn.Module):

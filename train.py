@@ -45,7 +45,7 @@ class TrainSettings:
     save_every: int = 100  # steps between checkpoints
     log_every: int = 10  # steps between records of the training loss
     keep: int = 2  # newest checkpoints kept, besides the best
-    resume: str = "auto"  # auto = continue this run if it has a checkpoint | never | PATH of a run or step folder
+    resume: str = "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
     prompts: list[str] = field(default_factory=lambda: ["你好", "How are you?"])  # answered at evaluation
     data: DataSettings = field(default_factory=DataSettings)  # the corpus
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)  # how text becomes tokens
@@ -56,8 +56,8 @@ class TrainSettings:
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
         problems = []
-        if Path(self.run).name != self.run or self.run in ("", "..", "."):
-            problems.append(f"run={self.run!r} must be a plain folder name; out_dir says where it lives")
+        if Path(self.run).name != self.run or self.run in ("", "..", ".") or self.run.startswith("step-"):
+            problems.append(f"run={self.run!r} must be a plain folder name (not step-...); out_dir says where it lives")
         for name in ("max_steps", "batch_tokens", "micro_batch", "eval_every", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
@@ -65,12 +65,12 @@ class TrainSettings:
 
 
 def starting_point(s: TrainSettings, run: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-    """The checkpoint to continue from, as `resume` asks."""
+    """The checkpoint to continue from, as `resume` asks: this run's own, or else the one it is to begin from."""
     if s.resume == "never":
         if any(run.glob("step-*")):
             raise UserError(f"{run} already holds checkpoints: choose another run=name, or delete the folder")
         return None
-    where = run if s.resume == "auto" else Path(s.resume)
+    where = run if s.resume == "auto" or any(run.glob("step-*")) else Path(s.resume)
     found = checkpoint.find(where, say)
     if found is None and s.resume != "auto":
         raise UserError(f"resume={s.resume}: there is no checkpoint in that folder")
@@ -125,6 +125,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
 
     resumed = starting_point(s, run, say)
+    if not world.agree(resumed.step if resumed else 0):
+        raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
     tokenizer = Tokenizer.load(resumed.run / "tokenizer.json") if resumed else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
     vocab = corpus.tokenizer.vocab_size
@@ -133,7 +135,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         raise UserError(f"model.vocab_size={s.model.vocab_size} is less than the tokenizer's {vocab}: use 0")
     identity = {
         "model": asdict(s.model), "tokenizer": corpus.tokenizer.hash, "data": corpus.fingerprint,
-        "seed": s.seed, "batch_tokens": s.batch_tokens,
+        "seed": s.seed, "batch_tokens": s.batch_tokens, "data.isolate": s.data.isolate, "optim.name": s.optim.name,
     }  # fmt: skip
 
     torch.manual_seed(s.seed)  # the same weights on every rank
@@ -169,8 +171,6 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     peak = dist.peak_flops(device)
     metrics = Metrics(run, world, step, s.max_steps)
     evaluated = {r["step"]: r["loss"] for r in metrics.read("val") if r["step"] <= step}
-    if not world.agree(step + len(evaluated)):
-        raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
 
     def save() -> None:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
@@ -180,19 +180,22 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     saved, fresh_tokens, began = step, 0, time.perf_counter()
     with StopRequest() as stop:
         while True:
-            last = step == s.max_steps
+            last = step >= s.max_steps
             if step > saved and (step % s.save_every == 0 or last):
                 save()  # before evaluating: whatever happens there, nothing is lost
                 saved, fresh_tokens, began = step, 0, time.perf_counter()
             if step not in evaluated and step and (step % s.eval_every == 0 or last):
                 result = evaluate(module, corpus, s, shares.micro, world, ctx)
-                metrics.log({"step": step, "split": "val", "tokens": tokens, **result})
+                if not math.isfinite(result["loss"]):
+                    raise UserError(f"the validation loss is {result['loss']} at step {step}: lower optim.lr")
                 if result["loss"] < min(evaluated.values(), default=math.inf):
                     if saved < step:
                         save()
                         saved = step
                     if world.main:
                         checkpoint.point(run, "best", step)
+                        checkpoint.prune(run, s.keep)
+                metrics.log({"step": step, "split": "val", "tokens": tokens, **result})
                 evaluated[step] = result["loss"]
                 with ctx:
                     answers = replies(module, corpus.tokenizer, s.prompts, s.sample)
@@ -204,7 +207,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             # all randomness is a function of (seed, step, rank): nothing to save, and resuming is exact
-            torch.manual_seed((s.seed * 1_000_003 + step) * 1_000_003 + world.rank)
+            torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + world.rank) % 2**63)
             batches = [corpus.train_batch(rows, s.seed) for rows in shares.of(step, world.rank)]
             targets, stopping = world.sum(sum(int((y != IGNORE).sum()) for _, y in batches), stop.signal > 0)
             if stopping:  # one rank got a signal: all stop here, together
@@ -218,14 +221,14 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                     scaler.scale(loss * (strategy.loss_scale / targets)).backward()
                 total += loss.detach()
             loss = world.sum(float(total))[0] / targets
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step + 1}; no update was made, the last checkpoint is step {saved}: "
-                    "lower optim.lr or raise optim.warmup, and continue"
-                )
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = strategy.clip(s.optim.clip)
+            norm = float(strategy.clip(s.optim.clip))
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):  # float16 skips such steps
+                raise UserError(
+                    f"at step {step + 1} the loss is {loss}, the norm of the gradient {norm}; no update was made, the "
+                    f"last checkpoint is step {saved}: lower optim.lr or raise optim.warmup, and continue"
+                )
             for optimizer in optimizers:
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
@@ -237,7 +240,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 speed = fresh_tokens / (time.perf_counter() - began)
                 mfu = {"mfu": speed / world.size * module.flops_per_token() / peak} if peak else {}
                 metrics.log({"step": step, "split": "train", "loss": loss, "tokens": tokens, "lr": lr,
-                             "grad_norm": float(norm), "tokens_per_second": speed, **mfu})  # fmt: skip
+                             "grad_norm": norm, "tokens_per_second": speed, **mfu})  # fmt: skip
                 fresh_tokens, began = 0, time.perf_counter()
         if step > saved:
             save()
@@ -251,16 +254,22 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask the loop to finish its step, save and leave; a second one ends at once."""
+    """SIGTERM and SIGINT ask the loop to finish its step, save and leave; a later one ends at once.
+
+    Not one that follows within two seconds: a scheduler and torchrun may each pass on the same request.
+    """
 
     def __enter__(self) -> "StopRequest":
-        self.signal = 0
+        self.signal, self.time = 0, 0.0
         self.before = {sig: signal.signal(sig, self.request) for sig in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def request(self, number: int, frame: object) -> None:
-        self.signal = number
-        self.__exit__()
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
+        elif time.monotonic() - self.time > 2:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *exc: object) -> None:
         for sig, handler in self.before.items():

@@ -1,11 +1,12 @@
-"""Pretrain this project and nanoGPT on the same text, on this machine, for the same time; compare held-out bits per byte.
+"""Pretrain this project and nanoGPT on the same text, machine and time; compare held-out bits per byte.
 
     python bench/real_run.py config/chat_zh.yaml --nanogpt PATH --minutes 30 [key=value ...]
 
-PATH is a checkout of nanoGPT. The settings file names the text and the shape of the model. Each contender is first timed
-for a few steps, then run with as many steps as fit into the minutes, so that both schedules end when the time does. Both
-train on the same dialogues and are judged on the same held-out ones. nanoGPT gets the recipe of its own
-config/train_shakespeare_char.py (characters, AdamW 1e-3), the same shape, tokens per step and torch.compile.
+PATH is a checkout of nanoGPT. The settings file names the text and the shape of the model. The two run side by side, each
+pinned to one half of the cores. Each is first timed for a few steps, then run with as many steps as fit into the minutes,
+so that both schedules end when the time does. Both train on the same dialogues and are judged on the same held-out ones.
+nanoGPT gets the recipe of its own config/train_shakespeare_char.py (characters, AdamW 1e-3), the same shape, tokens per
+step and torch.compile.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +33,19 @@ from smallgpt.corpus import _sources, held_out, read_dialogues  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
 
-def run(command: list[str], cwd: Path, log: Path) -> float:
-    """Run to the end, output into log (and on); wall seconds."""
+def run(command: list[str], cwd: Path, log: Path, half: int) -> float:
+    """Run to the end on one half of the cores, each line with its time into log; wall seconds."""
+    cores = sorted(os.sched_getaffinity(0))
+    cores = cores[half * len(cores) // 2 : (half + 1) * len(cores) // 2]
     start = time.perf_counter()
     with open(log, "w", encoding="utf-8") as out:
-        process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            ["taskset", "-c", ",".join(map(str, cores)), *command], cwd=cwd, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(len(cores)), "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
         for line in process.stdout:
-            stamp = time.perf_counter() - start
-            out.write(f"{stamp:.1f}\t{line}")
+            out.write(f"{time.perf_counter() - start:.1f}\t{line}")
             out.flush()
-            print(f"{stamp:7.1f}  {line}", end="", flush=True)
     if process.wait():
         raise SystemExit(f"{command} failed, see {log}")
     return time.perf_counter() - start
@@ -51,7 +56,7 @@ def ours(config: str, changes: list[str], minutes: float, out: Path) -> dict:
 
     def train(name: str, steps: int, *more: str) -> float:
         command = [sys.executable, "train.py", config, *changes, f"out_dir={out}", f"run={name}", f"max_steps={steps}"]
-        return run([*command, *more], ROOT, out / f"{name}.log")
+        return run([*command, *more], ROOT, out / f"{name}.log", half=0)
 
     shutil.rmtree(out / "timing", ignore_errors=True)
     train("timing", 30, "eval_every=1000000", "save_every=1000000", "data.eval_blocks=8", "compile=true")
@@ -95,7 +100,7 @@ def nanogpt(s: TrainSettings, checkout: Path, minutes: float, out: Path) -> dict
     def train_it(name: str, iters: int, eval_interval: int) -> float:
         arguments = {"max_iters": iters, "lr_decay_iters": iters, "out_dir": name, "eval_interval": eval_interval}
         command = [sys.executable, "train.py", *(f"--{k}={v}" for k, v in {**options, **arguments}.items())]
-        return run(command, copy, out / f"nanogpt-{name}.log")
+        return run(command, copy, out / f"nanogpt-{name}.log", half=1)
 
     train_it("timing", 30, 10**6)
     log = (out / "nanogpt-timing.log").read_text(encoding="utf-8")
@@ -138,7 +143,7 @@ def draw(result: dict, out: Path) -> None:
         final = result["ours" if name == "small-gpt" else "nanogpt"]["bits_per_byte"]
         x, y = [p["seconds"] / 60 for p in points], [p["bits_per_byte"] for p in points]
         ax.plot(x, y, marker="o", ms=3, label=f"{name}: {final:.3f} at the end")
-    ax.set(xlabel="minutes on this machine, start and compilation included", ylabel="held-out bits per byte")
+    ax.set(xlabel="minutes, start and compilation included", ylabel="held-out bits per byte")
     ax.set_ylim(top=min(4.0, ax.get_ylim()[1]))
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
@@ -156,8 +161,10 @@ def main() -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     s = settings.load(TrainSettings, [args.config, *args.changes])
-    mine = ours(args.config, args.changes, args.minutes, out)
-    theirs = nanogpt(s, args.nanogpt, args.minutes, out)
+    with ThreadPoolExecutor() as pool:
+        mine = pool.submit(ours, args.config, args.changes, args.minutes, out)
+        theirs = nanogpt(s, args.nanogpt.resolve(), args.minutes, out)
+        mine = mine.result()
     result = {"minutes": args.minutes, "cores": os.cpu_count(), "ours": mine, "nanogpt": theirs}
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     draw(result, out / "real_run.png")

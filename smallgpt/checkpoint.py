@@ -5,8 +5,8 @@
                                    /meta.json            model config, step, data; written last, lists every file
     checkpoints/<run>/latest, best                       names of step folders
 
-`state/` is written by torch.distributed.checkpoint through its safetensors storage: its default storage pickles. There
-is no random state in it, because the training loop derives all randomness from (seed, step, rank).
+`state/` is written by torch.distributed.checkpoint through its safetensors storage (the default one pickles). It holds
+no random state: the training loop derives all randomness from (seed, step, rank).
 """
 
 import json
@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -57,7 +58,7 @@ def damage(path: Path) -> str:
         files = {path / name: size for name, size in meta["files"].items()}
     except FileNotFoundError:
         return "it has no meta.json: the save was cut short"
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         return "its meta.json is unreadable"
     if meta.get("format") != FORMAT:
         return f"its format is {meta.get('format')}, this program reads {FORMAT}"
@@ -71,9 +72,8 @@ def damage(path: Path) -> str:
 def find(path: Path | str, say: Callable[[str], None] = print, prefer: str = "latest") -> Checkpoint | None:
     """The checkpoint at path: a step folder, or a run folder's `latest` (or `best`), else its newest whole one.
 
-    Damaged folders are named through say and passed over. None if the run has no checkpoint yet. UserError if there are
-    only damaged ones, or if a step folder that was asked for is damaged.
-    """
+    Damaged folders are named through say and passed over. None if the run has no checkpoint yet; UserError if it has
+    only damaged ones, or if a step folder that was asked for is damaged."""
     path = Path(path)
     if re.fullmatch(r"step-\d+", path.name):
         if problem := damage(path) if path.is_dir() else "there is no such folder":
@@ -94,7 +94,7 @@ def read_pointer(run: Path, name: str) -> Path | None:
     """The step folder that `latest` or `best` names; None if there is none. A pointer cannot lead out of the run."""
     try:
         target = (run / name).read_text(encoding="utf-8").strip()
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (OSError, UnicodeDecodeError):
         return None
     return run / target if re.fullmatch(r"step-\d+", target) else None
 
@@ -102,12 +102,8 @@ def read_pointer(run: Path, name: str) -> Path | None:
 def point(run: Path, name: str, step: int) -> None:
     """Make `latest` or `best` name the folder of this step, atomically."""
     tmp = run / f".{name}.tmp"
-    tmp.write_text(f"{step_name(step)}\n", encoding="utf-8")
+    tmp.write_text(f"step-{step:08d}\n", encoding="utf-8")
     os.replace(tmp, run / name)
-
-
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
@@ -123,12 +119,10 @@ def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[st
 
 
 def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, world: World, keep: int) -> None:
-    """Write step folder meta["step"], point `latest` to it, delete all but the newest `keep` and the best.
+    """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank must call it.
 
-    A collective: every rank must call it. If anything fails (a full disk) the older checkpoints are untouched, the
-    half-written folder is removed, and every rank raises UserError.
-    """
-    final = run / step_name(meta["step"])
+    If anything fails (a full disk) every rank raises UserError, and the older checkpoints are untouched."""
+    final = run / f"step-{meta['step']:08d}"
     tmp = run / f".{final.name}.tmp"
     error = ""
     try:
@@ -137,15 +131,15 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
             (tmp / "state").mkdir(parents=True)
     except OSError as e:
         error = str(e)
-    world.barrier()
+    failed = world.sum(bool(error))[0]  # all or none enter the collectives below
     full = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     try:
-        if not error:
+        if not failed:
             state = optimizer_tensors(module, optimizers)
             writer = dcp.HuggingFaceStorageWriter(str(tmp / "state"), save_distributed=True)
             with warnings.catch_warnings(action="ignore"):  # "assuming the intent is to save in a single process"
                 dcp.save(state, storage_writer=writer, no_dist=world.size == 1)
-        if world.main and not error:
+        if world.main and not failed:
             # named_parameters lists a tied matrix once, and safetensors wants each tensor once
             save_file({n: full[n].contiguous() for n, _ in module.named_parameters()}, tmp / "model.safetensors")
             publish(tmp, final, meta)
@@ -160,10 +154,15 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
             "The older checkpoints are intact: make room, then the same command continues from the last one"
         )
     if world.main:
-        kept = {read_pointer(run, "latest"), read_pointer(run, "best")}
-        for old in sorted(run.glob("step-*"))[:-keep]:
-            if old not in kept:
-                shutil.rmtree(old, ignore_errors=True)
+        prune(run, keep)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and those that `latest` and `best` name."""
+    kept = {read_pointer(run, "latest"), read_pointer(run, "best")}
+    for old in sorted(run.glob("step-*"))[:-keep]:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def publish(tmp: Path, final: Path, meta: dict) -> None:
@@ -188,9 +187,19 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Anything but safetensors, such as a pickle, is refused."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise UserError(f"{file} does not hold valid safetensors: {e}") from None
+
+
 def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
     """Put the saved weights into module; every name and shape must agree, or UserError says which do not."""
-    weights = load_file(checkpoint.path / "model.safetensors")
+    with reading(file := checkpoint.path / "model.safetensors"):
+        weights = load_file(file)
     wanted = {n: tuple(p.shape) for n, p in module.named_parameters()}
     found = {n: tuple(t.shape) for n, t in weights.items()}
     wrong = [n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n)]
@@ -206,10 +215,9 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimizer], world: World) -> None:
     """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
-    saved: set[str] = set()
-    for file in (checkpoint.path / "state").glob("*.safetensors"):
-        with safe_open(file, framework="pt") as f:
-            saved.update(f.keys())
+    with reading(folder := checkpoint.path / "state"):
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        saved = reader.read_metadata().state_dict_metadata.keys()
     names = {p: n for n, p in module.named_parameters()}
     targets: dict[str, torch.Tensor] = {}
     for o in optimizers:
@@ -217,9 +225,8 @@ def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[
             for key in (k.rpartition("/")[2] for k in saved if k.rpartition("/")[0] == names[p]):
                 like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
                 targets[f"{names[p]}/{key}"] = o.state[p][key] = like
-    if set(targets) != saved:
+    if targets.keys() != saved:
         raise UserError(f"the optimizer state in {checkpoint.path} belongs to another optimizer or other parameters")
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint.path / "state"))
     with warnings.catch_warnings(action="ignore"):
         dcp.load(targets, storage_reader=reader, no_dist=world.size == 1)
 
@@ -227,13 +234,9 @@ def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[
 def open_model(path: Path | str, model_class: type, config_class: type) -> tuple[Checkpoint, nn.Module, Tokenizer]:
     """The best (or the given) checkpoint at path as (checkpoint, model on the CPU, tokenizer); needs nothing else.
 
-    model_class(config_class(**fields)) must build the model; the fields come from the checkpoint.
-    """
-    if not Path(path).is_dir():
-        raise UserError(f"there is no checkpoint folder {path}")
-    found = find(path, prefer="best")
-    if found is None:
-        raise UserError(f"{path} holds no checkpoint (a step-... folder); train.py writes them")
+    model_class(config_class(**fields)) must build the model; the fields come from the checkpoint."""
+    if not Path(path).is_dir() or not (found := find(path, prefer="best")):
+        raise UserError(f"there is no checkpoint (a step-... folder, written by train.py) in {path}")
     tokenizer = Tokenizer.load(found.run / "tokenizer.json")
     if tokenizer.hash != found.meta["tokenizer"]:
         raise UserError(f"{found.run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with")
@@ -243,6 +246,5 @@ def open_model(path: Path | str, model_class: type, config_class: type) -> tuple
         raise UserError(f"{found.path} was written by another version of this program: {e}") from None
     if problems := config.check():
         raise UserError(f"the model settings in {found.path} are not valid: {'; '.join(problems)}")
-    module = model_class(config)
-    load_weights(found, module)
+    load_weights(found, module := model_class(config))
     return found, module, tokenizer

@@ -59,11 +59,6 @@ class World:
         """Whether all processes hold the same value. A collective."""
         return self.sum(value) == [value * self.size]
 
-    def barrier(self) -> None:
-        """Wait for all processes. A collective."""
-        if self.size > 1:
-            torch_dist.barrier()
-
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` = CUDA if there is a GPU, else Apple's MPS, else the CPU. UserError if the named device is not there."""

@@ -20,6 +20,7 @@ import io
 import os
 import sys
 import textwrap
+import time
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -33,9 +34,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+_ALTERNATIVES = (Literal, Union, UnionType)
 _Problem = tuple[str, str]  # the key or section it is about ("" if it may be any), and the message
 _Layer = tuple[str, dict, str | None]  # how its messages begin, its values, the value as typed
-_ALTERNATIVES = (Literal, Union, UnionType)
 
 
 class UserError(Exception):
@@ -49,10 +50,9 @@ class _Key(NamedTuple):
 
 
 def load(schema: type[T], argv: list[str] | None = None, doc: str | None = None) -> T:
-    """Settings from `argv` (default: this process's arguments): at most one YAML path, and key=value.
+    """Settings from `argv` (default: sys.argv[1:]): at most one YAML path, and key=value. UserError: all problems.
 
-    `-h` or `--help` anywhere prints `doc` and every key, and exits with status 0.
-    Raises UserError listing every problem found."""
+    `-h` or `--help` anywhere prints `doc` and every key, and exits with status 0."""
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
         print(_help(schema, doc), flush=True)  # flushed so that `--help | head` breaks the pipe inside `cli`
@@ -77,24 +77,26 @@ def write(settings: Any, path: str | Path) -> None:
 
 def cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with the status it returns; a UserError is one message and status 2."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ? on a console without Chinese, not the end of a run
     try:
         status = main()
         sys.stdout.flush()  # a reader that left (`| head`) shows here, not in a traceback at exit
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank of a torchrun job fails alike; one says so
-            print(f"error: {error}", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
         status = 130  # 128 + SIGINT, as a shell reports it; 141, below, is SIGPIPE
     except BrokenPipeError:
-        # what is still buffered goes nowhere: docs.python.org/3/library/signal.html#note-on-sigpipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still buffered goes
         status = 141
+    except (UserError, OSError) as error:
+        if (rank := os.environ.get("RANK", "0")) != "0":
+            time.sleep(2)  # mostly all ranks fail alike: then rank 0 says so, and torchrun ends this one meanwhile
+        print(f"error: {error}" if rank == "0" else f"(process {rank}: {error})", file=sys.stderr)
+        status = 2
     sys.exit(status)
 
 
 def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
-    """Lay files and key=value overrides over the schema's defaults; convert and check, or raise UserError."""
     problems: list[_Problem] = []
     if len(paths) > 1:
         problems.append(("", f"give one YAML file, not {', '.join(paths)} (settings are written key=value)"))
@@ -125,7 +127,6 @@ def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
 
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, _Key]]:
-    """Every full dotted key of a settings object, sections before what they hold."""
     hints = get_type_hints(type(section))
     for f in fields(section):
         value = getattr(section, f.name)

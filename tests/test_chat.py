@@ -110,8 +110,8 @@ def test_settings_in_a_file(run, model, tmp_path):
     "args, says",
     [
         ([], "which model?"),
-        (["/no/such/run"], "there is no checkpoint folder /no/such/run"),
-        (["{empty}"], "holds no checkpoint"),
+        (["/no/such/run"], "written by train.py) in /no/such/run"),
+        (["{empty}"], "there is no checkpoint"),
         (["{empty}/step-00000001"], "step-00000001"),
         (["{model}", "sample.top_p=2"], "top_p=2.0 must be in (0, 1]"),
         (["{model}", "device=cuda"], "GPU"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -219,8 +220,11 @@ def run(body: str, **env: str) -> subprocess.CompletedProcess:
 def test_cli_turns_the_end_of_main_into_an_exit_status():
     mistake = run("raise settings.UserError('no file x; give one')")
     assert (mistake.returncode, mistake.stderr) == (2, "error: no file x; give one\n")
+    # under torchrun all ranks mostly fail alike: rank 0 says so at once, the others only if they are still there then
+    start = time.monotonic()
     other_rank = run("raise settings.UserError('no file x')", RANK="1")
-    assert (other_rank.returncode, other_rank.stderr) == (2, "")
+    assert (other_rank.returncode, other_rank.stderr) == (2, "(process 1: no file x)\n")
+    assert time.monotonic() - start > 2
     interrupted = run("raise KeyboardInterrupt")
     assert (interrupted.returncode, interrupted.stderr) == (130, "")
     assert run("return 3").returncode == 3
