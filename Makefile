@@ -17,10 +17,8 @@ quickstart: $(VENV)/.installed
 	@$(PY) -m smallgpt.corpus embedded --to data
 	@$(PY) train.py config/quickstart.yaml
 	@$(PY) -m smallgpt.curves checkpoints/quickstart
-	@printf '你好\nWhat is your name?\nDo you like music?\n' | $(PY) chat.py checkpoints/quickstart --show
 	@echo
-	@echo "The loss curve: checkpoints/quickstart/curve.png"
-	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"
+	@echo "Talk to it:  $(PY) chat.py checkpoints/quickstart"
 
 test: $(VENV)/.installed lint
 	$(PY) -m pytest -q

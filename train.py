@@ -109,7 +109,9 @@ def evaluate(model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: dis
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
-def forward(model, x: torch.Tensor, y: torch.Tensor, corpus: Corpus, s: TrainSettings, device) -> torch.Tensor:
+def forward(
+    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, corpus: Corpus, s: TrainSettings, device: torch.device
+) -> torch.Tensor:
     """Summed loss of a micro-batch; with data.isolate each packed dialogue (each bos begins one) sees only itself."""
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
     segments = (x == corpus.tokenizer.bos).cumsum(1) if s.data.isolate else None
@@ -235,7 +237,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
             scaler.update()
 
             step, tokens, fresh_tokens = step + 1, tokens + s.batch_tokens, fresh_tokens + s.batch_tokens
-            metrics.step(loss)
+            metrics.step(loss, s.batch_tokens)
             if step % s.log_every == 0 or step == s.max_steps:
                 speed = fresh_tokens / (time.perf_counter() - began)
                 mfu = {"mfu": speed / world.size * module.flops_per_token() / peak} if peak else {}

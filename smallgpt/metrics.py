@@ -32,11 +32,12 @@ class Metrics:
         )
         self.began, self.first = time.monotonic(), step
 
-    def step(self, loss: float) -> None:
-        """One optimisation step done; moves the bar."""
+    def step(self, loss: float, tokens: int) -> None:
+        """One optimisation step of so many tokens is done: moves the bar."""
         if self.main:
+            speed = (self.bar.format_dict["rate"] or 0) * tokens
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
             self.bar.update()
-            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
     def log(self, record: dict) -> None:
         """Add a record with at least `step` and `split` to metrics.jsonl and TensorBoard, and show it."""

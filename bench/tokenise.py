@@ -1,0 +1,82 @@
+"""How fast a corpus becomes token files, and in how much memory.
+
+    python bench/tokenise.py data/*.txt [--megabytes 10 100]
+
+Makes a corpus of each size by repeating the dialogues of the files (a number before each first utterance keeps them
+apart), then times reading, splitting, encoding and writing, for a character and a BPE tokenizer that exist already.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from smallgpt.corpus import DataSettings, prepare  # noqa: E402
+from smallgpt.dialogues import read_dialogues  # noqa: E402
+from smallgpt.tokenizer import Tokenizer, TokenizerSettings, train  # noqa: E402
+
+
+def repeat(files: list[Path], size: int, out: Path) -> None:
+    """Write about `size` bytes of dialogues to out."""
+    dialogues = [turns for file in files for turns in read_dialogues(file)]
+    written, n = 0, 0
+    with open(out, "w", encoding="utf-8") as f:
+        while written < size:
+            turns = dialogues[n % len(dialogues)]
+            text = f"{n} " + "\n".join(turns) + "\n\n"
+            f.write(text)
+            written += len(text.encode())
+            n += 1
+
+
+def one(corpus: Path, tokenizer: Path, cache: Path) -> None:
+    """In a process of its own, so that the peak memory is this run's: print seconds and MiB."""
+    ready = Tokenizer.load(tokenizer)
+    start = time.perf_counter()
+    prepare(DataSettings(path=str(corpus), cache=str(cache)), ready, 256, quiet=True)
+    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    prepare(DataSettings(path=str(corpus), cache=str(cache)), ready, 256, quiet=True)
+    again = time.perf_counter() - start
+    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(seconds, again, *peaks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--megabytes", nargs="+", type=int, default=[10, 100])
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(*args.files)
+        return
+    print(f"{os.cpu_count()} cores\n\n| text | tokenizer | MB/s | later start, s | peak MiB: main, largest worker |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("char", "bpe"):
+            tokenizer = Path(folder) / f"{kind}.json"
+            texts = (turn for file in args.files for turns in read_dialogues(file) for turn in turns)
+            train(TokenizerSettings(kind), texts).save(tokenizer)
+            for megabytes in args.megabytes:
+                corpus = Path(folder) / f"{megabytes}.txt"
+                if not corpus.exists():
+                    repeat(args.files, megabytes * 10**6, corpus)
+                arguments = [str(corpus), str(tokenizer), f"{folder}/cache-{kind}-{megabytes}"]
+                out = subprocess.run(
+                    [sys.executable, __file__, "--one", *arguments], capture_output=True, text=True, check=True
+                ).stdout
+                seconds, again, main_peak, worker_peak = map(float, out.split())
+                speed = corpus.stat().st_size / 1e6 / seconds
+                row = (f"{megabytes} MB", kind, f"{speed:.1f}", f"{again:.3f}", f"{main_peak:.0f}, {worker_peak:.0f}")
+                print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
