@@ -124,8 +124,8 @@ def line_editing(history: Path) -> None:
         import atexit
         import readline
 
-        if history.exists():
-            readline.read_history_file(history)
+        history.touch(mode=0o600)  # nobody else's to read
+        readline.read_history_file(history)
         readline.set_history_length(1000)
         atexit.register(readline.write_history_file, history)
     except (ImportError, OSError):

@@ -176,12 +176,12 @@ def softmax_slice(logits: Tensor, targets: Tensor, acc: torch.dtype) -> tuple[Te
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time: its logits become their own
-    gradient while they are in the cache, and (N, V) never exists, in no precision (the idea of Liger-Kernel).
+    gradient while they are in the cache, and of a large (N, V) only a slice ever exists (the idea of Liger-Kernel).
     h (N, C), weight (V, C), targets (N,); returns a float32 (or float64) scalar."""
 
     @staticmethod
     def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax) -> Tensor:
-        rows = max(64, (2**22 if h.device.type == "cpu" else 2**27) // weight.size(0))
+        rows = max(64, (2**22 if h.device.type == "cpu" else 2**25) // weight.size(0))
         acc = torch.float64 if h.dtype == torch.float64 else torch.float32
         w, total = weight.to(dtype), torch.zeros((), device=h.device, dtype=acc)
         grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight, dtype=acc)

@@ -138,6 +138,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     identity = {
         "model": asdict(s.model), "tokenizer": corpus.tokenizer.hash, "data": corpus.fingerprint,
         "seed": s.seed, "batch_tokens": s.batch_tokens, "data.isolate": s.data.isolate, "optim.name": s.optim.name,
+        **{f"tokenizer.{key}": value for key, value in asdict(s.tokenizer).items()},
     }  # fmt: skip
 
     torch.manual_seed(s.seed)  # the same weights on every rank
@@ -170,16 +171,22 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         f"torch.compile {'on' if compiled else 'off'}: {why_compiled}")  # fmt: skip
 
     ctx = dist.autocast(device, dtype)
-    peak = dist.peak_flops(device)
+    peak = dist.peak_flops(device) if dtype in (torch.bfloat16, torch.float16) else 0.0
     metrics = Metrics(run, world, step, s.max_steps)
     evaluated = {r["step"]: r["loss"] for r in metrics.read("val") if r["step"] <= step}
+    if not world.agree(len(evaluated)):
+        raise UserError(f"the processes see different metrics in {run}: it must be a folder that all machines share")
 
     def save() -> None:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         meta = {"step": step, "tokens": tokens, **identity, "scaler": scaler.state_dict(), "versions": versions}
         checkpoint.save(run, module, optimizers, meta, world, s.keep)
 
-    saved, fresh_tokens, began = step, 0, time.perf_counter()
+    def load(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        batches = [corpus.train_batch(rows, s.seed) for rows in shares.of(step, world.rank)]
+        return [(x.pin_memory(), y.pin_memory()) for x, y in batches] if device.type == "cuda" else batches
+
+    saved, fresh_tokens, began, batches = step, 0, time.perf_counter(), load(step)
     with StopRequest() as stop:
         while True:
             last = step >= s.max_steps
@@ -199,7 +206,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                         checkpoint.prune(run, s.keep)
                 metrics.log({"step": step, "split": "val", "tokens": tokens, **result})
                 evaluated[step] = result["loss"]
-                with ctx:
+                # the cache's growing shapes would compile again and again, and mark the training shapes as dynamic
+                with ctx, torch.compiler.set_stance("force_eager"):
                     answers = replies(module, corpus.tokenizer, s.prompts, s.sample)
                 pairs = zip(s.prompts, answers, strict=True)
                 metrics.text("replies", "\n".join(f"  {q} → {a}" for q, a in pairs), step)
@@ -210,7 +218,6 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             # all randomness is a function of (seed, step, rank): nothing to save, and resuming is exact
             torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + world.rank) % 2**63)
-            batches = [corpus.train_batch(rows, s.seed) for rows in shares.of(step, world.rank)]
             targets, stopping = world.sum(sum(int((y != IGNORE).sum()) for _, y in batches), stop.signal > 0)
             if stopping:  # one rank got a signal: all stop here, together
                 break
@@ -222,6 +229,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                         loss = forward(strategy.model, x, y, corpus, s, device)
                     scaler.scale(loss * (strategy.loss_scale / targets)).backward()
                 total += loss.detach()
+            batches = load(step + 1)  # while a GPU is still computing
             loss = world.sum(float(total))[0] / targets
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
@@ -232,7 +240,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                     f"last checkpoint is step {saved}: lower optim.lr or raise optim.warmup, and continue"
                 )
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                if math.isfinite(norm):  # float16: clipping by an infinite norm has ruined every gradient
+                    scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
             scaler.update()
 

@@ -131,6 +131,9 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
             (tmp / "state").mkdir(parents=True)
     except OSError as e:
         error = str(e)
+    world.sum(0)  # the folder is there now, for every process that shares it
+    if not error and not (tmp / "state").is_dir():
+        error = f"process {world.rank} does not see {run}, a folder that all machines must share"
     failed = world.sum(bool(error))[0]  # all or none enter the collectives below
     full = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     try:
@@ -147,12 +150,9 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
     except (OSError, SafetensorError, CheckpointException) as e:
         error = " ".join(str(e).split())[-300:]
     if world.sum(bool(error))[0]:
-        if world.main:
-            shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(
-            f"could not save {final} ({error or 'another process failed'}); is the disk full? "
-            "The older checkpoints are intact: make room, then the same command continues from the last one"
-        )
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise UserError(f"could not save {final} ({error or 'another process failed'}); is the disk full? The older "
+                        "checkpoints are intact: make room, then the same command continues from the last")  # fmt: skip
     if world.main:
         prune(run, keep)
 
@@ -192,8 +192,8 @@ def reading(file: Path) -> Iterator[None]:
     """Anything but safetensors, such as a pickle, is refused."""
     try:
         yield
-    except SafetensorError as e:
-        raise UserError(f"{file} does not hold valid safetensors: {e}") from None
+    except (SafetensorError, CheckpointException) as e:
+        raise UserError(f"{file} does not hold valid safetensors: {' '.join(str(e).split())[-300:]}") from None
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
@@ -227,7 +227,7 @@ def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[
                 targets[f"{names[p]}/{key}"] = o.state[p][key] = like
     if targets.keys() != saved:
         raise UserError(f"the optimizer state in {checkpoint.path} belongs to another optimizer or other parameters")
-    with warnings.catch_warnings(action="ignore"):
+    with reading(folder), warnings.catch_warnings(action="ignore"):
         dcp.load(targets, storage_reader=reader, no_dist=world.size == 1)
 
 

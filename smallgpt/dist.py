@@ -7,11 +7,13 @@ chooses the GPU.
 import importlib.util
 import os
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
@@ -27,8 +29,8 @@ DTYPES = {
 
 # dense bf16 tensor-core peaks, vendors' data sheets
 PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "GH200": 989e12, "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12,
+    "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "GH200": 989e12, "H20": 148e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
 
 
@@ -112,6 +114,8 @@ def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, s
         return False, "the package triton is missing"
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
         return False, "there is no C++ compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False, "Python's header files are missing (python3-dev)"
     if device.type == "cpu" and steps < 500:
         return False, "a run of under 500 steps ends before compiling (about 20 s) pays"
     return True, "a long run"
@@ -127,8 +131,9 @@ def peak_flops(device: torch.device) -> float:
     """Peak bf16 FLOP/s of a known GPU, 0.0 otherwise."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return max((flops for key, flops in PEAK_FLOPS.items() if key in name), default=0.0)
+    words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
+    known = [key for key in PEAK_FLOPS if words.issuperset(key.split())]
+    return PEAK_FLOPS[max(known, key=len)] if known else 0.0
 
 
 @contextmanager
@@ -146,6 +151,10 @@ def start(device: str) -> Iterator[World]:
     if missing:
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start the script with torchrun")
     local_rank = int(env["LOCAL_RANK"])
+    if device == "mps":
+        raise UserError("device=mps works in one process only: start without torchrun, or use device=cpu")
+    if device == "auto" and not torch.cuda.is_available():
+        device = "cpu"
     where = choose_device(device, local_rank)
     if where.type == "cuda":
         torch.cuda.set_device(where)

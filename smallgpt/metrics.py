@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -44,7 +45,9 @@ class Metrics:
         if not self.main:
             return
         record = {**record, "time": time.time()}
-        self.file.write(json.dumps(record) + "\n")
+        # JSON knows no infinity: the norm of a skipped float16 step is written as null
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         for key, value in record.items():
             if isinstance(value, int | float) and key not in ("step", "time"):

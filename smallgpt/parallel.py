@@ -8,6 +8,7 @@ synchronised gradient to be that of the global mean. A later strategy (FSDP, ten
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +74,7 @@ class DDP(Single):
     def __init__(self, module: nn.Module, world: World):
         super().__init__(module, world)
         self.loss_scale = float(world.size)  # DDP averages over processes, the step wants the sum
+        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in two at the edge of a bucket
         ids = [world.device.index] if world.device.type == "cuda" else None
         self.model = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 

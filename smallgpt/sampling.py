@@ -1,5 +1,6 @@
 """Turning scores into text: choosing a token, and a conversation whose history stays in the KV cache."""
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,12 @@ def pick(logits: Tensor, seen: list[int], s: SampleSettings, generator: torch.Ge
         ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0
         probs = torch.zeros_like(probs).scatter(0, order, ordered)
     return int(torch.multinomial(probs, 1, generator=generator))
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and other control characters: an utterance is a line, and a model that learned a
+    terminal's escape sequences must not play with it."""
+    return "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 class Conversation:
@@ -139,9 +146,9 @@ class Conversation:
                     break
                 self.ids.append(token)
                 self.reply_tokens += 1
-                if piece := stream.push(token):
+                if piece := one_line(stream.push(token)):
                     yield piece
-            if piece := stream.flush():
+            if piece := one_line(stream.flush()):
                 yield piece
         finally:
             self.ids.append(t.sep)
