@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from smallgpt.sampling import Conversation, SampleSettings, pick, replies
+from smallgpt.sampling import Conversation, SampleSettings, one_line, pick, replies
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer, TokenizerSettings, train
 
 torch.set_num_threads(1)  # tensors this small gain nothing from more, and wait for them on a busy machine
@@ -390,3 +390,8 @@ def test_undo_after_the_cut_keeps_a_well_formed_history():
             history = [*talk.ids, *t.encode(text), t.sep]
             if len(history) <= 36 - 1:  # nothing more to cut
                 assert exchange(talk, text) == t.decode(naive_reply(model, history))
+
+
+def test_a_reply_is_one_line_and_no_command_to_the_terminal():
+    """A byte-level model can say anything, a terminal's escape sequences included; and a reply is one line."""
+    assert one_line("a\x1b[2Jb\nc\td é 你 👨‍👩‍👧") == "a [2Jb c d é 你 👨‍👩‍👧"

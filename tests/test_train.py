@@ -251,6 +251,25 @@ def bad_files(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / f"{name}.txt" for name in contents}
 
 
+def test_bfloat16_trains_and_talks(tmp_path, tiny, run):
+    """Autocast: weights and optimizer in float32, matrix products in bf16, a float32 cache under bf16 attention."""
+    for dtype in ("float32", "bfloat16"):
+        assert run("train", tiny(tmp_path, run=dtype, dtype=dtype)).status == 0
+    exact, low = (losses(tmp_path / dtype, "train") for dtype in ("float32", "bfloat16"))
+    assert low != exact and all(low[step] == pytest.approx(exact[step], rel=0.02) for step in exact)
+
+
+def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, tiny):
+    """The slowest test: torch.compile takes half a minute even here. Evaluations and replies come in between."""
+    for mode in ("true", "false"):
+        args = tiny(tmp_path, run=mode, compile=mode, max_steps=4, eval_every=2, model__n_layer=2)
+        done = subprocess.run(command(args), env=ENV, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode()
+    for split in ("train", "val"):
+        compiled, eager = (losses(tmp_path / mode, split) for mode in ("true", "false"))
+        assert compiled == pytest.approx(eager, rel=1e-4)
+
+
 @pytest.mark.parametrize("argument, says", MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_mistakes(tmp_path, tiny, run, bad_files, argument, says):
     message = mistake(run("train", [*tiny(tmp_path / "out", run="r"), argument.format(**bad_files)]))
@@ -281,6 +300,7 @@ def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny)
         ("batch_tokens=512", "batch_tokens was 256 and is now 512"),
         ("seed=1", "seed was 0 and is now 1"),
         ("optim.name=muon", "optim"),
+        ("tokenizer.min_count=3", "tokenizer.min_count was 2 and is now 3"),
         ("resume=never", "already holds checkpoints"),
     ],
 )
