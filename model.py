@@ -275,11 +275,6 @@ class GPT(nn.Module):
             block.compile()
         self.softmax_slice = torch.compile(softmax_slice)
 
-    def flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
-        matrices = sum(p.numel() for m in (self.blocks, self.lm_head) for p in m.parameters() if p.dim() == 2)
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-
 
 class GPTClassifier(nn.Module):
     """A GPT's trunk and a linear head on one hidden state per text."""

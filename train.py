@@ -23,7 +23,7 @@ from model import GPT, IGNORE, GPTConfig
 from smallgpt import checkpoint, dist, parallel, settings
 from smallgpt.batches import Corpus
 from smallgpt.corpus import DataSettings, prepare
-from smallgpt.metrics import Metrics
+from smallgpt.metrics import Metrics, flops_per_token
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import UserError
@@ -249,7 +249,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
             metrics.step(loss, s.batch_tokens)
             if step % s.log_every == 0 or step == s.max_steps:
                 speed = fresh_tokens / (time.perf_counter() - began)
-                mfu = {"mfu": speed / world.size * module.flops_per_token() / peak} if peak else {}
+                mfu = {"mfu": speed / world.size * flops_per_token(module) / peak} if peak else {}
                 metrics.log({"step": step, "split": "train", "loss": loss, "tokens": tokens, "lr": lr,
                              "grad_norm": norm, "tokens_per_second": speed, **mfu})  # fmt: skip
                 fresh_tokens, began = 0, time.perf_counter()

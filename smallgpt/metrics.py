@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch.nn as nn
 from tqdm import tqdm
 
 from smallgpt.dist import World
@@ -90,6 +91,13 @@ class Metrics:
             self.bar.close()
             self.file.close()
             self.board.close()
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
+    c = model.config
+    matrices = sum(p.numel() for part in (model.blocks, model.lm_head) for p in part.parameters() if p.dim() == 2)
+    return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def drop_partial_line(path: Path) -> None:
