@@ -166,7 +166,7 @@ def test_the_cached_conversation_says_what_an_uncached_model_says(parts):
     for text in TEXTS:
         history += [*TOKENIZER.encode(text), TOKENIZER.sep]
         said = naive_reply(model, history)
-        assert exchange(talk, text) == TOKENIZER.decode(said)
+        assert exchange(talk, text) == one_line(TOKENIZER.decode(said))
         history += [*said, TOKENIZER.sep]
         assert talk.ids == history
         lengths.add(len(said))
@@ -273,9 +273,9 @@ def test_a_reply_that_nobody_listens_to_any_more_is_closed():
     pieces = [next(stream), next(stream), next(stream)]
     stream.close()
     assert talk.ids[-1] == TOKENIZER.sep
-    assert TOKENIZER.decode(talk.ids[talk.turns[-1] :]).startswith("".join(pieces))
+    assert one_line(TOKENIZER.decode(talk.ids[talk.turns[-1] :])).startswith("".join(pieces))
     history = [*talk.ids, *TOKENIZER.encode("x"), TOKENIZER.sep]
-    assert exchange(talk, "x") == TOKENIZER.decode(naive_reply(model, history))
+    assert exchange(talk, "x") == one_line(TOKENIZER.decode(naive_reply(model, history)))
 
 
 def test_an_interrupt_inside_the_model_leaves_a_usable_conversation():
@@ -291,7 +291,7 @@ def test_an_interrupt_inside_the_model_leaves_a_usable_conversation():
         exchange(talk, "x")
     model.trunk = trunk
     history = [*talk.ids, *TOKENIZER.encode("好"), TOKENIZER.sep]
-    assert exchange(talk, "好") == TOKENIZER.decode(naive_reply(model, history))
+    assert exchange(talk, "好") == one_line(TOKENIZER.decode(naive_reply(model, history)))
 
 
 def test_undo_returns_to_the_state_before():
@@ -341,7 +341,7 @@ def test_whole_oldest_turns_go_when_the_history_outgrows_the_block():
         reply = talk.ids[talk.turns[-1] :]
         said += reply
         assert len(talk.ids) <= 48
-        assert reply[:-1] == naive_reply(model, history)[: len(reply) - 1] and "".join(pieces) == t.decode(reply)
+        assert reply[:-1] == naive_reply(model, history)[: len(reply) - 1] and "".join(pieces) == one_line(t.decode(reply))
     assert len(said) > 5 * 48
 
 
@@ -376,7 +376,7 @@ def test_a_single_turn_longer_than_the_block_keeps_its_end():
     assert history[0] == t.bos and history[-1] == t.sep and len(history) + GREEDY.max_tokens <= 48
     assert len(history) > 30 and text.endswith(t.decode(history))
     said = talk.ids[talk.turns[-1] : -1]
-    assert said == naive_reply(model, history)[: len(said)] and reply == t.decode(said)
+    assert said == naive_reply(model, history)[: len(said)] and reply == one_line(t.decode(said))
     assert exchange(talk, "x"), "and the conversation goes on"
 
 
@@ -389,7 +389,7 @@ def test_undo_after_the_cut_keeps_a_well_formed_history():
             assert talk.ids[0] == t.bos and talk.ids[-1] in (t.bos, t.sep)
             history = [*talk.ids, *t.encode(text), t.sep]
             if len(history) <= 36 - 1:  # nothing more to cut
-                assert exchange(talk, text) == t.decode(naive_reply(model, history))
+                assert exchange(talk, text) == one_line(t.decode(naive_reply(model, history)))
 
 
 def test_a_reply_is_one_line_and_no_command_to_the_terminal():
