@@ -341,7 +341,8 @@ def test_whole_oldest_turns_go_when_the_history_outgrows_the_block():
         reply = talk.ids[talk.turns[-1] :]
         said += reply
         assert len(talk.ids) <= 48
-        assert reply[:-1] == naive_reply(model, history)[: len(reply) - 1] and "".join(pieces) == one_line(t.decode(reply))
+        assert reply[:-1] == naive_reply(model, history)[: len(reply) - 1]
+        assert "".join(pieces) == one_line(t.decode(reply))
     assert len(said) > 5 * 48
 
 
