@@ -23,7 +23,7 @@ from model import GPT, IGNORE, GPTConfig
 from smallgpt import checkpoint, dist, parallel, settings
 from smallgpt.batches import Corpus
 from smallgpt.corpus import DataSettings, prepare
-from smallgpt.metrics import Metrics, flops_per_token
+from smallgpt.metrics import Metrics, flops_per_token, read
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import UserError
@@ -66,11 +66,12 @@ class TrainSettings:
 
 def starting_point(s: TrainSettings, run: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
     """The checkpoint to continue from, as `resume` asks: this run's own, or else the one it is to begin from."""
+    own = any(run.glob("step-*"))
     if s.resume == "never":
-        if any(run.glob("step-*")):
+        if own:
             raise UserError(f"{run} already holds checkpoints: choose another run=name, or delete the folder")
         return None
-    where = run if s.resume == "auto" or any(run.glob("step-*")) else Path(s.resume)
+    where = run if s.resume == "auto" or own else Path(s.resume)
     found = checkpoint.find(where, say)
     if found is None and s.resume != "auto":
         raise UserError(f"resume={s.resume}: there is no checkpoint in that folder")
@@ -127,7 +128,9 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
 
     resumed = starting_point(s, run, say)
-    if not world.agree(resumed.step if resumed else 0):
+    step, tokens = (resumed.step, resumed.meta["tokens"]) if resumed else (0, 0)
+    evaluated = {r["step"]: r["loss"] for r in read(run, "val") if r["step"] <= step}
+    if not world.agree(step, len(evaluated)):
         raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
     tokenizer = Tokenizer.load(resumed.run / "tokenizer.json") if resumed else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
@@ -145,13 +148,11 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     module = GPT(s.model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     optimizers = make_optimizers(module, s.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, tokens = 0, 0
     if resumed:
         check_same(resumed.meta, identity, resumed.path)
         checkpoint.load_weights(resumed, module)
         checkpoint.load_optimizers(resumed, module, optimizers, world)
         scaler.load_state_dict(resumed.meta["scaler"])
-        step, tokens = resumed.step, resumed.meta["tokens"]
     strategy = strategy_for(module, world)
     if compiled:
         module.compile_parts()
@@ -173,14 +174,15 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     ctx = dist.autocast(device, dtype)
     peak = dist.peak_flops(device) if dtype in (torch.bfloat16, torch.float16) else 0.0
     metrics = Metrics(run, world, step, s.max_steps)
-    evaluated = {r["step"]: r["loss"] for r in metrics.read("val") if r["step"] <= step}
-    if not world.agree(len(evaluated)):
-        raise UserError(f"the processes see different metrics in {run}: it must be a folder that all machines share")
 
     def save() -> None:
+        nonlocal saved
+        if saved == step:
+            return
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         meta = {"step": step, "tokens": tokens, **identity, "scaler": scaler.state_dict(), "versions": versions}
         checkpoint.save(run, module, optimizers, meta, world, s.keep)
+        saved = step
 
     def load(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         batches = [corpus.train_batch(rows, s.seed) for rows in shares.of(step, world.rank)]
@@ -190,17 +192,15 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     with StopRequest() as stop:
         while True:
             last = step >= s.max_steps
-            if step > saved and (step % s.save_every == 0 or last):
+            if step % s.save_every == 0 or last:
                 save()  # before evaluating: whatever happens there, nothing is lost
-                saved, fresh_tokens, began = step, 0, time.perf_counter()
+                fresh_tokens, began = 0, time.perf_counter()
             if step not in evaluated and step and (step % s.eval_every == 0 or last):
                 result = evaluate(module, corpus, s, shares.micro, world, ctx)
                 if not math.isfinite(result["loss"]):
                     raise UserError(f"the validation loss is {result['loss']} at step {step}: lower optim.lr")
                 if result["loss"] < min(evaluated.values(), default=math.inf):
-                    if saved < step:
-                        save()
-                        saved = step
+                    save()
                     if world.main:
                         checkpoint.point(run, "best", step)
                         checkpoint.prune(run, s.keep)
@@ -253,8 +253,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 metrics.log({"step": step, "split": "train", "loss": loss, "tokens": tokens, "lr": lr,
                              "grad_norm": norm, "tokens_per_second": speed, **mfu})  # fmt: skip
                 fresh_tokens, began = 0, time.perf_counter()
-        if step > saved:
-            save()
+        save()
     metrics.close()
     if step < s.max_steps:
         say(f"stopped by a signal after step {step}, saved in {run}; the same command continues")

@@ -1,6 +1,6 @@
 """Pretrain this project and nanoGPT on the same text, machine and time; compare held-out bits per byte.
 
-    python bench/real_run.py config/chat_zh.yaml --nanogpt PATH --minutes 30 [key=value ...]
+    python bench/real_run.py config/chat_zh.yaml [key=value ...] --nanogpt PATH --minutes 30
 
 PATH is a checkout of nanoGPT. The settings file names the text and the shape of the model. The two run side by side,
 each pinned to one half of the cores. Each is first timed for a few steps, then run with as many steps as fit into the

@@ -57,9 +57,9 @@ class World:
         torch_dist.all_reduce(t)
         return t.tolist()
 
-    def agree(self, value: float) -> bool:
-        """Whether all processes hold the same value. A collective."""
-        return self.sum(value) == [value * self.size]
+    def agree(self, *values: float) -> bool:
+        """Whether all processes hold the same values. A collective."""
+        return self.sum(*values) == [value * self.size for value in values]
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -165,7 +165,7 @@ def start(device: str) -> Iterator[World]:
             backend, timeout=timedelta(minutes=30), device_id=where if backend == "nccl" else None
         )
     world = World(int(env["RANK"]), local_rank, int(env["WORLD_SIZE"]), where)
-    if world.sum(1.0) != [float(world.size)]:  # a self-test: a wrong network set-up shows here, not in the middle
+    if not world.agree(1.0):  # a self-test: a wrong network set-up shows here, not in the middle
         raise UserError("not all processes answer: check the master address, the firewall and NCCL_SOCKET_IFNAME")
     yield world
     torch_dist.destroy_process_group()

@@ -20,7 +20,7 @@ class Metrics:
     """
 
     def __init__(self, run: Path, world: World, step: int, max_steps: int):
-        self.run, self.main, self.max_steps = run, world.main, max_steps
+        self.main, self.max_steps = world.main, max_steps
         if not self.main:
             return
         from torch.utils.tensorboard import SummaryWriter  # 0.4 s to import: only where it is used
@@ -81,10 +81,6 @@ class Metrics:
             self.board.add_text(tag, text.replace("\n", "  \n"), step)
             self.say(text)
 
-    def read(self, split: str) -> list[dict]:
-        """`read` of this run; no records before its first line. For every rank."""
-        return read(self.run, split)
-
     def close(self) -> None:
         """Finish the bar and the files."""
         if self.main:
@@ -109,7 +105,7 @@ def drop_partial_line(path: Path) -> None:
 
 
 def read(run: Path | str, split: str) -> list[dict]:
-    """The records of a split, one per step (the last one written), in order of steps."""
+    """The records of a split, one per step (the last one written), in order of steps; none before the first line."""
     path = Path(run) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
