@@ -38,12 +38,11 @@ class GPTConfig:
     def check(self) -> list[str]:
         """Problems with these settings, in plain words; empty when there are none."""
         heads, kv = max(1, self.n_head), self.n_kv_head or max(1, self.n_head)
-        sizes = {name: getattr(self, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
-        wrong = {f"{name}={size} must be at least 1": size < 1 for name, size in sizes.items()} | {
+        sizes, size = ("block_size", "n_layer", "n_head", "n_embd"), self.n_embd // heads
+        wrong = {f"{name}={getattr(self, name)} must be at least 1": getattr(self, name) < 1 for name in sizes} | {
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % heads,
             f"n_head={self.n_head} is not divisible by n_kv_head={kv}": kv < 1 or heads % kv,
-            f"rotary positions need an even head size, n_embd/n_head is {self.n_embd // heads}": self.pos == "rope"
-            and self.n_embd // heads % 2,
+            f"rotary positions need an even head size, n_embd/n_head is {size}": size % 2 and self.pos == "rope",
             f"dropout={self.dropout} must be in [0, 1)": not 0.0 <= self.dropout < 1.0,
         }
         return [problem for problem, found in wrong.items() if found]
@@ -72,9 +71,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    if config.norm == "layernorm":
-        return nn.LayerNorm(config.n_embd, bias=config.bias)
-    return RMSNorm(config.n_embd, eps=1e-6)
+    rms = config.norm == "rmsnorm"
+    return RMSNorm(config.n_embd, eps=1e-6) if rms else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -129,8 +127,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        hidden = 64 * math.ceil(config.n_embd / 24) if config.mlp == "swiglu" else 4 * config.n_embd
-        self.kind = config.mlp
+        self.kind, C = config.mlp, config.n_embd
+        hidden = 64 * math.ceil(C / 24) if self.kind == "swiglu" else 4 * C
         self.fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
         self.proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
@@ -230,44 +228,43 @@ class GPT(nn.Module):
         return KVCache(self.config, batch, self.wte.weight.detach())
 
     def trunk(
-        self, idx: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, start: int = 0
-    ) -> Tensor:
-        """Hidden states (B, T, C) after the final norm, of tokens idx (B, T) at positions start..start+T.
-
-        segments (B, T): numbers of the texts packed into a row; a position sees only its own text, and counts from
-        its beginning. cache: keys and values of positions 0..start, to which these are added."""
-        T = idx.size(1)
-        assert start + T <= self.config.block_size, f"{start + T} tokens exceed block_size={self.config.block_size}"
-        position, mask = torch.arange(start, start + T, device=idx.device), None
+        self, x: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, start: int = 0,
+        layers: slice = slice(None), norm: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states (B, T, C) after the final norm, of tokens x (B, T) at positions start..start+T. segments
+        (B, T): numbers of the texts packed into a row; a position sees only its own text, and counts from its beginning.
+        cache: keys and values of positions 0..start, to which these are added. layers, norm: only some blocks, without
+        the norm; x may be the hidden states (B, T, C) that go into them."""
+        c, T = self.config, x.size(1)
+        assert start + T <= c.block_size, f"{start + T} tokens exceed block_size={c.block_size}"
+        position, mask = torch.arange(start, start + T, device=x.device), None
         if segments is not None:
             begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
             position = position - torch.where(begins, position, 0).cummax(dim=1).values  # (B, T)
             mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
         elif cache is not None and start > 0 and T > 1:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=idx.device).tril(start)[None, None]
-        x, turn = self.wte(idx), None
-        if self.wpe is not None:
-            x = x + self.wpe(position)
-        else:  # (1 or B, 1, T, D): the same for all heads
-            position = position.view(-1, 1, T)
-            turn = rotary(position, self.config.n_embd // self.config.n_head, self.config.rope_base)
-        x, ctx = self.drop(x), Context(turn, mask, cache, start)
-        for block in self.blocks:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None]
+        if x.dim() == 2:
+            x = self.drop(self.wte(x) if self.wpe is None else self.wte(x) + self.wpe(position))
+        # (1 or B, 1, T, D): the same for all heads
+        turn = rotary(position.view(-1, 1, T), c.n_embd // c.n_head, c.rope_base) if self.wpe is None else None
+        ctx = Context(turn, mask, cache, start)
+        for block in self.blocks[layers]:
             x = block(x, ctx)
-        return self.norm(x)
+        return self.norm(x) if norm else x
+
+    def loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """SUM of the token losses in nats of targets (B, T), IGNORE where there is none, given the hidden states h. The
+        caller divides once by the valid targets of the whole step, so that padding, packing, accumulation and the
+        number of processes cannot bias the mean."""
+        kind, weight = h.device.type, self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), dtype, self.softmax_slice)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V); or, given targets (B, T), IGNORE where there is none, the SUM of the token losses in nats.
-
-        A sum: the caller divides once by the valid targets of the whole step, so that padding, packing, accumulation
-        and the number of processes cannot bias the mean."""
+        """Logits (B, T, V); or, given targets (B, T), their summed loss."""
         h = self.trunk(idx, segments)
-        if targets is None:
-            return self.lm_head(h)
-        kind = h.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.lm_head.weight.dtype
-        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
-        return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), dtype, self.softmax_slice)
+        return self.lm_head(h) if targets is None else self.loss(h, targets)
 
     def compile_parts(self) -> None:
         """torch.compile, one block compiled once and used for all: a third of the whole model's compile time."""
@@ -277,18 +274,27 @@ class GPT(nn.Module):
 
 
 class GPTClassifier(nn.Module):
-    """A GPT's trunk and a linear head on one hidden state per text."""
+    """A GPT's trunk and a linear head on one hidden state per text: that of the last token, or the mean of all. mask:
+    of the real tokens; else padding is read like text to the end of the row, which must be block_size long."""
 
-    def __init__(self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last"):
+    def __init__(self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last", mask: bool = True):
         super().__init__()
-        self.gpt, self.pool = gpt, pool
+        self.gpt, self.pool, self.mask, self.first_block = gpt, pool, mask, 0  # trained from block 0 on
         self.head = nn.Linear(gpt.config.n_embd, n_classes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
-    def forward(self, idx: Tensor, lengths: Tensor) -> Tensor:
-        """Scores (B, n_classes) of texts idx (B, T), padded on the right, of which lengths (B,) are real.
+    def pooled(self, h: Tensor, lengths: Tensor) -> Tensor:
+        """The last real one of hidden states h (B, T, C), or their mean (B, C). What is padded changes neither."""
+        at, end = torch.arange(h.size(1), device=h.device), lengths[:, None] if self.mask else h.size(1)
+        keep = (at == end - 1 if self.pool == "last" else at < end).expand(h.shape[:2])  # (B, T)
+        return (h * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
 
-        Causal attention hides what is to the right, so padding cannot change the state that is pooled."""
-        h, at = self.gpt.trunk(idx), torch.arange(idx.size(1), device=idx.device)  # (B, T, C), (T,)
-        pooled = at == lengths[:, None] - 1 if self.pool == "last" else at < lengths[:, None]  # (B, T)
-        return self.head((h * pooled[..., None]).sum(1) / pooled.sum(1, keepdim=True))
+    def forward(self, x: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Scores (B, n_classes) of texts x (B, T), padded on the right, of which lengths (B,) are real; given targets
+        (B, T), also the summed language-model loss (Radford et al. 2018). x may be what the blocks below first_block
+        made of the texts, hidden states (B, T, C), or what is pooled of the last ones (B, C)."""
+        if (made := x.is_floating_point()) and x.dim() == 2:
+            return self.head(x)
+        h = self.gpt.trunk(x, layers=slice(self.first_block if made else 0, None))
+        scores = self.head(self.pooled(h, lengths))
+        return scores if targets is None else (scores, self.gpt.loss(h, targets))

@@ -13,14 +13,14 @@ import platform
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from model import GPT, IGNORE, GPTConfig
-from smallgpt import checkpoint, dist, parallel, settings
+from smallgpt import checkpoint, dist, parallel, runs, settings
 from smallgpt.batches import Corpus
 from smallgpt.corpus import DataSettings, prepare
 from smallgpt.metrics import Metrics, flops_per_token, read
@@ -46,6 +46,7 @@ class TrainSettings:
     log_every: int = 10  # steps between records of the training loss
     keep: int = 2  # newest checkpoints kept, besides the best
     resume: str = "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
+    init_from: str = ""  # run or step folder whose weights, shape and tokenizer a new run begins with
     prompts: list[str] = field(default_factory=lambda: ["你好", "How are you?"])  # answered at evaluation
     data: DataSettings = field(default_factory=DataSettings)  # the corpus
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)  # how text becomes tokens
@@ -55,39 +56,11 @@ class TrainSettings:
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
-        problems = []
-        if Path(self.run).name != self.run or self.run in ("", "..", ".") or self.run.startswith("step-"):
-            problems.append(f"run={self.run!r} must be a plain folder name (not step-...); out_dir says where it lives")
+        problems = runs.name_problems(self.run)
         for name in ("max_steps", "batch_tokens", "micro_batch", "eval_every", "save_every", "log_every", "keep"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
         return problems
-
-
-def starting_point(s: TrainSettings, run: Path, say: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-    """The checkpoint to continue from, as `resume` asks: this run's own, or else the one it is to begin from."""
-    own = any(run.glob("step-*"))
-    if s.resume == "never":
-        if own:
-            raise UserError(f"{run} already holds checkpoints: choose another run=name, or delete the folder")
-        return None
-    where = run if s.resume == "auto" or own else Path(s.resume)
-    found = checkpoint.find(where, say)
-    if found is None and s.resume != "auto":
-        raise UserError(f"resume={s.resume}: there is no checkpoint in that folder")
-    return found
-
-
-def check_same(meta: dict, now: dict, where: Path) -> None:
-    """A resumed run must be the same optimisation; the first difference is named."""
-    what = {"data": "the corpus (or its split) has changed: its fingerprint", "tokenizer": "the tokenizer's hash"}
-    then_flat, now_flat = ({**m, **{f"model.{k}": v for k, v in m["model"].items()}} for m in (meta, now))
-    for key in now_flat:
-        if key != "model" and then_flat.get(key) != now_flat[key]:
-            raise UserError(
-                f"cannot continue from {where}: {what.get(key, key)} was {then_flat.get(key)} and is now "
-                f"{now_flat[key]}; put it back, or start afresh with another run=name"
-            )
 
 
 @torch.no_grad()
@@ -127,12 +100,15 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     compiled, why_compiled = dist.choose_compile(s.compile, device, s.max_steps)
     shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
 
-    resumed = starting_point(s, run, say)
+    resumed = runs.starting_point(run, s.resume, say)
     step, tokens = (resumed.step, resumed.meta["tokens"]) if resumed else (0, 0)
     evaluated = {r["step"]: r["loss"] for r in read(run, "val") if r["step"] <= step}
     if not world.agree(step, len(evaluated)):
         raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
-    tokenizer = Tokenizer.load(resumed.run / "tokenizer.json") if resumed else s.tokenizer
+    begun = resumed or (runs.required(s.init_from) if s.init_from else None)
+    if s.init_from:  # continued pretraining: another corpus, the same shape
+        s.model = replace(runs.shape(begun, GPTConfig), dropout=s.model.dropout)
+    tokenizer = Tokenizer.load(begun.run / "tokenizer.json") if begun else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
     vocab = corpus.tokenizer.vocab_size
     s.model.vocab_size = s.model.vocab_size or 64 * math.ceil(vocab / 64)
@@ -149,8 +125,10 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     optimizers = make_optimizers(module, s.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if resumed:
-        check_same(resumed.meta, identity, resumed.path)
-        checkpoint.load_weights(resumed, module)
+        runs.check_same(resumed.meta, identity, resumed.path)
+    if begun:
+        checkpoint.load_weights(begun, module)
+    if resumed:
         checkpoint.load_optimizers(resumed, module, optimizers, world)
         scaler.load_state_dict(resumed.meta["scaler"])
     strategy = strategy_for(module, world)
@@ -189,7 +167,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         return [(x.pin_memory(), y.pin_memory()) for x, y in batches] if device.type == "cuda" else batches
 
     saved, fresh_tokens, began, batches = step, 0, time.perf_counter(), load(step)
-    with StopRequest() as stop:
+    with dist.StopRequest() as stop:
         while True:
             last = step >= s.max_steps
             if step % s.save_every == 0 or last:
@@ -202,8 +180,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 if result["loss"] < min(evaluated.values(), default=math.inf):
                     save()
                     if world.main:
-                        checkpoint.point(run, "best", step)
-                        checkpoint.prune(run, s.keep)
+                        runs.point(run, "best", step)
+                        runs.prune(run, s.keep)
                 metrics.log({"step": step, "split": "val", "tokens": tokens, **result})
                 evaluated[step] = result["loss"]
                 # the cache's growing shapes would compile again and again, and mark the training shapes as dynamic
@@ -261,29 +239,6 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     say(f"finished {step} steps, best validation loss {min(evaluated.values()):.4f}; "
         f"to talk to it: python chat.py {run}")  # fmt: skip
     return 0
-
-
-class StopRequest:
-    """SIGTERM and SIGINT ask the loop to finish its step, save and leave; a later one ends at once.
-
-    Not one that follows within two seconds: a scheduler and torchrun may each pass on the same request.
-    """
-
-    def __enter__(self) -> "StopRequest":
-        self.signal, self.time = 0, 0.0
-        self.before = {sig: signal.signal(sig, self.request) for sig in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def request(self, number: int, frame: object) -> None:
-        if not self.signal:
-            self.signal, self.time = number, time.monotonic()
-        elif time.monotonic() - self.time > 2:
-            self.__exit__()
-            signal.raise_signal(number)
-
-    def __exit__(self, *exc: object) -> None:
-        for sig, handler in self.before.items():
-            signal.signal(sig, handler)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """A well mixed hash of uint64: the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -23,11 +23,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> 31)
 
 
-def _key(seed: int, *parts: np.ndarray | int) -> np.ndarray:
+def key_of(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     """A uint64 for (seed, parts...), elementwise where a part is an array."""
     key = np.array([seed % 2**64], np.uint64)
     for part in parts:
-        key = _mix(key ^ np.asarray(part).astype(np.uint64))
+        key = mix(key ^ np.asarray(part).astype(np.uint64))
     return key
 
 
@@ -43,7 +43,7 @@ def permute(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     while len(todo):
         left, right = x[todo] >> half, x[todo] & (2**half - 1)
         for turn in range(6):
-            left, right = right, left ^ (_mix(right ^ _mix(key[todo] + np.uint64(turn))) & (2**half - 1))
+            left, right = right, left ^ (mix(right ^ mix(key[todo] + np.uint64(turn))) & (2**half - 1))
         x[todo] = (left << half) | right
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
@@ -87,14 +87,14 @@ class Corpus:
         An epoch visits its blocks in an order of its own, and every pass over a source shifts the block grid.
         """
         epoch, place = np.divmod(np.arange(indices.start, indices.stop, indices.step), self.blocks_per_epoch)
-        slot = permute(place, self.blocks_per_epoch, _key(seed, 0, epoch))
+        slot = permute(place, self.blocks_per_epoch, key_of(seed, 0, epoch))
         source = np.searchsorted(self._ends, slot, side="right")
         rows = np.empty((len(slot), self.block_size + 1), np.int64)
         for s in np.unique(source):
             mine, tokens, n, draws = source == s, self._train[s], self._n_blocks[s], self._draws[s]
             # the c-th draw ever from this source is block c % n of pass c // n: a weight of 0.5 takes turns
             passes, block = np.divmod(epoch[mine] * draws + slot[mine] - (self._ends[s] - draws), n)
-            key = _key(seed, 1 + s, passes)
+            key = key_of(seed, 1 + s, passes)
             start = permute(block, n, key) * self.block_size + (key % self.block_size).astype(np.int64)
             rows[mine] = tokens[(start[:, None] + np.arange(self.block_size + 1)) % len(tokens)]
         return self._inputs_and_targets(rows)

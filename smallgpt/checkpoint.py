@@ -3,7 +3,6 @@
     checkpoints/<run>/step-00001000/model.safetensors   full weights under clean names
                                    /state/*.safetensors  optimizer state, one file per process, reshardable
                                    /meta.json            model config, step, data; written last, lists every file
-    checkpoints/<run>/latest, best                       names of step folders
 
 `state/` is written by torch.distributed.checkpoint through its safetensors storage (the default one pickles). It holds
 no random state: the training loop derives all randomness from (seed, step, rank).
@@ -11,12 +10,10 @@ no random state: the training loop derives all randomness from (seed, step, rank
 
 import json
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,81 +26,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 
 from smallgpt.dist import World
+from smallgpt.runs import FORMAT, Checkpoint, point, prune, required, shape
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import Tokenizer
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One valid step folder and what its meta.json says."""
-
-    path: Path
-    meta: dict
-
-    @property
-    def run(self) -> Path:
-        return self.path.parent
-
-    @property
-    def step(self) -> int:
-        return self.meta["step"]
-
-
-def damage(path: Path) -> str:
-    """What is wrong with a step folder, in words; empty when nothing is."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        files = {path / name: size for name, size in meta["files"].items()}
-    except FileNotFoundError:
-        return "it has no meta.json: the save was cut short"
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return "its meta.json is unreadable"
-    if meta.get("format") != FORMAT:
-        return f"its format is {meta.get('format')}, this program reads {FORMAT}"
-    for file, size in files.items():
-        found = file.stat().st_size if file.is_file() else 0
-        if found != size:
-            return f"{file.relative_to(path)} has {found} bytes instead of {size}"
-    return ""
-
-
-def find(path: Path | str, say: Callable[[str], None] = print, prefer: str = "latest") -> Checkpoint | None:
-    """The checkpoint at path: a step folder, or a run folder's `latest` (or `best`), else its newest whole one.
-
-    Damaged folders are named through say and passed over. None if the run has no checkpoint yet; UserError if it has
-    only damaged ones, or if a step folder that was asked for is damaged."""
-    path = Path(path)
-    if re.fullmatch(r"step-\d+", path.name):
-        if problem := damage(path) if path.is_dir() else "there is no such folder":
-            raise UserError(f"cannot use the checkpoint {path}: {problem}")
-        return Checkpoint(path, json.loads((path / "meta.json").read_text(encoding="utf-8")))
-    steps = sorted((p for p in path.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), reverse=True)
-    pointed = read_pointer(path, prefer) or read_pointer(path, "latest")
-    for step in sorted(steps, key=lambda p: p != pointed):  # the one pointed to first, then newest to oldest
-        if not (problem := damage(step)):
-            return find(step)
-        say(f"passing over the damaged checkpoint {step}: {problem}")
-    if steps:
-        raise UserError(f"every checkpoint in {path} is damaged; start again with another run=name")
-    return None
-
-
-def read_pointer(run: Path, name: str) -> Path | None:
-    """The step folder that `latest` or `best` names; None if there is none. A pointer cannot lead out of the run."""
-    try:
-        target = (run / name).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return run / target if re.fullmatch(r"step-\d+", target) else None
-
-
-def point(run: Path, name: str, step: int) -> None:
-    """Make `latest` or `best` name the folder of this step, atomically."""
-    tmp = run / f".{name}.tmp"
-    tmp.write_text(f"step-{step:08d}\n", encoding="utf-8")
-    os.replace(tmp, run / name)
 
 
 def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
@@ -155,14 +80,6 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
                         "checkpoints are intact: make room, then the same command continues from the last")  # fmt: skip
     if world.main:
         prune(run, keep)
-
-
-def prune(run: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and those that `latest` and `best` name."""
-    kept = {read_pointer(run, "latest"), read_pointer(run, "best")}
-    for old in sorted(run.glob("step-*"))[:-keep]:
-        if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def publish(tmp: Path, final: Path, meta: dict) -> None:
@@ -231,20 +148,21 @@ def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[
         dcp.load(targets, storage_reader=reader, no_dist=world.size == 1)
 
 
+def tokenizer_of(found: Checkpoint) -> Tokenizer:
+    """The tokenizer saved with a checkpoint. UserError if it is not the one the model was trained with."""
+    tokenizer = Tokenizer.load(found.run / "tokenizer.json")
+    if tokenizer.hash != found.meta["tokenizer"]:
+        raise UserError(f"{found.run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with")
+    return tokenizer
+
+
 def open_model(path: Path | str, model_class: type, config_class: type) -> tuple[Checkpoint, nn.Module, Tokenizer]:
     """The best (or the given) checkpoint at path as (checkpoint, model on the CPU, tokenizer); needs nothing else.
 
     model_class(config_class(**fields)) must build the model; the fields come from the checkpoint."""
-    if not Path(path).is_dir() or not (found := find(path, prefer="best")):
-        raise UserError(f"there is no checkpoint (a step-... folder, written by train.py) in {path}")
-    tokenizer = Tokenizer.load(found.run / "tokenizer.json")
-    if tokenizer.hash != found.meta["tokenizer"]:
-        raise UserError(f"{found.run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with")
-    try:
-        config = config_class(**found.meta["model"])
-    except TypeError as e:
-        raise UserError(f"{found.path} was written by another version of this program: {e}") from None
-    if problems := config.check():
-        raise UserError(f"the model settings in {found.path} are not valid: {'; '.join(problems)}")
-    load_weights(found, module := model_class(config))
+    found = required(path)
+    if "head" in found.meta:
+        raise UserError(f"{path} is a classifier: use it with python classify.py {path} TEXT, or as a trunk")
+    tokenizer = tokenizer_of(found)
+    load_weights(found, module := model_class(shape(found, config_class)))
     return found, module, tokenizer

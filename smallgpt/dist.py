@@ -7,7 +7,9 @@ chooses the GPU.
 import importlib.util
 import os
 import shutil
+import signal
 import sysconfig
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,3 +172,25 @@ def start(device: str) -> Iterator[World]:
     yield world
     torch_dist.destroy_process_group()
 
+
+class StopRequest:
+    """SIGTERM and SIGINT ask the loop to finish its step, save and leave; a later one ends at once.
+
+    Not one that follows within two seconds: a scheduler and torchrun may each pass on the same request.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self.signal, self.time = 0, 0.0
+        self.before = {sig: signal.signal(sig, self.request) for sig in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def request(self, number: int, frame: object) -> None:
+        if not self.signal:
+            self.signal, self.time = number, time.monotonic()
+        elif time.monotonic() - self.time > 2:
+            self.__exit__()
+            signal.raise_signal(number)
+
+    def __exit__(self, *exc: object) -> None:
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)

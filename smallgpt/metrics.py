@@ -34,11 +34,11 @@ class Metrics:
         )
         self.began, self.first = time.monotonic(), step
 
-    def step(self, loss: float, tokens: int) -> None:
-        """One optimisation step of so many tokens is done: moves the bar."""
+    def step(self, loss: float, count: int, unit: str = "tokens") -> None:
+        """One optimisation step of so many tokens (or examples) is done: moves the bar."""
         if self.main:
-            speed = (self.bar.format_dict["rate"] or 0) * tokens
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            speed = (self.bar.format_dict["rate"] or 0) * count
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {unit}/s", refresh=False)
             self.bar.update()
 
     def log(self, record: dict) -> None:
@@ -60,8 +60,13 @@ class Metrics:
         parts = [f"step {r['step']}/{self.max_steps}", f"{r['split']} loss {r['loss']:.4f}"]
         if "bits_per_byte" in r:
             parts.append(f"{r['bits_per_byte']:.4f} bits/byte")
+        if "accuracy" in r:
+            parts.append(f"accuracy {r['accuracy']:.2%}")
+        if "macro_f1" in r:
+            parts.append(f"macro F1 {r['macro_f1']:.2%}")
         if "lr" in r:
-            parts += [f"lr {r['lr']:.2e}", f"norm {r['grad_norm']:.2f}", f"{r['tokens_per_second']:,.0f} tokens/s"]
+            unit = "examples" if "examples_per_second" in r else "tokens"
+            parts += [f"lr {r['lr']:.2e}", f"norm {r['grad_norm']:.2f}", f"{r[f'{unit}_per_second']:,.0f} {unit}/s"]
             if r.get("mfu"):
                 parts.append(f"mfu {r['mfu']:.1%}")
             done = r["step"] - self.first

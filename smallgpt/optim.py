@@ -1,6 +1,7 @@
 """Parameter groups, optimizers and the learning-rate schedule, a pure function of the step."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,34 +48,31 @@ def lr_factor(step: int, max_steps: int, s: OptimSettings) -> float:
     return s.min_lr + (1 - s.min_lr) * falling
 
 
-def make_optimizers(model: nn.Module, s: OptimSettings) -> list[Optimizer]:
+def make_optimizers(
+    model: nn.Module, s: OptimSettings, scale: Callable[[str], float] = lambda name: 1.0
+) -> list[Optimizer]:
     """AdamW for everything, or Muon (Jordan et al. 2024, PyTorch's own) for the matrices inside the blocks.
 
     Every trainable parameter is in exactly one group; frozen ones are in none. Each group keeps its peak rate in
-    `peak_lr`, which `set_lr` scales.
+    `peak_lr`, which `set_lr` scales: s.lr times scale(name of the parameter). A parameter with the attribute `no_decay`
+    is not decayed.
     """
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for n, p in trainable.items() if s.name == "muon" and p.dim() == 2 and "blocks." in n]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in trainable.values() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": s.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            muon = s.name == "muon" and p.dim() == 2 and "blocks." in name
+            decayed = p.dim() >= 2 and not hasattr(p, "no_decay")
+            groups.setdefault((muon, s.lr * scale(name), decayed), []).append(p)
+    adamw, muon = ([
+        {"params": params, "lr": lr, "peak_lr": lr, "weight_decay": s.weight_decay if decayed else 0.0}
+        for (is_muon, lr, decayed), params in groups.items() if is_muon == wanted
+    ] for wanted in (False, True))  # fmt: skip
     optimizers: list[Optimizer] = []
-    if rest:
-        groups = [g for g in groups if g["params"]]
-        optimizers.append(torch.optim.AdamW(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True))
-    if matrices:
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, lr=s.lr, betas=(s.beta1, s.beta2), fused=True))
+    if muon:
         # updates scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    grouped = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in trainable.values()), "every trainable parameter in one group"
-    for o in optimizers:
-        for g in o.param_groups:
-            g["peak_lr"] = g["lr"]
+        optimizers.append(torch.optim.Muon(muon, lr=s.lr, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 from conftest import losses, mistake, same_weights, steps
 
 from model import GPT, GPTConfig
-from smallgpt import checkpoint
+from smallgpt import checkpoint, runs
 from smallgpt.dist import World
 from smallgpt.settings import UserError
 
@@ -42,7 +42,7 @@ def test_round_trip(saved):
     module, optimizers = tiny_module()
     other = nn.Linear(8, 8)
     fresh = [torch.optim.AdamW(other.parameters(), lr=0.1)]
-    found = checkpoint.find(saved)
+    found = runs.find(saved)
     assert found.step == 3 and found.run == saved
     checkpoint.load_weights(found, other)
     checkpoint.load_optimizers(found, other, fresh, ONE)
@@ -56,9 +56,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
         if step == 2:
-            checkpoint.point(tmp_path, "best", 2)
+            runs.point(tmp_path, "best", 2)
     assert steps(tmp_path) == [2, 5, 6]
-    assert checkpoint.find(tmp_path).step == 6 and checkpoint.find(tmp_path, prefer="best").step == 2
+    assert runs.find(tmp_path).step == 6 and runs.find(tmp_path, prefer="best").step == 2
 
 
 def damage_model(step: Path) -> None:
@@ -85,44 +85,44 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, kind):
     spoil, says = DAMAGES[kind]
     spoil(saved / "step-00000003")
     said = []
-    assert checkpoint.find(saved, said.append).step == 2
+    assert runs.find(saved, said.append).step == 2
     assert len(said) == 1 and "step-00000003" in said[0] and says in said[0]
     with pytest.raises(UserError, match="cannot use the checkpoint .*step-00000003"):
-        checkpoint.find(saved / "step-00000003")
+        runs.find(saved / "step-00000003")
     for step in (1, 2):
         spoil(saved / f"step-0000000{step}")
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
-        checkpoint.find(saved, said.append)
+        runs.find(saved, said.append)
 
 
 @pytest.mark.parametrize("text", ["../../etc", "step-00000001/../..", "/etc", "step-1\n../x", "", "\x00", "step-"])
 def test_a_pointer_does_not_leave_the_run(saved, text):
     (saved / "latest").write_text(text, encoding="utf-8")
-    assert checkpoint.read_pointer(saved, "latest") is None
-    assert checkpoint.find(saved).step == 3  # the newest
+    assert runs.read_pointer(saved, "latest") is None
+    assert runs.find(saved).step == 3  # the newest
 
 
 def test_pointers_that_are_no_text(saved):
     (saved / "best").write_bytes(b"\xff\xfe")
-    assert checkpoint.find(saved, prefer="best").step == 3
+    assert runs.find(saved, prefer="best").step == 3
     (saved / "latest").unlink()
     (saved / "latest").mkdir()
-    assert checkpoint.find(saved).step == 3
+    assert runs.find(saved).step == 3
 
 
 def test_nothing_there(tmp_path):
-    assert checkpoint.find(tmp_path) is None and checkpoint.find(tmp_path / "none") is None
+    assert runs.find(tmp_path) is None and runs.find(tmp_path / "none") is None
 
 
 def test_weights_of_another_shape_are_refused(saved):
     with pytest.raises(UserError, match=r"2 tensors differ, for example bias is \(8,\) in the file and \(9,\)"):
-        checkpoint.load_weights(checkpoint.find(saved), tiny_module(9)[0])
+        checkpoint.load_weights(runs.find(saved), tiny_module(9)[0])
 
 
 def test_state_of_other_parameters_is_refused(saved):
     other = nn.Linear(8, 8, bias=False)
     with pytest.raises(UserError, match="belongs to another optimizer or other parameters"):
-        checkpoint.load_optimizers(checkpoint.find(saved), other, [torch.optim.AdamW(other.parameters())], ONE)
+        checkpoint.load_optimizers(runs.find(saved), other, [torch.optim.AdamW(other.parameters())], ONE)
 
 
 def test_a_full_disk_leaves_the_older_ones(saved, monkeypatch):
@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_older_ones(saved, monkeypatch):
             with pytest.raises(UserError, match="could not save .*step-00000004 .*No space left on device"):
                 save(saved, 4, keep=1)
         assert steps(saved) == [1, 2, 3] and not list(saved.glob(".step*"))
-        assert checkpoint.find(saved).step == 3
+        assert runs.find(saved).step == 3
 
 
 # --- through train.py -------------------------------------------------------------------------------------------------

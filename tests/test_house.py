@@ -71,6 +71,10 @@ def test_every_yaml_is_read_by_its_script(path):
     assert first.startswith("#") and script, f"{path.name} must begin with a comment that holds its command"
     if "chat.py" in first:
         from chat import ChatSettings as Schema
+    elif "sentiment_train.py" in first:
+        from sentiment_train import SentimentSettings as Schema
+    elif "sentiment_sweep.py" in first:
+        from sentiment_sweep import SweepSettings as Schema
     elif "train.py" in first or "train_fsdp.py" in first:
         from train import TrainSettings as Schema
     else:

@@ -1,0 +1,299 @@
+"""Fine-tune a pretrained GPT with a classification head, in one process or several (DDP).
+
+    python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh
+    torchrun --nproc_per_node=2 sentiment_train.py config/sentiment_sst2.yaml trunk=gpt2
+    python sentiment_train.py trunk=gpt2 data.path=my.csv data.text_column=review data.label_column=stars
+
+The same command again continues an interrupted run. The validation split chooses the checkpoint; the test split is
+read once, at the end, into checkpoints/<run>/report.md. Any setting can be changed as key=value, e.g. mask=false.
+"""
+
+import functools
+import math
+import platform
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import GPT, GPTClassifier, GPTConfig
+from smallgpt import checkpoint, dist, frozen, leaks, parallel, report, reviews, runs, settings
+from smallgpt.examples import Buckets, Inputs, encode, score, share
+from smallgpt.metrics import Metrics, read
+from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
+from smallgpt.sets import ReviewSettings
+from smallgpt.settings import UserError
+from smallgpt.trunks import grow, open_trunk
+
+
+@dataclass
+class SentimentSettings:
+    run: str = "sentiment"  # name of the run's folder under out_dir
+    out_dir: str = "checkpoints"  # where run folders live
+    seed: int = 0  # of the head, the order of the batches and dropout
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix products
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = no: every batch has a new shape
+    epochs: float = 3.0  # passes over the training examples
+    max_steps: int = 0  # optimisation steps instead of epochs; 0 = by epochs
+    batch_size: int = 32  # examples per step, over all processes
+    micro_tokens: int = 16384  # at most so many tokens per forward pass and process (memory)
+    eval_every: int = 0  # steps between evaluations; 0 = once an epoch
+    save_every: int = 0  # steps between checkpoints; 0 = at evaluations
+    log_every: int = 10  # steps between records of the training loss
+    patience: int = 0  # stop after so many evaluations without a better one; 0 = never
+    select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # of the validation split: what chooses the checkpoint
+    keep: int = 1  # newest checkpoints kept, besides the best
+    resume: str = "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
+    trunk: str = ""  # run or step folder of train.py | gpt2, gpt2-medium, ... or its folder | small-gpt's .pth
+    allow_leaks: bool = False  # go on although the trunk has read test texts (the result is then worth nothing)
+    mask: bool = True  # pool real tokens only; false = pad to block_size and read the padding like text
+    freeze: str = "none"  # none | trunk (train the head) | all_but_last:2 (train the last 2 blocks, norm and head)
+    pool: Literal["last", "mean"] = "last"  # hidden state that the head reads: the last token's, or the mean
+    block_size: int = 0  # longest text in tokens, longer ones lose their middle; 0 = the trunk's
+    dropout: float = 0.1  # in the trained part of the trunk
+    class_weights: Literal["none", "balanced"] = "none"  # balanced = each class counts the same in the loss
+    label_smoothing: float = 0.0  # share of the target spread over all classes
+    layer_decay: float = 1.0  # learning rate of a layer, as a fraction of the one above it
+    lm_weight: float = 0.0  # weight of the language-model loss beside the classification loss
+    cache_gb: float = 4.0  # memory for what the frozen part says of each example, computed once; 0 = every time
+    data: ReviewSettings = field(default_factory=ReviewSettings)  # the labelled set
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=3e-4, warmup=50, min_lr=0.0))  # optimizer
+
+    def check(self) -> list[str]:
+        """Problems with these settings, in plain words."""
+        problems = runs.name_problems(self.run)
+        for name in ("batch_size", "micro_tokens", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_steps", "eval_every", "save_every", "patience", "block_size", "lm_weight", "cache_gb"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)} must not be negative")
+        if not frozen.is_valid(self.freeze):
+            problems.append(f"freeze={self.freeze!r} must be none, trunk or all_but_last:K, such as all_but_last:2")
+        if self.freeze == "trunk" and self.lm_weight:
+            problems.append("lm_weight trains the trunk, and freeze=trunk forbids it: choose one")
+        if not (0 < self.epochs < math.inf and 0 <= self.label_smoothing < 1 and 0 < self.layer_decay <= 1):
+            problems.append("epochs must be positive, label_smoothing in [0, 1), layer_decay in (0, 1]")
+        return problems
+
+
+def build(s: SentimentSettings, labels: list[str], say: Any) -> tuple[GPTClassifier, Any]:
+    """The classifier that the settings ask for, its trunk's weights loaded; and the trunk."""
+    if not s.trunk:
+        raise UserError("trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder or a small-gpt .pth")
+    trunk = open_trunk(s.trunk)
+    config = GPTConfig(**trunk.fields)
+    if s.block_size > config.block_size:
+        raise UserError(f"block_size={s.block_size} is more than the trunk's {config.block_size}")
+    rows = max(trunk.rows, 64 * math.ceil(trunk.tokenizer.vocab_size / 64))
+    config = replace(config, dropout=s.dropout, vocab_size=max(config.vocab_size, rows))
+    model = GPTClassifier(GPT(config), len(labels), s.pool, s.mask)
+    missing = model.gpt.load_state_dict(grow(trunk.weights, config.vocab_size), strict=False)
+    assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys, missing
+
+    frozen.freeze(model, s.freeze, trunk.rows)
+    if not (s.lm_weight or config.tie_weights):
+        model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
+    return model, trunk
+
+
+def layer_scale(name: str, n_layer: int, decay: float) -> float:
+    """Learning rate of a parameter as a fraction of the head's (layer-wise decay, Howard and Ruder 2018)."""
+    if block := re.search(r"blocks\.(\d+)\.", name):
+        return decay ** (n_layer - int(block[1]))
+    return decay ** (n_layer + 1) if re.search(r"wte|wpe", name) else 1.0
+
+
+def finetune(s: SentimentSettings, world: dist.World) -> int:
+    """The whole run."""
+    say = print if world.main else lambda *_: None
+    device, run, cache = world.device, Path(s.out_dir) / s.run, Path(s.out_dir) / ".cache"
+    dtype, why = dist.choose_dtype(s.dtype, device)
+    ctx = dist.autocast(device, dtype)
+    started = time.time()
+
+    data = reviews.load(s.data)
+    torch.manual_seed(s.seed)  # the same head on every rank
+    model, trunk = build(s, data.labels, say)
+    model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32).train()
+    tests = [text for e in data.splits["test"] for text in e[:2] if text]
+    found, absent = leaks.search(tests, trunk.corpora, cache) if world.main else (0, [])
+    if (found := int(world.sum(found)[0])) and not s.allow_leaks:
+        raise UserError(f"{found} of {len(tests):,} test texts are in the text that {trunk.name} was pretrained on: "
+                        "take them out (`python -m smallgpt.reviews text` does), or set allow_leaks=true")  # fmt: skip
+    notes = [*data.notes, f"test texts found in the trunk's pretraining text: {found}"]
+    if absent or not trunk.corpora:
+        notes.append(f"not searched for test texts, being absent: {', '.join(absent) or 'the text of the trunk'}")
+
+    tokenizer, config = trunk.tokenizer, model.gpt.config
+    block_size = s.block_size or config.block_size
+    width = 0 if s.mask else block_size
+    prefix = [tokenizer.bos] if tokenizer.bos < trunk.rows else []  # GPT-2 never saw ours
+    splits = {k: encode(v, data.labels, tokenizer, block_size, prefix) for k, v in data.splits.items()}
+    notes += [f"{k}: {v.cut} texts have over {block_size} tokens and lose their middle" for k, v in splits.items()]
+    inputs = {k: Inputs(v, tokenizer.pad, width, device) for k, v in splits.items()}
+    train, buckets = inputs["train"], Buckets(splits["train"].lengths, s.batch_size, s.seed)
+    max_steps = s.max_steps or max(1, round(s.epochs * buckets.steps_per_epoch))
+    eval_every = s.eval_every or buckets.steps_per_epoch
+    weights = torch.ones(len(data.labels), device=device)
+    if s.class_weights == "balanced":
+        counts = np.bincount(splits["train"].labels, minlength=len(weights))
+        weights = torch.tensor(len(splits["train"].labels) / len(weights) / counts, device=device, dtype=torch.float32)
+
+    identity = {
+        "model": asdict(config), "tokenizer": tokenizer.hash, "data": data.fingerprint, "seed": s.seed,
+        "trunk": trunk.name,
+        "head": {"labels": data.labels, "pool": s.pool, "mask": s.mask, "block_size": block_size, "prefix": prefix,
+                 "rows": trunk.rows},
+        "freeze": s.freeze, "batch_size": s.batch_size, "optim.name": s.optim.name, "lm_weight": s.lm_weight,
+        "class_weights": s.class_weights, "label_smoothing": s.label_smoothing, "layer_decay": s.layer_decay,
+    }  # fmt: skip
+    optimizers = make_optimizers(model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    resumed, step = runs.starting_point(run, s.resume, say), 0
+    if resumed:
+        runs.check_same(resumed.meta, identity, resumed.path)
+        checkpoint.load_weights(resumed, model)
+        checkpoint.load_optimizers(resumed, model, optimizers, world)
+        scaler.load_state_dict(resumed.meta["scaler"])
+        step = resumed.step
+    evaluated = {r["step"]: r for r in read(run, "val") if r["step"] <= step}
+    if not world.agree(step, len(evaluated)):
+        raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
+    strategy = parallel.choose(model, world)
+    if s.compile == "true":
+        model.gpt.compile_parts()
+    if world.main:
+        run.mkdir(parents=True, exist_ok=True)
+        settings.write(s, run / "config.yaml")
+        tokenizer.save(run / "tokenizer.json")
+
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    say(f"run      {run}: " + (f"continuing from step {step} of {max_steps}" if step else f"{max_steps} steps"))
+    say(f"model    {trunk.name}, {total / 1e6:.1f}M parameters, {trainable:,} of them trained (freeze={s.freeze})")
+    counts = ", ".join(f"{len(data.splits[k]):,} {k}" for k in reviews.SPLITS)
+    say(f"data     {s.data.set}: {counts}; {', '.join(data.labels)}")
+    say(*(f"         {note}" for note in notes), sep="\n")
+    say(f"batch    {s.batch_size} examples, {buckets.steps_per_epoch} steps an epoch, {world.size} process(es)")
+    say(f"device   {device.type}, {strategy.name}; {str(dtype)[6:]}: {why}")
+
+    for split in ("train", "validation"):
+        if why := frozen.keep(model, inputs[split], ctx, s.micro_tokens, s.cache_gb, trunk.rows):
+            say(f"frozen   {split}: {why}")
+    metrics = Metrics(run, world, step, max_steps)
+
+    def quality(r: dict) -> tuple[float, float]:
+        return (-r["loss"] if s.select == "loss" else r[s.select], -r["loss"])
+
+    def save() -> None:
+        nonlocal saved
+        if saved != step:
+            versions = {"torch": torch.__version__, "python": platform.python_version()}
+            meta = {"step": step, **identity, "scaler": scaler.state_dict(), "versions": versions}
+            checkpoint.save(run, model, optimizers, meta, world, s.keep)
+            saved = step
+
+    saved, fresh, began = step, 0, time.perf_counter()
+    with dist.StopRequest() as stop:
+        while True:
+            last = step >= max_steps
+            if step and (last or step % (s.save_every or eval_every) == 0):
+                save()
+            if step and step not in evaluated and (last or step % eval_every == 0):
+                val = splits["validation"].labels
+                result = report.evaluate(score(model, inputs["validation"], world, ctx, s.micro_tokens), val)
+                if quality(result) > max(map(quality, evaluated.values()), default=(-math.inf,)):
+                    save()
+                    if world.main:
+                        runs.point(run, "best", step)
+                        runs.prune(run, s.keep)
+                metrics.log({"step": step, "split": "val", **result})
+                evaluated[step] = result
+                fresh, began = 0, time.perf_counter()
+            best = max(evaluated, key=lambda k: (*quality(evaluated[k]), -k), default=0)
+            if s.patience and sum(k > best for k in evaluated) >= s.patience:
+                say(f"no better validation {s.select} in {s.patience} evaluations: stopping after step {step}")
+                last = True
+            if last:
+                break
+
+            lr = set_lr(optimizers, lr_factor(step, max_steps, s.optim))
+            torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + world.rank) % 2**63)  # dropout, as in train.py
+            rows = buckets.of(step)
+            labels = torch.from_numpy(splits["train"].labels).to(device)
+            share_of = 1 / weights[labels[rows]].sum()  # examples of this step over all ranks, weighted
+            lm_share = s.lm_weight / max(1, int((buckets.lengths[rows] - 1).sum()))
+            parts = share(rows, width or int(buckets.lengths[rows].max()), world, s.micro_tokens)
+            nats, hits = 0.0, 0
+            for i, part in enumerate(parts):
+                here = 1.0 if len(part) else 0.0  # a rank without examples takes part in the collectives all the same
+                part = part if len(part) else rows[:1]
+                x, lengths = train.of(part)
+                targets = train.targets(part) if s.lm_weight else None
+                with strategy.accumulate(last=i == len(parts) - 1):
+                    with ctx:
+                        out = strategy.model(x, lengths, targets)
+                    scores, lm = out if s.lm_weight else (out, 0.0)
+                    y, loss_of = labels[part], functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
+                    loss = here * share_of * loss_of(scores.float(), y, weights, reduction="sum")
+                    scaler.scale((loss + here * lm_share * lm) * strategy.loss_scale).backward()
+                nats, hits = nats + float(loss.detach()), hits + here * int((scores.argmax(1) == y).sum())
+            nats, hits, stopping = world.sum(nats, hits, stop.signal > 0)
+            if stopping:
+                break
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = float(strategy.clip(s.optim.clip))
+            if not math.isfinite(nats) or not (math.isfinite(norm) or scaler.is_enabled()):
+                raise UserError(f"at step {step + 1} the loss is {nats}, the norm of the gradient {norm}; no update "
+                                f"was made, the last checkpoint is step {saved}: lower optim.lr")  # fmt: skip
+            for optimizer in optimizers:
+                if math.isfinite(norm):
+                    scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            step, fresh = step + 1, fresh + len(rows)
+            metrics.step(nats, len(rows), "examples")
+            if step % s.log_every == 0 or step == max_steps:
+                speed = fresh / (time.perf_counter() - began)
+                metrics.log({"step": step, "split": "train", "loss": nats, "accuracy": hits / len(rows), "lr": lr,
+                             "grad_norm": norm, "examples_per_second": speed})  # fmt: skip
+                fresh, began = 0, time.perf_counter()
+        if not last:
+            save()
+    metrics.close()
+    if not last:
+        say(f"stopped by a signal after step {step}, saved in {run}; the same command continues")
+        return 128 + (stop.signal or signal.SIGTERM)
+
+    checkpoint.load_weights(runs.required(run), model)
+    scores = score(model, inputs["test"], world, ctx, s.micro_tokens)
+    if world.main:
+        result = {
+            "set": s.data.set, "trunk": trunk.name, "mask": s.mask, "freeze": s.freeze, "pool": s.pool, "seed": s.seed,
+            "step": best, "select": s.select, "validation": evaluated[best],
+            "test": report.evaluate(scores, splits["test"].labels), "baselines": report.baselines(data, cache),
+            "examples": {k: len(v) for k, v in data.splits.items()}, "trainable": trainable,
+            "seconds": round(time.time() - started, 1), "notes": notes,
+        }  # fmt: skip
+        say("\n" + report.write(run, data.splits["test"], scores, splits["test"].labels, data.labels, result))
+        say(f"the report, its pictures and predictions.csv are in {run}; to use it: python classify.py {run} TEXT")
+    return 0
+
+
+def main() -> int:
+    s = settings.load(SentimentSettings, doc=__doc__)
+    with dist.start(s.device) as world:
+        return finetune(s, world)
+
+
+if __name__ == "__main__":
+    settings.cli(main)

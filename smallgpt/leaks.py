@@ -1,0 +1,105 @@
+"""Was a test text read in pretraining? Searches corpora for the texts of held-out examples."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from smallgpt.dialogues import read_dialogues
+
+WINDOW = 20  # letters and digits: a run that two Chinese texts hardly share by chance, about four English words
+
+
+@cache
+def _folding() -> np.ndarray:
+    """uint32 (0x110000,): code point -> its lower case; 0 for what is neither letter nor digit."""
+    table = np.zeros(0x110000, np.uint32)
+    for i in range(0x40000):  # Unicode has no letters beyond plane 3
+        if (c := chr(i)).isalnum():
+            table[i] = ord(low) if len(low := c.lower()) == 1 else i
+    return table
+
+
+def windows(text: str) -> np.ndarray:
+    """uint64 (n,): a hash of each run of WINDOW letters and digits of a text, whatever stands between them."""
+    folded = _folding()[np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)]
+    h = folded[folded > 0].astype(np.uint64)
+    if len(h) < WINDOW:
+        return h[:0]
+    # polynomial hash modulo 2**64 by doubling: runs of 1, 2, 4, 8, 16, and then 16 + 4 = 20
+    runs = {1: h}
+    for n in (1, 2, 4, 8):
+        runs[2 * n] = runs[n][:-n] + _power(n) * runs[n][n:]
+    return runs[16][:-4] + _power(16) * runs[4][16:]
+
+
+def _power(n: int) -> np.uint64:
+    return np.uint64(pow(0x9E3779B97F4A7C15, n, 2**64))
+
+
+class HeldOut:
+    """Texts that no corpus may hold."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        # every WINDOW-th run and the last one cover a text; a text shorter than a run is in half of all corpora
+        self.runs = [np.unique(np.append(w[::WINDOW], w[-1:])) for w in map(windows, texts) if len(w)]
+        self._all = np.unique(np.concatenate([*self.runs, np.zeros(0, np.uint64)]))
+        self._seen = np.zeros(len(self._all), bool)
+
+    def read(self, texts: Iterable[str]) -> None:
+        """Take note of what a corpus holds. Runs do not go over the end of a text."""
+        for chunk in _chunks(texts):
+            self._seen[self._hits(chunk)] = True
+
+    def touches(self, text: str) -> bool:
+        """Does this one text share a run with a held-out text?"""
+        return len(self._hits(text)) > 0
+
+    def _hits(self, text: str) -> np.ndarray:
+        """Places in _all of the runs of a text that are there."""
+        if not len(self._all):
+            return np.zeros(0, np.int64)
+        runs = windows(text)
+        at = np.searchsorted(self._all, runs).clip(max=len(self._all) - 1)
+        return at[self._all[at] == runs]
+
+    @property
+    def found(self) -> int:
+        """How many held-out texts were in what has been read, from beginning to end."""
+        return sum(bool(self._seen[np.searchsorted(self._all, runs)].all()) for runs in self.runs)
+
+
+def _chunks(texts: Iterable[str], size: int = 1 << 20) -> Iterator[str]:
+    """Texts joined, so that numpy has something to do; the joint is a letter that no text has."""
+    part: list[str] = []
+    length = 0
+    for text in texts:
+        part.append(text)
+        length += len(text)
+        if length > size:
+            yield "\U0003134A".join(part)
+            part, length = [], 0
+    yield "\U0003134A".join(part)
+
+
+def search(texts: list[str], corpora: list[str], cache: Path) -> tuple[int, list[str]]:
+    """How many of the texts stand in the corpora, from beginning to end, and which corpora are not there to be read.
+    What was found is kept in `cache`, by the texts and by the names, sizes and times of the files."""
+    files = [Path(c) for c in corpora if Path(c).is_file()]
+    missing = [c for c in corpora if not Path(c).is_file()]
+    stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    asked = repr((WINDOW, sorted(texts), stamps)).encode("utf-8", "replace")
+    kept = cache / f"leaks-{hashlib.blake2b(asked, digest_size=12).hexdigest()}.json"
+    if not kept.exists():
+        held = HeldOut(texts)
+        for file in tqdm(files, desc="looking for test texts", disable=None, leave=False):
+            held.read(turn for turns in read_dialogues(file, "replace") for turn in turns)
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(".tmp")  # a run that is killed here leaves no half number behind
+        temporary.write_text(json.dumps(held.found), encoding="utf-8")
+        temporary.replace(kept)
+    return json.loads(kept.read_text(encoding="utf-8")), missing

@@ -1,0 +1,206 @@
+"""Sentiment and sentence-pair sets -> labelled examples in three splits.
+
+    python -m smallgpt.reviews fetch sst2 --to data/            a public set, checksummed
+    python -m smallgpt.reviews stats chnsenticorp=data          what a set holds, and what was dropped from it
+    python -m smallgpt.reviews stats csv=my.tsv,text_column=review,label_column=stars
+    python -m smallgpt.reviews text sst2=data tweets=data --to data/x.txt    their training texts, to pretrain on
+
+A set's reader (sets.py) returns the splits it comes with. What it lacks is cut off here, by the text alone: so a text
+is on one side only, and no other setting changes which texts are the test.
+"""
+
+import argparse
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from smallgpt.leaks import HeldOut
+from smallgpt.sets import READERS, SOURCES, Example, ReviewSettings, Splits, fetch
+from smallgpt.settings import UserError, cli
+from smallgpt.settings import load as load_settings
+from smallgpt.tables import show
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Reviews:
+    """A set, ready for training: examples of train, validation and test, the names of the labels, what was done."""
+
+    splits: dict[str, list[Example]]
+    labels: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every example in its place."""
+        return hashlib.blake2b(repr((self.splits, self.labels)).encode(), digest_size=12).hexdigest()
+
+
+def load(s: ReviewSettings) -> Reviews:
+    """Read the set, drop what would falsify a result, cut off the splits it lacks. UserError if it cannot be used."""
+    notes: list[str] = []
+    splits = READERS[s.set](s)
+    for split, examples in splits.items():
+        # "none" and "null" may be names of labels; a table has nothing in a cell without a value, or pandas' nan
+        missing = [i for i, e in enumerate(examples, 1) if e.text.strip() and e.label.lower() in ("", "nan")]
+        if missing:
+            raise UserError(f"{len(missing)} example(s) of the {split} split have no label, the first is row "
+                            f"{missing[0]}: fill them in or remove them")  # fmt: skip
+        splits[split] = [e for e in examples if e.text.strip()]
+        if empty := len(examples) - len(splits[split]):
+            notes.append(f"{split}: dropped {empty} with an empty text")
+    if "test" not in splits:  # one table: each text once, then cut by the text
+        splits["train"] = once(splits["train"], notes)
+        cut(splits, "test", s.test_fraction, s.split_seed)
+    if "validation" not in splits:
+        cut(splits, "validation", s.val_fraction, s.split_seed + 1)
+        if s.set == "sst2":
+            whole_sentences(splits, notes)
+    for split, others in (("validation", ["test"]), ("train", ["validation", "test"])):
+        taken = {e.key for other in others for e in splits[other]}
+        kept = [e for e in splits[split] if e.key not in taken]
+        if len(kept) < len(splits[split]):
+            notes.append(f"{split}: dropped {len(splits[split]) - len(kept)} that are also in {' or '.join(others)}")
+        splits[split] = kept
+    splits["train"] = once(splits["train"], notes)
+    for split in SPLITS:
+        if not splits[split]:
+            raise UserError(f"the {split} split of {s.set} is empty ({'; '.join(notes) or 'too few rows'}): add some")
+    labels = label_names(splits)
+    if s.train_size:
+        if s.train_size > len(splits["train"]):
+            notes.append(f"train: there are {len(splits['train'])}, fewer than data.train_size={s.train_size}")
+        splits["train"] = sorted(splits["train"], key=lambda e: place(e, s.split_seed + 2))[: s.train_size]
+        if absent := set(labels) - {e.label for e in splits["train"]}:
+            raise UserError(f"data.train_size={s.train_size} leaves no example of the label {min(absent)!r}: raise it")
+    return Reviews(splits, labels, notes)
+
+
+def label_names(splits: Splits) -> list[str]:
+    """The labels of the training split, in the order of their numbers or names; the other splits must know no more."""
+    names = {e.label for e in splits["train"]}
+    labels = sorted(names, key=(lambda name: (float(name), name)) if all(map(is_number, names)) else None)
+    if len(labels) < 2:
+        raise UserError(f"all {len(splits['train'])} training examples have the label {labels[0]!r}: add others")
+    for split in SPLITS:
+        if unknown := sorted({e.label for e in splits[split]} - names):
+            raise UserError(f"the {split} split has the label {unknown[0]!r}, which no training example has "
+                            f"(they have {show(labels)}): correct it, or add examples of it")  # fmt: skip
+    return labels
+
+
+def is_number(name: str) -> bool:
+    return re.fullmatch(r"[+-]?\d+(\.\d+)?", name) is not None
+
+
+def place(example: Example, seed: int) -> float:
+    """A number in [0, 1) that depends on the text and the seed alone."""
+    digest = hashlib.blake2b(example.key.encode("utf-8", "replace"), digest_size=8, key=str(seed).encode())
+    return int.from_bytes(digest.digest(), "big") / 2**64
+
+
+def cut(splits: Splits, name: str, fraction: float, seed: int) -> None:
+    """Move about `fraction` of the training split, but at least one text, to a split of its own."""
+    places = [place(e, seed) for e in splits["train"]]
+    lowest = min(places, default=0.0)
+    sides: tuple[list[Example], list[Example]] = [], []
+    for e, at in zip(splits["train"], places, strict=True):
+        sides[at < fraction or at == lowest].append(e)
+    splits["train"], splits[name] = sides
+
+
+def once(examples: list[Example], notes: list[str]) -> list[Example]:
+    """Each text once, and none that has two labels."""
+    labels: dict[tuple[str, str], set[str]] = {}
+    for e in examples:
+        labels.setdefault(e[:2], set()).add(e.label)
+    kept = list({e[:2]: e for e in examples if len(labels[e[:2]]) == 1}.values())
+    torn = sum(len(labels[e[:2]]) > 1 for e in examples)
+    if torn:
+        notes.append(f"train: dropped {torn} whose text has more than one label")
+    if again := len(examples) - torn - len(kept):
+        notes.append(f"train: dropped {again} copies")
+    return kept
+
+
+def whole_sentences(splits: Splits, notes: list[str]) -> None:
+    """SST-2's training split holds phrases of its sentences. Phrases in the validation split would be parts of what is
+    trained on, and are no test of anything: keep whole sentences there, and no part of them in training."""
+    def spaced(e: Example) -> str:
+        return f" {' '.join(e.text.split())} "
+
+    # whether a candidate is a part of another phrase: compare it with those that hold its first three words
+    candidates = {spaced(e) for e in splits["validation"] if len(e.text.split()) >= 5}
+    around: dict[tuple[str, ...], list[str]] = {tuple(text.split()[:3]): [] for text in candidates}
+    for phrase in {spaced(e) for side in ("train", "validation") for e in splits[side]}:
+        words = phrase.split()
+        for three in {*zip(words, words[1:], words[2:], strict=False)} & around.keys():
+            around[three].append(phrase)
+    inner = {c for c in candidates if any(c in phrase and c != phrase for phrase in around[tuple(c.split()[:3])])}
+    whole = candidates - inner
+    wholes = [e for e in splits["validation"] if spaced(e) in whole]
+    parts = set()  # of three words or more
+    for words in (e.text.split() for e in wholes):
+        parts |= {f" {' '.join(words[i:j])} " for i in range(len(words)) for j in range(i + 3, len(words) + 1)}
+    held = set(wholes)
+    back = [e for e in splits["validation"] if e not in held]
+    train = [e for e in splits["train"] + back if spaced(e) not in parts]
+    dropped = len(splits["train"]) + len(back) - len(train)
+    notes.append(f"validation: {len(wholes)} whole sentences, held out with {dropped} training phrases, parts of them")
+    splits["train"], splits["validation"] = train, wholes
+
+
+def training_texts(sets: list[Reviews], to: Path) -> tuple[int, int]:
+    """Write the training texts of sets as a chat text file, one a dialogue, a pair as two utterances, to pretrain on.
+    Left out: copies of held-out texts of any of the sets, and what shares 39 letters in a row with one (or 20, by
+    chance: of each text HeldOut knows every 20th run of 20). Returns (written, left out)."""
+    out = [e for r in sets for split in ("validation", "test") for e in r.splits[split]]
+    held, keys = HeldOut(text for e in out for text in (e.text, e.pair)), {e.key for e in out}
+    examples = {e[:2]: e for r in sets for e in r.splits["train"]}.values()
+    kept = [e for e in examples if e.key not in keys and not held.touches(e.text) and not held.touches(e.pair)]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with open(to, "w", encoding="utf-8", newline="\n") as file:
+        for e in kept:
+            file.writelines(" ".join(text.split()) + "\n" for text in (e.text, e.pair) if text)
+            file.write("\n")
+    return len(kept), len(examples) - len(kept)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m smallgpt.reviews", description="Labelled sets.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    get = commands.add_parser("fetch", help="download a public set, checksummed")
+    get.add_argument("name", choices=SOURCES)
+    get.add_argument("--to", type=Path, default=Path("data"), help="folder to write into (data)")
+    known = "SET=PATH[,KEY=VALUE...], such as sst2=data or csv=my.csv,text_column=review; of: " + ", ".join(READERS)
+    stats = commands.add_parser("stats", help="count the examples of each split and label, and say what was dropped")
+    text = commands.add_parser("text", help="write the training texts of sets, without what their test splits hold")
+    for sub in (stats, text):
+        sub.add_argument("sets", nargs="+", metavar="SET=PATH", help=known)
+    text.add_argument("--to", type=Path, required=True, help="the chat text file to write")
+    args = parser.parse_args()
+    if args.command == "fetch":
+        print(*fetch(args.name, args.to), sep="\n")
+        return
+    sets = []
+    for entry in args.sets:
+        first, *more = re.split(r",(?=\w+=)", entry)
+        name, _, path = first.partition("=")
+        r = load(load_settings(ReviewSettings, [f"set={name}", *([f"path={path}"] if path else []), *more]))
+        sets.append(r)
+        for split in SPLITS:
+            counts = Counter(e.label for e in r.splits[split])
+            shares = ", ".join(f"{label} {counts[label]:,}" for label in r.labels)
+            print(f"{name:<16} {split:<11} {len(r.splits[split]):>7,}  {shares}")
+        for note in r.notes:
+            print(f"  {note}")
+    if args.command == "text":
+        written, left = training_texts(sets, args.to)
+        print(f"wrote {written:,} texts to {args.to}; left out {left:,} that share text with a held-out example")
+
+
+if __name__ == "__main__":
+    cli(main)
