@@ -19,8 +19,10 @@ quickstart: $(VENV)/.installed
 	@$(PY) -m smallgpt.curves checkpoints/quickstart
 	@for line in 你好 你喜欢音乐吗？ 'What is your name?'; do \
 		echo "> $$line"; echo "$$line" | $(PY) chat.py checkpoints/quickstart sample.temperature=0; done
+	@$(PY) sentiment_sweep.py config/quickstart_sweep.yaml
 	@echo
-	@echo "Talk to it:  $(PY) chat.py checkpoints/quickstart"
+	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"
+	@echo "Classify with:  $(PY) classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
 
 test: $(VENV)/.installed lint
 	$(PY) -m pytest -q

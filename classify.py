@@ -3,7 +3,7 @@
     python classify.py checkpoints/sentiment "房间很干净" "又脏又吵"
     python classify.py checkpoints/sentiment --file reviews.txt --json > labels.jsonl
     cat reviews.txt | python classify.py checkpoints/sentiment
-    python classify.py checkpoints/chat_zh "又脏又吵" --cloze neg=差 --cloze pos=好 --template "{text}很{word}。"
+    python classify.py checkpoints/chat_zh --cloze neg=差 --cloze pos=好 --template "{text}很{word}。" "又脏又吵"
 
 One text a line; a pair is two texts with a tab between them. Answers come in the order of the texts: label,
 probability, text, with tabs between; an empty line is answered by an empty label.
@@ -13,8 +13,8 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ Scorer = Callable[[list[str]], torch.Tensor]  # texts -> log-probabilities (N, l
 
 
 def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], Scorer]:
-    """The labels of a fine-tuned checkpoint, and what scores texts by it."""
+    """The labels of a fine-tuned checkpoint, and what scores texts by it, as sentiment_train.py scores the test."""
     found = runs.required(path)
     if not (head := found.meta.get("head")):
         raise UserError(f"{path} is a language model without a classification head: fine-tune it first (python "
@@ -39,19 +39,21 @@ def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[lis
     config, tokenizer = runs.shape(found, GPTConfig), checkpoint.tokenizer_of(found)
     model = GPTClassifier(GPT(config), len(head["labels"]), head["pool"], head["mask"])
     checkpoint.load_weights(found, model)
-    model = model.to(device, dtype).eval()
+    model = model.to(device).eval()
     size = head["block_size"]
+    width = 0 if head["mask"] else size
 
     @torch.inference_mode()
     def score(texts: list[str]) -> torch.Tensor:
-        pairs = [text.partition("\t")[::2] for text in texts]
-        ids = [encode_text(tokenizer, a, b.strip(), size, head["prefix"])[0] for a, b in pairs]
-        found = torch.empty(len(ids), len(head["labels"]))
-        width = 0 if head["mask"] else size
+        pairs = [[side.strip() for side in text.partition("\t")[::2]] for text in texts]
+        ids = [encode_text(tokenizer, a, b, size, head["prefix"])[0] for a, b in pairs]
+        result = torch.empty(len(ids), len(head["labels"]))
         for rows in in_order([len(i) for i in ids], MAX_TOKENS, width):
             idx, lengths = pad([ids[i] for i in rows], tokenizer.pad, width)
-            found[rows] = model(idx.to(device), lengths.to(device)).float().log_softmax(-1).cpu()
-        return found
+            with dist.autocast(device, dtype):
+                scores = model(idx.to(device), lengths.to(device))
+            result[rows] = scores.float().log_softmax(-1).cpu()
+        return result
 
     return head["labels"], score
 
@@ -62,38 +64,36 @@ def cloze(path: str, words: dict[str, list[str]], template: str, device: torch.d
 
     Of each word the log-likelihood given the text less that given no text (Holtzman et al. 2021, Surface form
     competition: a frequent word is not a frequent label); the best word of a label counts."""
-    found, model, tokenizer = checkpoint.open_model(path, GPT, GPTConfig)
-    model = model.to(device, dtype).eval()
+    _, model, tokenizer = checkpoint.open_model(path, GPT, GPTConfig)
+    model = model.to(device).eval()
     size = model.config.block_size
-
-    def filled(text: str, word: str) -> tuple[list[int], int]:
-        """Ids of the template, and how many of them come before the word."""
-        before, after = template.split("{word}")
-        end = tokenizer.encode(word + after)
-        a, b = before.split("{text}")
-        fixed = [tokenizer.bos, *tokenizer.encode(a)], tokenizer.encode(b)
-        room = size - len(end) - len(fixed[0]) - len(fixed[1])
-        if room < 1:
-            raise UserError(f"the template leaves no room for a text in {size} tokens: make it shorter")
-        body = tokenizer.encode(text)
-        start = [*fixed[0], *body[max(0, len(body) - room):], *fixed[1]]  # the end of a long text stays: it is nearest
-        return [*start, *end], len(start)
+    before, after = template.split("{word}")
+    space = before[len(before.rstrip()):]  # it belongs to the word: tokens begin with the space before them
+    first, second = before.rstrip().split("{text}")
+    first, second = [tokenizer.bos, *tokenizer.encode(first)], tokenizer.encode(second)
 
     @torch.inference_mode()
     def likelihood(texts: list[str], word: str) -> torch.Tensor:
-        rows = [filled(text, word) for text in texts]
+        """Log-likelihood (N,) of the word and what follows it, given what comes before it."""
+        end = tokenizer.encode(space + word + after)
+        room = size - len(first) - len(second) - len(end)
+        if room < 1:
+            raise UserError(f"the template leaves no room for a text in {size} tokens: make it shorter")
+        # the end of a long text stays: it is nearest to the word
+        rows = [[*first, *tokenizer.encode(text.strip())[-room:], *second, *end] for text in texts]
         result = torch.empty(len(rows))
-        for batch in in_order([len(ids) for ids, _ in rows], MAX_TOKENS, 0):
-            idx, lengths = pad([rows[i][0] for i in batch], tokenizer.pad)
-            h = model.trunk(idx.to(device))
-            n_end = len(rows[0][0]) - rows[0][1]  # the word and what follows it, the same in every row
-            at = (lengths[:, None] - n_end - 1 + torch.arange(n_end)).to(device)  # (B, n_end): each predicts the next
-            logits = model.lm_head(h.gather(1, at[..., None].expand(-1, -1, h.size(-1)))).float()
-            wanted = idx.to(device).gather(1, at + 1)
-            result[batch] = logits.log_softmax(-1).gather(2, wanted[..., None]).sum((1, 2)).cpu()
+        for batch in in_order([len(ids) for ids in rows], MAX_TOKENS, 0):
+            idx, lengths = (t.to(device) for t in pad([rows[i] for i in batch], tokenizer.pad))
+            with dist.autocast(device, dtype):
+                h = model.trunk(idx)
+            # positions whose next token is one of the word's
+            at = lengths[:, None] - len(end) - 1 + torch.arange(len(end), device=device)  # (B, n)
+            logits = model.lm_head(h.gather(1, at[..., None].expand(-1, -1, h.size(-1))).float())
+            wanted = idx.gather(1, at + 1)[..., None]
+            result[batch] = logits.log_softmax(-1).gather(2, wanted).sum((1, 2)).cpu()
         return result
 
-    prior = {w: likelihood([""], w) for w in itertools.chain(*words.values())}
+    prior = {word: likelihood([""], word) for word in itertools.chain(*words.values())}
 
     def score(texts: list[str]) -> torch.Tensor:
         best = [torch.stack([likelihood(texts, w) - prior[w] for w in ws]).amax(0) for ws in words.values()]
@@ -102,49 +102,69 @@ def cloze(path: str, words: dict[str, list[str]], template: str, device: torch.d
     return list(words), score
 
 
-def answers(lines: Iterator[str], score: Scorer) -> Iterator[tuple[str, torch.Tensor | None]]:
+def label_words(entries: list[str]) -> dict[str, list[str]]:
+    """["neg=bad,awful", "pos=good"] -> {"neg": ["bad", "awful"], "pos": ["good"]}"""
+    pairs = [entry.partition("=")[::2] for entry in entries]
+    words = {label.strip(): [w.strip() for w in text.split(",") if w.strip()] for label, text in pairs}
+    if not 2 <= len(words) == len(entries) or not all(words) or not all(words.values()):
+        raise UserError("give two or more labels, each once and with its words: --cloze neg=bad,awful --cloze pos=good")
+    return words
+
+
+def answers(lines: Iterable[str], score: Scorer, chunk: int = CHUNK) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(text, probabilities) of each line, in order; None for an empty one."""
-    while chunk := [line.rstrip("\r\n") for line in itertools.islice(lines, CHUNK)]:
-        full = [i for i, text in enumerate(chunk) if text.strip()]
-        scores = dict(zip(full, score([chunk[i] for i in full]).exp() if full else [], strict=True))
-        for i, text in enumerate(chunk):
-            yield text, scores.get(i)
+    lines = iter(lines)
+    while texts := [line.lstrip("\ufeff").rstrip("\r\n") for line in itertools.islice(lines, chunk)]:
+        full = [i for i, text in enumerate(texts) if text.strip()]
+        scores = dict(zip(full, score([texts[i] for i in full]).exp() if full else [], strict=True))
+        yield from ((text, scores.get(i)) for i, text in enumerate(texts))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run or step folder of sentiment_train.py (with --cloze: of train.py)")
     parser.add_argument("text", nargs="*", help="texts; without any, lines of --file or of standard input")
-    parser.add_argument("--file", type=Path, help="file with one text a line")
+    parser.add_argument("--file", type=Path, help="file with one text a line, in UTF-8")
     parser.add_argument("--json", action="store_true", help="answers as JSON Lines, with the probability of each label")
     parser.add_argument("--cloze", action="append", metavar="LABEL=WORD,WORD", help="a label and its words")
     parser.add_argument("--template", default="{text} {word}", help='where text and word go ("{text} {word}")')
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    return parser.parse_args(argv)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    args = parser.parse_intermixed_args(argv)  # texts may also follow an option
+    if args.file and args.text:
+        raise UserError("give texts or --file, not both")
+    where = args.template.find("{text}"), args.template.find("{word}")
+    if args.template.count("{text}") != 1 or args.template.count("{word}") != 1 or where[0] > where[1]:
+        raise UserError('--template must hold {text} once and behind it {word} once, such as "{text} It was {word}."')
+    return args
 
 
 def main() -> None:
     args = parse()
     device = dist.choose_device(args.device)
-    dtype, _ = dist.choose_dtype("auto", device)
-    if args.cloze:
-        words = {k: [w for w in v.split(",") if w] for k, _, v in (entry.partition("=") for entry in args.cloze)}
-        if len(words) < 2 or not all(words.values()):
-            raise UserError("give at least two labels with words: --cloze negative=bad,awful --cloze positive=good")
-        if args.template.count("{text}") != 1 or not 0 <= args.template.find("{text}") < args.template.find("{word}"):
-            raise UserError('--template must hold {text} once and {word} behind it, such as "{text} It was {word}."')
-        labels, score = cloze(args.run, words, args.template, device, dtype)
-    else:
-        labels, score = classifier(args.run, device, dtype)
-    with open(args.file, encoding="utf-8-sig", errors="replace") if args.file else nullcontext(sys.stdin) as file:
-        for text, p in answers(iter(args.text or file), score):
+    dtype, _ = dist.choose_dtype(args.dtype, device)
+    with redirect_stdout(sys.stderr):  # what opening a checkpoint says is no answer
+        if args.cloze:
+            labels, score = cloze(args.run, label_words(args.cloze), args.template, device, dtype)
+        else:
+            labels, score = classifier(args.run, device, dtype)
+    typed = not args.text and not args.file and sys.stdin.isatty()
+    if typed:
+        print("one text a line, a tab between the two of a pair; Ctrl-D ends", file=sys.stderr)
+    broken = 0
+    with open(args.file, encoding="utf-8", errors="replace") if args.file else nullcontext(sys.stdin) as file:
+        for text, p in answers(args.text or file, score, 1 if typed else CHUNK):
+            broken += "\ufffd" in text
             best = None if p is None else int(p.argmax())
             if args.json:
                 each = None if p is None else {k: round(v, 6) for k, v in zip(labels, p.tolist(), strict=True)}
                 record = {"text": text, "label": None if p is None else labels[best], "probabilities": each}
                 print(json.dumps(record, ensure_ascii=False))
             else:
+                text = text.replace("\n", " ")  # of an argument: one answer a line
                 print("\t\t" if p is None else f"{labels[best]}\t{p[best]:.4f}\t{text}")
+    if broken:
+        print(f"{broken} of the texts hold bytes that are not UTF-8, or U+FFFD in their place", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
 
-    def forward(self, x: Tensor, ctx: "Context", layer: int) -> Tensor:
+    def forward(self, x: Tensor, ctx: "Context") -> Tensor:
         B, T, C = x.shape
         # q (B, H, T, D); k, v (B, K, T, D)
         q, k, v = (f(x).view(B, T, -1, self.head_size).transpose(1, 2) for f in (self.q, self.k, self.v))
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         if ctx.rotary is not None:
             q, k = rotate(q, *ctx.rotary), rotate(k, *ctx.rotary)
         if ctx.cache is not None:
-            k, v = ctx.cache.write(layer, ctx.start, k, v)
+            k, v = ctx.cache.write(ctx.layer, ctx.start, k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None and T > 1,
             dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
@@ -144,21 +144,22 @@ class MLP(nn.Module):
 class Context:
     """What all blocks of one forward pass share."""
 
-    rotary: tuple[Tensor, Tensor] | None  # cosines and sines of this pass's positions
+    rotary: tuple[Tensor, Tensor] | None  # cosines and sines (1 or B, 1, T, D) of this pass's positions
     mask: Tensor | None  # (B or 1, 1, T, keys) True = may look; None = plain causal
     cache: KVCache | None
     start: int  # position of the first token of this pass
+    layer: int = 0  # of the block that is running; here, so that one compiled block serves for all
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.layer, self.drop = layer, nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
         self.norm1, self.attn = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), ctx, self.layer))
+        x = x + self.drop(self.attn(self.norm1(x), ctx))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -206,7 +207,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -246,11 +247,10 @@ class GPT(nn.Module):
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None]
         if x.dim() == 2:
             x = self.drop(self.wte(x) if self.wpe is None else self.wte(x) + self.wpe(position))
-        # (1 or B, 1, T, D): the same for all heads
         turn = rotary(position.view(-1, 1, T), c.n_embd // c.n_head, c.rope_base) if self.wpe is None else None
         ctx = Context(turn, mask, cache, start)
-        for block in self.blocks[layers]:
-            x = block(x, ctx)
+        for ctx.layer in range(c.n_layer)[layers]:
+            x = self.blocks[ctx.layer](x, ctx)
         return self.norm(x) if norm else x
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:

@@ -7,29 +7,34 @@ Each run is a `python sentiment_train.py` of its own, under out_dir/name/. The s
 stopped: finished runs are kept, an interrupted one resumes. With several GPUs several run at once.
 """
 
-import csv
 import itertools
 import json
 import math
 import os
-import queue
-import signal
+import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import textwrap
+import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+import yaml
+from omegaconf import OmegaConf, errors
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from smallgpt import runs, settings
+from smallgpt import dist, runs, settings
 from smallgpt.settings import UserError
 
 SCRIPT = Path(__file__).with_name("sentiment_train.py")
+BASELINES = ("largest class", "TF-IDF + linear SVM")  # of report.py, under names that all runs share
+CHINESE = re.compile("CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode")  # fonts that have it
 
 
 @dataclass
@@ -42,23 +47,53 @@ class SweepSettings:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # each combination is run once with each
     workers: int = 0  # runs at once; 0 = one per GPU, or one
 
+    def __post_init__(self) -> None:
+        self.set, self.grid = flat(self.set), flat(self.grid)
+
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
         problems = [p.replace("run=", "name=") for p in runs.name_problems(self.name)]
-        lists = {k: v for k, v in self.grid.items() if not isinstance(v, list) or not v}
-        problems += [f"grid.{k} must be a list of values, such as [none, trunk]" for k in lists]
+        no_list = [k for k, v in self.grid.items() if not isinstance(v, list) or not v]
+        problems += [f"grid.{k} must be a list of values, such as [a, b], not {show(self.grid[k])}" for k in no_list]
         own = [k for k in ("run", "out_dir", "seed") if k in (*self.grid, *self.set)]
-        problems += [f"{k} is set by the sweep itself: leave it out" for k in own]
-        if not self.grid:
-            problems.append("grid is empty: give settings and their values, such as grid.mask=[true,false]")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            problems.append(f"seeds={self.seeds} must be different numbers, at least one")
-        return problems
+        problems += [f"{k} is set by the sweep itself (name, out_dir, seeds): leave it out" for k in own]
+        problems += [f"{k} is in set and in grid: leave one out" for k in self.set.keys() & self.grid.keys()]
+        wrong = {
+            "grid is empty: give settings and their values, such as grid.mask=[true,false]": not self.grid,
+            f"seeds={self.seeds} must be one or more different numbers": not 0 < len(self.seeds) == len({*self.seeds}),
+            f"workers={self.workers} must not be negative": self.workers < 0,
+        }
+        return problems + [problem for problem, found in wrong.items() if found]
+
+
+@dataclass
+class Run:
+    """One fine-tuning of the sweep."""
+
+    cell: dict[str, Any]  # the combination of the grid
+    seed: int
+    folder: Path
+    keys: dict[str, Any]  # all settings of sentiment_train.py but run and out_dir
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json, which a finished run has; None if there is none, or only a part of it (a kill)."""
+        try:
+            return json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+
+def flat(keys: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections written as dotted keys: set.optim.lr=1 arrives as {"optim": {"lr": 1}}."""
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    """A value as people write it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def cell_name(cell: dict[str, Any]) -> str:
@@ -66,186 +101,199 @@ def cell_name(cell: dict[str, Any]) -> str:
     return ", ".join(f"{k.rpartition('.')[2]}={show(v)}" for k, v in cell.items())
 
 
-def plan(s: SweepSettings, folder: Path) -> list[tuple[dict[str, Any], int, Path, list[str]]]:
-    """(combination, seed, run folder, arguments of sentiment_train.py) of every run; seeds outermost, so that an
-    interrupted sweep has compared all combinations on the first of them."""
-    runs_ = []
-    for seed in s.seeds:
-        for values in itertools.product(*s.grid.values()):
-            cell = dict(zip(s.grid, values, strict=True))
-            name = "_".join(f"{k.rpartition('.')[2]}-{show(v)}".replace(":", "") for k, v in cell.items())
-            name = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{name}_seed-{seed}")
-            keys = {**s.set, **cell, "seed": seed, "out_dir": folder, "run": name}
-            args = [*([s.config] if s.config else []), *(f"{k}={show(v)}" for k, v in flat(keys).items())]
-            runs_.append((cell, seed, folder / name, args))
-    if len({run for *_, run, _ in runs_}) < len(runs_):
-        raise UserError("two values of the grid look the same in a folder's name: write them differently")
-    return runs_
+def shared(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file and its bases, flat. The runs get them one by one, and not the file: so a run's
+    record shows whether the file has changed since."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        base = values.pop("base", None)
+        return {**(shared(path.parent / base) if base else {}), **flat(values)}
+    except (OSError, yaml.YAMLError, errors.OmegaConfBaseException, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"config={path} is no YAML file with settings: {' '.join(str(error).split())[:200]}") from None
 
 
-def flat(keys: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections written as dotted keys: set.optim.lr=1 arrives as {"optim": {"lr": 1}}."""
-    found: dict[str, Any] = {}
-    for key, value in keys.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+def plan(s: SweepSettings, folder: Path) -> list[Run]:
+    """Every run; seeds outermost, so that an interrupted sweep has compared all combinations on the first of them.
+    UserError if one was begun with other settings."""
+    common = {**(shared(Path(s.config)) if s.config else {}), **s.set}
+    cells = [dict(zip(s.grid, values, strict=True)) for values in itertools.product(*s.grid.values())]
+    todo: dict[str, Run] = {}
+    for seed, cell in itertools.product(s.seeds, cells):
+        name = re.sub(r"[^\w.-]", "-", cell_name({**cell, "seed": seed}).replace(", ", "_"))
+        keys = flat({**common, **cell, "seed": seed})
+        run = Run(cell, seed, folder / name, {k: v for k, v in keys.items() if k not in ("run", "out_dir")})
+        if todo.setdefault(name.lower(), run) is not run:
+            raise UserError(f"two combinations in grid have the same folder, {name}: write their values differently")
+        record = run.folder / "sweep.json"
+        before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else run.keys
+        if before != run.keys and (run.result() or any(run.folder.glob("step-*"))):  # else it never began
+            key = min(k for k in before | run.keys if before.get(k) != run.keys.get(k))
+            then, now = (show(keys[key]) if key in keys else "not set" for keys in (before, run.keys))
+            raise UserError(f"{run.folder}: {key} was {then} and is now {now}: put it back, or choose another name=")
+    return [*todo.values()]
 
 
-def execute(args: list[str], run: Path, slot: int, workers: int, started: list[subprocess.Popen]) -> str:
-    """Run one, if it is not finished yet; its output goes to log.txt. Returns what went wrong, "" if nothing."""
-    record = run / "arguments.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != args:
-        return f"{run} was made with other settings: choose another name=, or delete the folder"
-    if (run / "result.json").exists():
-        return ""
-    run.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(args, ensure_ascii=False), encoding="utf-8")
+def launch(run: Run, slot: int, workers: int) -> subprocess.Popen:
+    """Start a run, its output going to log.txt. UserError if a process of an earlier sweep still trains it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    keys = {**run.keys, "out_dir": str(run.folder.parent), "run": run.folder.name}
+    command = [sys.executable, str(SCRIPT), *(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in keys.items())]
     env = dict(os.environ)
     if torch.cuda.is_available():
         gpus = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     elif workers > 1:
-        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))  # more threads than cores crawl
-    with open(run / "log.txt", "a", encoding="utf-8") as log:
-        process = subprocess.Popen([sys.executable, str(SCRIPT), *args], stdout=log, stderr=log, env=env)
-        started.append(process)
-        status = process.wait()
-    if status == 0 and (run / "result.json").exists():
-        return ""
-    last = (run / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    return f"{run.name} ended with status {status}: {last[0] if last else ''} (all of it: {run / 'log.txt'})"
+        env.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // workers)))  # more than cores crawl
+    with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+        try:  # the lock belongs to the open file, which the run inherits: so it outlives a sweep that was killed
+            import fcntl
+
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process, perhaps of a sweep that was killed, still trains {run.folder}: wait for "
+                            "it or end it, and give the same command") from None  # fmt: skip
+        except (ImportError, OSError):
+            pass  # Windows and some network file systems have no such lock
+        temporary = run.folder / ".sweep.json.tmp"
+        temporary.write_text(json.dumps(run.keys, ensure_ascii=False, indent=1), encoding="utf-8")
+        temporary.replace(run.folder / "sweep.json")
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
 
-def run_all(todo: list[tuple], workers: int) -> None:
-    """Run them, `workers` at a time. UserError if one failed; an interrupt is passed on, and each saves its state."""
-    slots: queue.Queue[int] = queue.Queue()
-    for slot in range(workers):
-        slots.put(slot)
-    started: list[subprocess.Popen] = []
-    stop = False
-
-    def one(item: tuple) -> str:
-        if stop:
-            return ""
-        cell, seed, run, args = item
-        slot = slots.get()
+def run_all(todo: list[Run], workers: int) -> tuple[list[str], int]:
+    """Run those that are not finished, `workers` at a time. Returns what went wrong, one entry per failed run, and the
+    signal that stopped the sweep (each run has saved its state then), or 0."""
+    waiting = [run for run in todo if not run.result()]
+    problems: list[str] = []
+    running: dict[int, tuple[Run, subprocess.Popen]] = {}  # slot -> what runs there
+    with tqdm(todo, initial=len(todo) - len(waiting), unit="run", disable=None) as bar, dist.StopRequest() as stop:
         try:
-            problem = execute(args, run, slot, workers, started)
+            while (running or waiting) and not stop.signal:
+                while waiting and len(running) < workers:
+                    run, slot = waiting.pop(0), min({*range(workers)} - running.keys())
+                    running[slot] = run, launch(run, slot, workers)
+                time.sleep(0.05)
+                for slot in [i for i, (_, process) in running.items() if process.poll() is not None]:
+                    run, process = running.pop(slot)
+                    name, log = cell_name({**run.cell, "seed": run.seed}), run.folder / "log.txt"
+                    if found := run.result():
+                        tqdm.write(f"{name}: test accuracy {found['test']['accuracy']:.2%}", file=sys.stdout)
+                        bar.update()
+                    elif not stop.signal:
+                        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                        problems.append(f"{name} ended with status {process.returncode}: {''.join(last)} (see {log})")
         finally:
-            slots.put(slot)
-        if not problem and (run / "result.json").exists():
-            test = json.loads((run / "result.json").read_text(encoding="utf-8"))["test"]
-            tqdm.write(f"{cell_name(cell)}, seed {seed}: test accuracy {test['accuracy']:.2%}")
-        return problem
-
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            problems = list(tqdm(pool.map(one, todo), total=len(todo), unit="run", disable=None))
-        except KeyboardInterrupt:
-            stop = True
-            for process in started:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGINT)
-            raise
-    if failed := [p for p in problems if p]:
-        raise UserError(f"{len(failed)} of {len(todo)} runs failed; the first: {failed[0]}")
+            if running:  # a signal, or an error
+                tqdm.write(f"stopping {len(running)} run(s): each saves its state first", file=sys.stdout)
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
+    return problems, stop.signal
 
 
-def compare(values: list[float], reference: list[float]) -> tuple[float, float]:
-    """Mean of the paired differences, and half the width of its 95 % confidence interval (Student's t; nan for one
-    pair): the same seed is the same head, the same order and the same examples, so pairs tell more than two means."""
-    d = np.array(values) - np.array(reference)
-    half = student.ppf(0.975, len(d) - 1) * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.nan
-    return float(d.mean()), float(half)
+def compare(values: pd.Series, reference: pd.Series) -> tuple[float, float]:
+    """Mean of the differences of two series over seeds, and half the width of its 95 % confidence interval (Student's
+    t; nan of one pair). Paired: the same seed is the same head and order, so pairs tell more than two means."""
+    d = (values - reference).dropna()
+    return float(d.mean()), float(student.ppf(0.975, len(d) - 1) * d.sem())
 
 
-def table(s: SweepSettings, done: list[tuple]) -> list[dict[str, Any]]:
-    """One row per combination: mean, standard deviation, n, seconds, difference from the first combination."""
+def table(todo: list[Run]) -> list[dict[str, Any]]:
+    """One row per combination with a finished run: mean, standard deviation, n, seconds, difference from the first."""
     rows: list[dict[str, Any]] = []
-    for cell in (dict(zip(s.grid, v, strict=True)) for v in itertools.product(*s.grid.values())):
-        results = [json.loads((run / "result.json").read_text(encoding="utf-8")) for c, _, run, _ in done if c == cell]
+    for cell in [run.cell for run in todo if run.seed == todo[0].seed]:
+        if not (results := {run.seed: found for run in todo if run.cell is cell and (found := run.result())}):
+            continue
         row: dict[str, Any] = {**{k: show(v) for k, v in cell.items()}, "n": len(results)}
-        for key in ("accuracy", "macro_f1"):
-            values = [r["test"][key] for r in results]
-            sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-            row |= {key: float(np.mean(values)), f"{key}_sd": sd, f"{key}_values": values}
-        row["difference"], row["ci95"] = compare(row["accuracy_values"], (rows or [row])[0]["accuracy_values"])
-        row |= {"seconds": float(np.mean([r["seconds"] for r in results])), "train": results[0]["examples"]["train"]}
-        row["baselines"] = {k: v["accuracy"] for k, v in results[0]["baselines"].items()}
-        rows.append(row)
+        for key in ("macro_f1", "accuracy"):
+            by_seed = pd.Series({seed: r["test"][key] for seed, r in results.items()})
+            row |= {key: by_seed.mean(), f"{key}_sd": by_seed.std()}
+        row["difference"], row["ci95"] = compare(by_seed, rows[0]["by_seed"]) if rows else (math.nan, math.nan)
+        one = results[min(results)]
+        row |= {"seconds": np.mean([r["seconds"] for r in results.values()]), "train": one["examples"]["train"]}
+        row |= {k: v["accuracy"] for k, v in zip(BASELINES, one["baselines"].values(), strict=True)}
+        rows.append(row | {"by_seed": by_seed})  # the last one, of the accuracy
     return rows
 
 
 def write(s: SweepSettings, rows: list[dict[str, Any]], folder: Path) -> str:
     """table.md, table.csv and figure.png; returns the table."""
-    keys = list(s.grid)
-    numbers = ["accuracy", "accuracy_sd", "macro_f1", "macro_f1_sd", "n", "seconds", "difference", "ci95"]
-    with open(folder / "table.csv", "w", encoding="utf-8", newline="") as file:
-        sheet = csv.DictWriter(file, [*keys, *numbers], extrasaction="ignore")
-        sheet.writeheader()
-        sheet.writerows(rows)
-    heads = [*keys, "test accuracy", "macro F1", "n", "seconds a run", "difference from the first (95 % interval)"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for i, r in enumerate(rows):
-        gap = f"{100 * r['difference']:+.2f} ± {100 * r['ci95']:.2f} points" if i else ""
-        cells = [*(r[k] for k in keys), *(f"{r[k]:.2%} ± {100 * r[f'{k}_sd']:.2f}" for k in ("accuracy", "macro_f1"))]
-        cells += [str(r["n"]), f"{r['seconds']:.0f}", gap]
+    sheet = pd.DataFrame(rows).drop(columns="by_seed")  # utf-8-sig: the mark is for spreadsheets
+    sheet.to_csv(folder / "table.csv", index=False, float_format="%.6g", encoding="utf-8-sig")
+
+    def percent(value: float, spread: float = math.nan, sign: str = "") -> str:
+        text = "" if math.isnan(value) else f"{100 * value:{sign}.2f}"
+        return text if math.isnan(spread) else f"{text} ± {100 * spread:.2f}"
+
+    heads = ["training examples", "test accuracy, %", "macro F1, %", "difference from the first", "n", "seconds a run"]
+    lines = [f"| {' | '.join([*s.grid, *heads, *BASELINES])} |", "|---" * len([*s.grid, *heads, *BASELINES]) + "|"]
+    for r in rows:
+        means = percent(r["accuracy"], r["accuracy_sd"]), percent(r["macro_f1"], r["macro_f1_sd"])
+        cells = [*(r[k].replace("|", "\\|") for k in s.grid), f"{r['train']:,}", *means,
+                 percent(r["difference"], r["ci95"], "+"), f"{r['n']}", f"{r['seconds']:.0f}",
+                 *(percent(r[k]) for k in BASELINES)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    base = "; ".join(f"{k} {v:.2%}" for k, v in rows[-1]["baselines"].items())
-    text = "\n".join([*lines, "", f"± is the standard deviation over seeds. On the same split: {base}.", ""])
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    note = "± is the standard deviation over seeds; of the differences (points, paired by seed) the 95 % interval."
+    (folder / "table.md").write_text(text := "\n".join([*lines, "", note, ""]), encoding="utf-8")
     draw(s, rows, folder / "figure.png")
     return text
 
 
 def draw(s: SweepSettings, rows: list[dict[str, Any]], file: Path) -> None:
     """Test accuracy of each combination, every seed a dot; over the training size, if the grid has it, as curves."""
-    import matplotlib
+    from matplotlib import font_manager, rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    size = "data.train_size"
-    others = [k for k in s.grid if k != size]
-    fig, ax = plt.subplots(figsize=(7, 1.4 + 0.5 * len(rows) if size not in s.grid else 4.2), layout="constrained")
-    if size in s.grid:
-        for i, line in enumerate(dict.fromkeys(tuple(r[k] for k in others) for r in rows)):
-            mine = sorted((r for r in rows if tuple(r[k] for k in others) == line), key=lambda r: r["train"])
-            x, sd = [r["train"] for r in mine], [np.nan_to_num(r["accuracy_sd"]) for r in mine]
-            label = cell_name(dict(zip(others, line, strict=True))) or "this model"
-            y = [r["accuracy"] for r in mine]
-            ax.errorbar(x, y, yerr=sd, marker="o", ms=4, capsize=3, color=f"C{i}", label=label)
-        for j, name in enumerate(rows[0]["baselines"]):
-            mine = sorted({r["train"]: r["baselines"].get(name, math.nan) for r in rows}.items())
-            ax.plot(*zip(*mine, strict=True), color="0.4", ls=["--", ":"][j % 2], lw=1, label=name)
-        ax.set(xscale="log", xlabel="training examples", ylabel="test accuracy")
-        ax.legend(frameon=False)
+    rcParams["font.family"] = ["DejaVu Sans", *sorted(filter(CHINESE.search, font_manager.get_font_names()))]
+    size, lines = "data.train_size", {}  # label -> its rows
+    curves = size in s.grid
+    for r in rows:
+        label = cell_name({k: r[k] for k in s.grid if k != size}) or "this model"
+        lines.setdefault(textwrap.fill(label.replace("$", r"\$"), 40), []).append(r)
+    fig = Figure(figsize=(7, 4.6 if curves else 1.8 + 0.5 * len(rows)), layout="constrained")
+    ax = fig.subplots()
+    for i, (label, mine) in enumerate(lines.items()):
+        mine.sort(key=lambda r: r["train"])
+        y, sd = [r["accuracy"] for r in mine], [np.nan_to_num(r["accuracy_sd"]) for r in mine]
+        if curves:
+            ax.errorbar([r["train"] for r in mine], y, sd, fmt="o-", ms=4, capsize=3, color=f"C{i}", label=label)
+        else:
+            ax.errorbar(y, [i], xerr=sd, fmt="|", ms=14, capsize=4, color="C0")
+            ax.plot(mine[0]["by_seed"], [i] * mine[0]["n"], "o", ms=4, color="C0", alpha=0.5)
+    for name, style in zip(BASELINES, ("D--", "s:"), strict=True):
+        points = sorted((r["train"] if curves else i, r[name]) for i, r in enumerate(rows))
+        x, y = zip(*(points if curves else (point[::-1] for point in points)), strict=True)
+        ax.plot(x, y, style, color="0.4", ms=3, lw=1, label=name)
+    if curves:
+        ax.set(xscale="log", xlabel="training examples")
+        ax.set_xticks(sizes := sorted({r["train"] for r in rows}), [f"{n:,}" for n in sizes])
+        ax.minorticks_off()
     else:
-        for i, r in enumerate(rows):
-            ax.plot(r["accuracy_values"], [i] * r["n"], "o", ms=4, color="C0", alpha=0.5)
-            sd = np.nan_to_num(r["accuracy_sd"])
-            ax.errorbar(r["accuracy"], i, xerr=sd, marker="|", ms=14, capsize=4, color="C0")
-        for name, value in rows[0]["baselines"].items():
-            ax.axvline(value, color="0.5", ls="--", lw=1)
-            ax.annotate(name, (value, 1.0), xycoords=("data", "axes fraction"), rotation=0, fontsize=7, ha="center",
-                        va="bottom", color="0.4")  # fmt: skip
-        ax.set_yticks(range(len(rows)), [cell_name({k: r[k] for k in s.grid}) for r in rows])
-        ax.invert_yaxis()
-        ax.set(xlabel="test accuracy: mean and standard deviation over seeds")
+        ax.set(ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=lines)
+    accuracy = ax.yaxis if curves else ax.xaxis
+    accuracy.set(major_formatter=lambda v, _: f"{100 * v:g}", label_text="test accuracy, % (mean ± SD over seeds)")
+    fig.legend(loc="outside lower center", ncols=2, frameon=False)
     ax.grid(alpha=0.3)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    with warnings.catch_warnings(action="ignore"):  # Chinese where no font has it: a warning for each character
+        fig.savefig(file, dpi=150)
 
 
-def main() -> None:
+def main() -> int:
     s = settings.load(SweepSettings, doc=__doc__)
     folder = Path(s.out_dir) / s.name
     todo = plan(s, folder)
     workers = s.workers or max(1, torch.cuda.device_count())
-    print(f"{len(todo)} runs, {workers} at once, in {folder}", flush=True)
-    run_all(todo, workers)
-    print("\n" + write(s, table(s, todo), folder))
-    print(f"table.md, table.csv and figure.png are in {folder}")
+    print(f"{len(todo)} runs, {workers} at once, in {folder}; the log.txt of each is in its folder", flush=True)
+    problems, number = run_all(todo, workers)
+    if number:
+        print(f"stopped by a signal; what ran is saved in {folder}, and the same command continues")
+        return 128 + number
+    if rows := table(todo):
+        print("\n" + write(s, rows, folder), f"table.md, table.csv and figure.png are in {folder}", sep="\n")
+    if problems:
+        raise UserError("\n  - ".join([f"{len(problems)} of {len(todo)} runs failed", *problems]))
+    return 0
 
 
 if __name__ == "__main__":

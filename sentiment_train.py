@@ -16,9 +16,8 @@ import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -29,7 +28,7 @@ from smallgpt.metrics import Metrics, read
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
 from smallgpt.sets import ReviewSettings
 from smallgpt.settings import UserError
-from smallgpt.trunks import grow, open_trunk
+from smallgpt.trunks import Trunk, grow, open_trunk
 
 
 @dataclass
@@ -84,7 +83,7 @@ class SentimentSettings:
         return problems
 
 
-def build(s: SentimentSettings, labels: list[str], say: Any) -> tuple[GPTClassifier, Any]:
+def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk]:
     """The classifier that the settings ask for, its trunk's weights loaded; and the trunk."""
     if not s.trunk:
         raise UserError("trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder or a small-gpt .pth")
@@ -113,7 +112,7 @@ def layer_scale(name: str, n_layer: int, decay: float) -> float:
 
 def finetune(s: SentimentSettings, world: dist.World) -> int:
     """The whole run."""
-    say = print if world.main else lambda *_: None
+    say = print if world.main else lambda *_, **__: None
     device, run, cache = world.device, Path(s.out_dir) / s.run, Path(s.out_dir) / ".cache"
     dtype, why = dist.choose_dtype(s.dtype, device)
     ctx = dist.autocast(device, dtype)
@@ -121,7 +120,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
 
     data = reviews.load(s.data)
     torch.manual_seed(s.seed)  # the same head on every rank
-    model, trunk = build(s, data.labels, say)
+    model, trunk = build(s, data.labels)
     model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32).train()
     tests = [text for e in data.splits["test"] for text in e[:2] if text]
     found, absent = leaks.search(tests, trunk.corpora, cache) if world.main else (0, [])
@@ -140,12 +139,14 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     notes += [f"{k}: {v.cut} texts have over {block_size} tokens and lose their middle" for k, v in splits.items()]
     inputs = {k: Inputs(v, tokenizer.pad, width, device) for k, v in splits.items()}
     train, buckets = inputs["train"], Buckets(splits["train"].lengths, s.batch_size, s.seed)
+    if s.freeze != "none" and train.largest < trunk.rows and not (s.lm_weight and config.tie_weights):
+        model.gpt.wte.requires_grad_(False)  # no text has a new token: nothing to learn down there
     max_steps = s.max_steps or max(1, round(s.epochs * buckets.steps_per_epoch))
     eval_every = s.eval_every or buckets.steps_per_epoch
-    weights = torch.ones(len(data.labels), device=device)
+    labels = torch.from_numpy(splits["train"].labels).to(device)
+    weights = torch.ones(len(data.labels), device=device, dtype=model.head.weight.dtype)
     if s.class_weights == "balanced":
-        counts = np.bincount(splits["train"].labels, minlength=len(weights))
-        weights = torch.tensor(len(splits["train"].labels) / len(weights) / counts, device=device, dtype=torch.float32)
+        weights = len(labels) / len(weights) / labels.bincount().to(weights.dtype)
 
     identity = {
         "model": asdict(config), "tokenizer": tokenizer.hash, "data": data.fingerprint, "seed": s.seed,
@@ -163,7 +164,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         checkpoint.load_weights(resumed, model)
         checkpoint.load_optimizers(resumed, model, optimizers, world)
         scaler.load_state_dict(resumed.meta["scaler"])
-        step = resumed.step
+        step, started = resumed.step, started - resumed.meta.get("seconds", 0)
     evaluated = {r["step"]: r for r in read(run, "val") if r["step"] <= step}
     if not world.agree(step, len(evaluated)):
         raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
@@ -175,7 +176,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         settings.write(s, run / "config.yaml")
         tokenizer.save(run / "tokenizer.json")
 
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = frozen.trainable(model)
     total = sum(p.numel() for p in model.parameters())
     say(f"run      {run}: " + (f"continuing from step {step} of {max_steps}" if step else f"{max_steps} steps"))
     say(f"model    {trunk.name}, {total / 1e6:.1f}M parameters, {trainable:,} of them trained (freeze={s.freeze})")
@@ -196,12 +197,13 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     def save() -> None:
         nonlocal saved
         if saved != step:
-            versions = {"torch": torch.__version__, "python": platform.python_version()}
-            meta = {"step": step, **identity, "scaler": scaler.state_dict(), "versions": versions}
+            meta = {"step": step, "seconds": time.time() - started, **identity, "scaler": scaler.state_dict(),
+                    "versions": {"torch": torch.__version__, "python": platform.python_version()}}  # fmt: skip
             checkpoint.save(run, model, optimizers, meta, world, s.keep)
             saved = step
 
-    saved, fresh, began = step, 0, time.perf_counter()
+    saved = step if resumed and resumed.run == run else 0  # the last step of which this run has a checkpoint
+    fresh, began = 0, time.perf_counter()
     with dist.StopRequest() as stop:
         while True:
             last = step >= max_steps
@@ -228,7 +230,6 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             lr = set_lr(optimizers, lr_factor(step, max_steps, s.optim))
             torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + world.rank) % 2**63)  # dropout, as in train.py
             rows = buckets.of(step)
-            labels = torch.from_numpy(splits["train"].labels).to(device)
             share_of = 1 / weights[labels[rows]].sum()  # examples of this step over all ranks, weighted
             lm_share = s.lm_weight / max(1, int((buckets.lengths[rows] - 1).sum()))
             parts = share(rows, width or int(buckets.lengths[rows].max()), world, s.micro_tokens)
@@ -243,7 +244,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                         out = strategy.model(x, lengths, targets)
                     scores, lm = out if s.lm_weight else (out, 0.0)
                     y, loss_of = labels[part], functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
-                    loss = here * share_of * loss_of(scores.float(), y, weights, reduction="sum")
+                    loss = here * share_of * loss_of(scores.to(weights.dtype), y, weights, reduction="sum")
                     scaler.scale((loss + here * lm_share * lm) * strategy.loss_scale).backward()
                 nats, hits = nats + float(loss.detach()), hits + here * int((scores.argmax(1) == y).sum())
             nats, hits, stopping = world.sum(nats, hits, stop.signal > 0)
@@ -274,7 +275,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         say(f"stopped by a signal after step {step}, saved in {run}; the same command continues")
         return 128 + (stop.signal or signal.SIGTERM)
 
-    checkpoint.load_weights(runs.required(run), model)
+    checkpoint.load_weights(runs.required(run / f"step-{best:08d}"), model)  # other ranks may see an older `best`
     scores = score(model, inputs["test"], world, ctx, s.micro_tokens)
     if world.main:
         result = {

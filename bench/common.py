@@ -32,7 +32,7 @@ class Skip(Exception):
 
 @dataclass
 class Contender:
-    """One timed thing. `tokens` are those of one call of `round`."""
+    """One timed thing. `tokens` (or examples) are those of one call of `round`."""
 
     round: Callable[[], None]
     tokens: int
@@ -55,6 +55,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
     p.add_argument("--json", metavar="FILE", help="write every sample and the machine here")
     p.add_argument("--worker", help=argparse.SUPPRESS)
+    p.set_defaults(unit="tokens")
     return p
 
 
@@ -166,11 +167,11 @@ class Worker:
         return [self.about["tokens"] / s["seconds"] for s in self.samples]
 
 
-def table(workers: list[Worker], cuda: bool) -> str:
+def table(workers: list[Worker], cuda: bool, unit: str) -> str:
     """A Markdown table. The ratio is that of the first contender to each, within the same round."""
     ours = workers[0].speeds()
     rows = [
-        f"| contender | precision | compiled | tokens/s: median (min to max) | {workers[0].name} is faster by: median "
+        f"| contender | precision | compiled | {unit}/s: median (min to max) | {workers[0].name} is faster by: median "
         "(min to max) | peak memory | why |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -214,7 +215,7 @@ def compete(args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Name
           f"{load[0][0]:.1f} before, {load[1][0]:.1f} after (above the threads: others used the machine)")  # fmt: skip
     for group in groups:
         if members := [w for w in workers if w.name in group]:
-            print(f"\n{table(members, args.device == 'cuda')}")
+            print(f"\n{table(members, args.device == 'cuda', args.unit)}")
     for name, why in skipped.items():
         print(f"\n{name}: skipped, {why}")
     if args.json:

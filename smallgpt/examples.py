@@ -90,8 +90,8 @@ class Buckets:
 def share(rows: np.ndarray, longest: int, world: World, max_tokens: int) -> list[np.ndarray]:
     """This rank's part of a global batch, cut into micro-batches of at most max_tokens (padding counted). Every rank
     gets the same number of micro-batches, if need be empty ones: each of them is a collective."""
-    most = -(-len(rows) // world.size)  # examples of rank 0
-    return np.array_split(rows[world.rank :: world.size], max(1, -(-most * longest // max_tokens)))
+    most, fit = -(-len(rows) // world.size), max(1, max_tokens // longest)  # examples of rank 0, of a micro-batch
+    return np.array_split(rows[world.rank :: world.size], -(-most // fit))
 
 
 def pad(ids: Sequence[Sequence[int] | np.ndarray], fill: int, width: int = 0) -> tuple[Tensor, Tensor]:
@@ -110,6 +110,11 @@ class Inputs:
         self.data, self.fill, self.width, self.device = data, fill, width, device
         self.kept: list[Tensor] = []
 
+    @property
+    def largest(self) -> int:
+        """The largest token id that the model reads."""
+        return int(np.concatenate([*self.data.ids, [self.fill] if self.width else []]).max())
+
     def tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         idx, lengths = pad([self.data.ids[i] for i in rows], self.fill, self.width)
         return idx.to(self.device), lengths.to(self.device)
@@ -118,8 +123,8 @@ class Inputs:
         """x (B, T), (B, T, C) or (B, C), as GPTClassifier takes it, and lengths (B,)."""
         if not self.kept:
             return self.tokens(rows)
-        parts, lengths = [self.kept[i] for i in rows], torch.from_numpy(self.data.lengths[rows]).to(self.device)
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
+        lengths = torch.tensor([len(self.data.ids[i]) for i in rows], device=self.device)
+        return torch.nn.utils.rnn.pad_sequence([self.kept[i] for i in rows], batch_first=True), lengths
 
     def targets(self, rows: np.ndarray) -> Tensor:
         """The next token of each position (B, T); -1 where there is none."""

@@ -5,7 +5,6 @@ Models come by argument: `model.gpt.trunk(x, layers=, norm=)`, `model.pooled(h, 
 
 import re
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -33,8 +32,13 @@ def freeze(model: nn.Module, how: str, rows: int) -> None:
         block.drop.p = block.attn.dropout = 0.0
     if rows < gpt.config.vocab_size:  # the old rows get no gradient, and AdamW leaves alone what has none and no decay
         weight = gpt.wte.weight.requires_grad_(True)
-        weight.no_decay = True
+        weight.no_decay, weight.first_row = True, rows
         weight.register_hook(lambda g: g * (torch.arange(len(g), device=g.device) >= rows)[:, None])
+
+
+def trainable(model: nn.Module) -> int:
+    """How many numbers train; of an embedding that is frozen up to its new rows, only those."""
+    return sum(p[getattr(p, "first_row", 0) :].numel() for p in model.parameters() if p.requires_grad)
 
 
 def is_valid(how: str) -> bool:
@@ -57,8 +61,7 @@ def keep(model: nn.Module, inputs: Inputs, ctx: torch.autocast, max_tokens: int,
     config, first = model.gpt.config, model.first_block
     if not first or not gigabytes:
         return ""
-    used = np.concatenate([*inputs.data.ids, [inputs.fill] if inputs.width else []])
-    if model.gpt.wte.weight.requires_grad and used.max() >= rows:
+    if model.gpt.wte.weight.requires_grad and inputs.largest >= rows:
         return "new tokens train below the frozen part, which therefore runs every time"
     tokens = 1 if first > config.n_layer else inputs.width or inputs.data.lengths.mean()
     size = len(inputs.data.ids) * tokens * config.n_embd * 4 / 2**30

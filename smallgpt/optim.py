@@ -77,8 +77,8 @@ def make_optimizers(
 
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> float:
-    """Set every group to factor times its peak; returns the rate, for the log."""
+    """Set every group to factor times its peak; returns the highest rate, for the log."""
     for o in optimizers:
         for g in o.param_groups:
             g["lr"] = g["peak_lr"] * factor
-    return optimizers[0].param_groups[0]["lr"]
+    return max(g["lr"] for o in optimizers for g in o.param_groups)

@@ -54,9 +54,10 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, dict[str, float]]:
     largest = Counter(e.label for e in train).most_common(1)[0][0]
     texts = [[f"{e.text} {e.pair}".strip() for e in side] for side in (train, test)]
     spaces = sum(t.count(" ") for t in texts[0]) / sum(map(len, texts[0]))
-    kind = dict(analyzer="word", ngram_range=(1, 2)) if spaces > 0.08 else dict(analyzer="char", ngram_range=(1, 3))
     # every word counts, also "I" and "!", which scikit-learn leaves out by default
-    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+|[^\w\s]+", **kind)
+    words = dict(analyzer="word", ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]+")
+    kind = words if spaces > 0.08 else dict(analyzer="char", ngram_range=(1, 3))
+    vectorizer = TfidfVectorizer(sublinear_tf=True, **kind)
     model = LinearSVC(C=0.5).fit(vectorizer.fit_transform(texts[0]), [index[e.label] for e in train])
     found = {
         f"always {largest}": summary(np.full(len(test), index[largest]), labels, len(index)),
@@ -87,6 +88,11 @@ def write(run: Path, examples: list[Example], scores: np.ndarray, labels: np.nda
     return text
 
 
+def cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return text.replace("|", "\\|")
+
+
 def markdown(name: str, examples: list[Example], predicted: np.ndarray, probability: np.ndarray, labels: np.ndarray,
              names: list[str], counts: np.ndarray, result: dict[str, Any]) -> str:
     """The report for people."""
@@ -94,20 +100,20 @@ def markdown(name: str, examples: list[Example], predicted: np.ndarray, probabil
              "| | accuracy | macro F1 | loss |", "|---|---|---|---|"]  # fmt: skip
     test = result["test"]
     lines.append(f"| **this model** | {test['accuracy']:.2%} | {test['macro_f1']:.2%} | {test['loss']:.4f} |")
-    lines += [f"| {k} | {v['accuracy']:.2%} | {v['macro_f1']:.2%} | |" for k, v in result["baselines"].items()]
+    lines += [f"| {cell(k)} | {v['accuracy']:.2%} | {v['macro_f1']:.2%} | |" for k, v in result["baselines"].items()]
     val = result["validation"]
     lines += ["", f"Chosen at step {result['step']} by validation {result['select']} (accuracy {val['accuracy']:.2%}, "
               f"{result['examples']['validation']:,} examples); trained on {result['examples']['train']:,} examples in "
               f"{result['seconds']:.0f} s; the test split was read once.", ""]  # fmt: skip
     lines += [f"- {key}: {result[key]}" for key in ("trunk", "mask", "freeze", "seed", "trainable")]
     lines += [f"- {note}" for note in result["notes"]]
-    lines += ["", "| label \\ prediction | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    lines += [f"| {name} | " + " | ".join(map(str, row)) + " |" for name, row in zip(names, counts, strict=True)]
+    lines += ["", "| label \\ prediction | " + " | ".join(map(cell, names)) + " |", "|---|" + "---|" * len(names)]
+    lines += [f"| {cell(name)} | {' | '.join(map(str, row))} |" for name, row in zip(names, counts, strict=True)]
     wrong = [i for i in np.argsort(-probability.max(1), kind="stable") if predicted[i] != labels[i]][:10]
     lines += ["", "The surest errors:", ""]
     for i in wrong:
         text = " ".join(" / ".join(filter(None, examples[i][:2])).split())
-        text = (text if len(text) <= 160 else text[:157] + "...").replace("|", "\\|").replace("<", "&lt;")
+        text = cell(text if len(text) <= 160 else text[:157] + "...").replace("<", "&lt;")
         lines.append(f"- {names[labels[i]]}, said {names[predicted[i]]} ({probability[i].max():.0%}): {text}")
     return "\n".join(lines) + "\n"
 
@@ -119,6 +125,7 @@ def draw(run: Path, counts: np.ndarray, names: list[str], result: dict[str, Any]
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False  # a label may be "$$"
     train, val = read(run, "train"), read(run, "val")
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for ax, key in zip(axes, ("loss", "accuracy"), strict=True):

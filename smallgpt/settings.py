@@ -153,7 +153,7 @@ def _assign(config: Any, keys: dict, values: dict, text: str | None, prefix: str
                 spelling = str(value) if text is None else text
                 value = spelling.lower() if isinstance(value, bool) else spelling
             try:
-                OmegaConf.update(config, name, value, merge=text is not None)  # a file replaces a mapping, key=value adds
+                OmegaConf.update(config, name, value, merge=text is not None)  # key=value adds to a mapping
             except OmegaConfBaseException:
                 yield name, f"{name} must be {_type_name(keys[name].hint)}, not {_show(value)}"
 

@@ -143,8 +143,8 @@ def forks():
     os.environ.update(ENV, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     context = multiprocessing.get_context("forkserver")
     # what the scripts import late: torch.manual_seed imports torch._dynamo, half of the start
-    late = ["torch._dynamo", "torch.utils.tensorboard"]
-    context.set_forkserver_preload(["conftest", "train", "chat", *late])
+    late = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot", "sklearn.svm"]
+    context.set_forkserver_preload(["conftest", "train", "chat", "sentiment_train", "classify", *late])
     context.Process(target=int).start()  # the server takes its environment from here
     for key, value in before.items():
         os.environ.pop(key) if value is None else os.environ.update({key: value})
@@ -177,11 +177,11 @@ def run(start) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def start_ranks(start) -> Callable[..., list[Started]]:
-    """start_ranks(2, args) -> the processes that torchrun would start."""
+    """start_ranks(2, args) -> the processes that torchrun would start, of train.py or another script."""
 
-    def start_ranks(size: int, argv: list[str], **kw) -> list[Started]:
+    def start_ranks(size: int, argv: list[str], script: str = "train", **kw) -> list[Started]:
         env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        return [start("train", argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **kw) for r in range(size)]
+        return [start(script, argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **kw) for r in range(size)]
 
     return start_ranks
 

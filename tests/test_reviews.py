@@ -514,6 +514,11 @@ def noisy(draw: random.Random, text: str) -> str:
     return "".join((c.upper() if draw.random() < 0.5 else c) + draw.choice(["", "", " ", "，", "!\n"]) for c in text)
 
 
+def telling(text: str) -> bool:
+    """Long enough to be no coincidence: two strangers did write "lol that was a great movie"."""
+    return len(text) >= (20 if any("\u4e00" <= c <= "\u9fff" for c in text) else 40)
+
+
 @pytest.mark.parametrize("alphabet", ["abc", "的一是不了在人有我他", "aé1的😀"], ids=["latin", "chinese", "mixed"])
 @pytest.mark.parametrize("size", [50, 1 << 20])
 def test_held_out_texts_are_found_like_a_naive_search_finds_them(alphabet, size, monkeypatch):
@@ -529,7 +534,7 @@ def test_held_out_texts_are_found_like_a_naive_search_finds_them(alphabet, size,
         held.append(noisy(draw, text[begin : begin + draw.choice([19, 20, 21, 39, 40, 41, 77, 500])]))
     plain = [letters(text) for text in corpus]
     searchable = [letters(text) for text in held if len(letters(text)) >= leaks.WINDOW]
-    expected = sum(any(text in other for other in plain) for text in searchable)
+    expected = sum(any(text in other for other in plain) for text in searchable if telling(text))
     out = HeldOut(held)
     out.read(iter(noisy(draw, text) for text in corpus))
     assert len(out.runs) == len(searchable) > 40
@@ -537,7 +542,7 @@ def test_held_out_texts_are_found_like_a_naive_search_finds_them(alphabet, size,
     for text in held:  # each for itself
         alone = HeldOut([text])
         alone.read(corpus)
-        assert alone.found == (len(letters(text)) >= leaks.WINDOW and any(letters(text) in other for other in plain))
+        assert alone.found == (telling(letters(text)) and any(letters(text) in other for other in plain))
 
 
 def test_touching_a_held_out_text():

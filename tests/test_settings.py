@@ -45,6 +45,7 @@ class Settings(Common):
     sizes: list[int] = field(
         default_factory=lambda: [1, 2],
     )  # a field on several lines
+    extra: dict[str, Any] = field(default_factory=dict)  # whatever a user adds
     model: ModelSettings = field(default_factory=ModelSettings)  # architecture
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=3e-4))  # optimizer
 
@@ -111,11 +112,15 @@ def test_interpolation_follows_the_merged_values(file):
     assert "optim.lr" in fails("optim.lr=${nothing}") and "nothing" in fails("optim.lr=${nothing}")
 
 
-def test_a_value_replaces_the_one_below_it_whole(file):
-    # Merged, {all_but_last: 2} over {trunk: true} would freeze both ways at once.
-    path = file("a.yaml", "freeze: {trunk: true}\nsizes: [1, 2, 3]")
-    s = load(Settings, [path, "freeze.all_but_last=2", "sizes=[9]"])
-    assert (s.freeze, s.sizes) == ({"all_but_last": 2}, [9])
+def test_a_file_replaces_a_mapping_and_the_command_line_adds_to_it(file):
+    # `sweep.yaml set.trunk=x` must not lose the set: of the YAML; a YAML that writes set: anew means the whole of it.
+    file("base.yaml", "extra: {a: 1}\nsizes: [1, 2]")
+    path = file("a.yaml", "base: base.yaml\nextra: {b: {c: 2, d: 3}, e.f: 4}\nsizes: [1, 2, 3]")
+    assert load(Settings, [path]).extra == {"b": {"c": 2, "d": 3}, "e.f": 4}
+    s = load(Settings, [path, "extra.g=[5, 6]", "extra.b.c=7", "extra.h=x", "sizes=[9]"])
+    assert s.extra == {"b": {"c": 7, "d": 3}, "e.f": 4, "g": [5, 6], "h": "x"}
+    assert s.sizes == [9], "a list is one value"
+    assert load(Settings, [path, "extra.g=[1]", "extra.g=[2]"]).extra["g"] == [2]
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,25 @@ def test_fewer_steps_than_a_run_has(tmp_path, tiny, start):
     assert max(losses(tmp_path / "r", "train")) == 3
 
 
+def test_a_run_that_begins_with_the_weights_of_another(finished, tmp_path, tiny, run):
+    """Continued pretraining: another corpus, the shape and the tokenizer of the first run, steps from 0, and its own
+    resume. The first loss tells whether the weights are there: an untrained model's is log(320)."""
+    folder, _, _ = finished
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(f"what is new {i}?\nred is new {i}\n" for i in range(300)), encoding="utf-8")
+    args = tiny(tmp_path, run="second", init_from=folder, data__path=other, data__cache=tmp_path, model__n_embd=64)
+    result = run("train", args)
+    assert result.status == 0, result.err
+    loss = losses(tmp_path / "second", "train")
+    assert list(loss) == list(range(1, 13)) and loss[1] < 0.8 * math.log(320)
+    meta = json.loads((tmp_path / "second" / "step-00000012" / "meta.json").read_text(encoding="utf-8"))
+    first = json.loads((folder / "step-00000060" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["model"] == first["model"] and meta["tokenizer"] == first["tokenizer"]
+    result = run("train", [*args, "max_steps=16"])
+    assert result.status == 0 and "continuing from step 12 of 16" in result.out
+    assert "there is no checkpoint" in mistake(run("train", tiny(tmp_path, run="third", init_from=tmp_path / "none")))
+
+
 def test_the_best_checkpoint_outlives_the_newest(tmp_path, tiny, run):
     # a learning rate that goes wild after step 4: the best stays, beside the `keep` newest
     args = tiny(tmp_path, run="r", max_steps=12, eval_every=2, save_every=2, optim__clip=0, optim__warmup=0)

@@ -1,0 +1,128 @@
+"""Speed of fine-tuning: this project and Hugging Face's Trainer on the same SST-2 examples, in alternating rounds.
+
+    python bench/finetune.py data/SST-2 --json finetune.json        about ten minutes on two cores
+
+A round trains a classifier of the same shape (GPT-2's form, dropout 0.1, AdamW, clipping, batches of 32) on the same
+examples, encoded by the same tokenizer: once over --examples of them for the whole model; --epochs times for a frozen
+trunk, our one pass that keeps what the trunk says included. The Trainer pads each batch to its longest example.
+"""
+
+import argparse
+import tempfile
+from functools import cache, partial
+
+from common import Contender, arguments, compete, shape
+
+
+@cache
+def data(path: str, count: int, vocab_size: int):
+    """(tokenizer, encoded training examples) of SST-2."""
+    from smallgpt import reviews
+    from smallgpt.examples import encode
+    from smallgpt.sets import ReviewSettings
+    from smallgpt.tokenizer import TokenizerSettings, train
+
+    found = reviews.load(ReviewSettings(set="sst2", path=path, train_size=count))
+    tokenizer = train(TokenizerSettings("bpe", vocab_size), [e.text for e in found.splits["train"]])
+    return tokenizer, encode(found.splits["train"], found.labels, tokenizer, 128, [tokenizer.bos])
+
+
+def precision(args: argparse.Namespace):
+    import torch
+
+    from smallgpt import dist
+
+    return dist.choose_dtype("auto", torch.device(args.device))
+
+
+def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
+    """The parts and the order of sentiment_train.py's loop."""
+    import torch
+    import torch.nn.functional as F
+
+    from model import GPT, GPTClassifier, GPTConfig
+    from smallgpt import dist, frozen
+    from smallgpt.examples import Buckets, Inputs
+    from smallgpt.optim import OptimSettings, make_optimizers
+    from smallgpt.parallel import Single
+
+    tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
+    device, (dtype, why) = torch.device(args.device), precision(args)
+    world, ctx = dist.World(0, 0, 1, device), dist.autocast(device, dtype)
+    form = dict(pos="learned", norm="layernorm", mlp="gelu", qk_norm=False, bias=True, dropout=0.1)
+    model = GPTClassifier(GPT(GPTConfig(**shape(args), **form)), 2).to(device).train()
+    frozen.freeze(model, freeze, model.gpt.config.vocab_size)
+    if model.gpt.config.tie_weights is False:
+        model.gpt.lm_head.requires_grad_(False)
+    buckets, labels = Buckets(encoded.lengths, 32, seed=0), torch.from_numpy(encoded.labels).to(device)
+    optimizers, strategy = make_optimizers(model, OptimSettings(lr=1e-4)), Single(model, world)
+
+    def train() -> None:
+        inputs = Inputs(encoded, tokenizer.pad, 0, device)
+        frozen.keep(model, inputs, ctx, 16384, 4.0, model.gpt.config.vocab_size)
+        for step in range(epochs * buckets.steps_per_epoch):
+            rows = buckets.of(step)
+            x, lengths = inputs.of(rows)
+            with ctx:
+                scores = model(x, lengths)
+            loss = F.cross_entropy(scores.float(), labels[rows])
+            loss.backward()
+            strategy.clip(1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            float(loss)
+
+    return Contender(train, epochs * len(encoded.ids), str(dtype)[6:], False, why)
+
+
+def hugging_face(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainingArguments
+
+    tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
+    dtype, why = precision(args)
+    names = {k: v for k, v in shape(args).items() if k != "block_size"} | {"n_positions": args.block_size}
+    config = GPT2Config(**names, num_labels=2, pad_token_id=tokenizer.pad, bos_token_id=0, eos_token_id=None,
+                        attn_implementation="sdpa")  # fmt: skip
+    model = GPT2ForSequenceClassification(config)
+    if freeze == "trunk":
+        model.transformer.requires_grad_(False)
+    rows = [{"input_ids": i, "label": y} for i, y in zip(encoded.ids, encoded.labels.tolist(), strict=True)]
+
+    def collate(batch: list[dict]) -> dict:  # what DataCollatorWithPadding does, for our tokenizer
+        ids = [torch.from_numpy(row["input_ids"]) for row in batch]
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        mask = pad([torch.ones_like(i) for i in ids])
+        labels = torch.tensor([row["label"] for row in batch])
+        return {"input_ids": pad(ids, padding_value=tokenizer.pad), "attention_mask": mask, "labels": labels}
+
+    options = TrainingArguments(
+        tempfile.mkdtemp(), per_device_train_batch_size=32, num_train_epochs=epochs, learning_rate=1e-4, report_to=[],
+        bf16=dtype == torch.bfloat16, use_cpu=args.device == "cpu", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+
+    def train() -> None:
+        Trainer(model, options, train_dataset=rows, data_collator=collate).train()
+
+    return Contender(train, epochs * len(rows), str(dtype)[6:], False, why)
+
+
+def main() -> None:
+    p = arguments(__doc__)
+    p.add_argument("sst2", help="folder with SST-2's train.tsv and dev.tsv")
+    p.add_argument("--examples", type=int, default=512, help="training examples")
+    p.add_argument("--epochs", type=int, default=10, help="passes over them with the trunk frozen")
+    p.set_defaults(unit="examples", block_size=128)
+    args = p.parse_args()
+    full = {"ours, whole model": partial(ours, freeze="none", epochs=1),
+            "Hugging Face Trainer, whole model": partial(hugging_face, freeze="none", epochs=1)}  # fmt: skip
+    head = {"ours, frozen trunk": partial(ours, freeze="trunk", epochs=args.epochs),
+            "Hugging Face Trainer, frozen trunk": partial(hugging_face, freeze="trunk", epochs=args.epochs),
+    }  # fmt: skip
+    compete(args, full, head)
+
+
+if __name__ == "__main__":
+    main()
