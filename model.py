@@ -233,7 +233,7 @@ class GPT(nn.Module):
         layers: slice = slice(None), norm: bool = True,
     ) -> Tensor:  # fmt: skip
         """Hidden states (B, T, C) after the final norm, of tokens x (B, T) at positions start..start+T. segments
-        (B, T): numbers of the texts packed into a row; a position sees only its own text, and counts from its beginning.
+        (B, T): numbers of the texts packed into a row; a position sees only its own text and counts from its beginning.
         cache: keys and values of positions 0..start, to which these are added. layers, norm: only some blocks, without
         the norm; x may be the hidden states (B, T, C) that go into them."""
         c, T = self.config, x.size(1)
