@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -108,7 +109,7 @@ def search(texts: list[str], corpora: list[str], cache: Path) -> tuple[int, list
         for file in tqdm(files, desc="looking for test texts", disable=None, leave=False):
             held.read(turn for turns in read_dialogues(file, "replace") for turn in turns)
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")  # a run that is killed here leaves no half number behind
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")  # a run that is killed here leaves no half number behind
         temporary.write_text(json.dumps(held.found), encoding="utf-8")
         temporary.replace(kept)
     return json.loads(kept.read_text(encoding="utf-8")), missing

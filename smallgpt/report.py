@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, dict[str, float]]:
                                                              len(index)),
     }  # fmt: skip
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(".tmp")
+    temporary = kept.with_suffix(f".{os.getpid()}.tmp")  # several runs may get here at once
     temporary.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
     temporary.replace(kept)
     return found
@@ -80,11 +81,13 @@ def write(run: Path, examples: list[Example], scores: np.ndarray, labels: np.nda
         table.writerow(["text", "pair", "label", "prediction", "probability", *(f"p_{name}" for name in names)])
         for e, k, p in zip(examples, predicted, probability, strict=True):
             table.writerow([e.text, e.pair, e.label, names[k], f"{p[k]:.4f}", *(f"{x:.4f}" for x in p)])
-    (run / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     counts = confusion(predicted, labels, len(names))
     text = markdown(run.name, examples, predicted, probability, labels, names, counts, result)
     (run / "report.md").write_text(text, encoding="utf-8")
     draw(run, counts, names, result)
+    temporary = run / "result.json.tmp"  # last and at once: where it is, the run is finished
+    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(run / "result.json")
     return text
 
 

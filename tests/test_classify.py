@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -197,6 +198,7 @@ def test_a_terminal_is_told_what_it_waits_for_and_answered_line_by_line(forks, m
         for text in ("red", "房间"):
             os.write(ours, f"{text}\n".encode())
             while f"\t{text}\r\n" not in seen:
+                assert select.select([ours], [], [], 20)[0], f"no answer to {text} in {seen!r}"
                 seen += os.read(ours, 1000).decode()
         os.write(ours, b"\x04")
         process.join(60)
