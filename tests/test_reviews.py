@@ -561,7 +561,8 @@ def test_touching_a_held_out_text():
 
 def test_corpora_are_searched_once(tmp_path):
     """And again where a file or the texts change; a corpus that is not there is named."""
-    test = ["this sentence is in the test split of a set of reviews", "and this one here is in no corpus, is it, or is it now?"]
+    test = ["this sentence is in the test split of a set of reviews",
+            "and this one here is in no corpus at all, is it, or is it now?"]
     chat = tmp_path / "chat.txt.gz"
     chat.write_bytes(gzip.compress(f"hello\n{test[0].title()}!\n\nbye\n".encode()))
     corpora, kept = [str(chat), str(tmp_path / "none.txt")], tmp_path / "cache"
