@@ -154,9 +154,7 @@ def launch(run: Run, slot: int, workers: int) -> subprocess.Popen:
                             "it or end it, and give the same command") from None  # fmt: skip
         except (ImportError, OSError):
             pass  # Windows and some network file systems have no such lock
-        temporary = run.folder / ".sweep.json.tmp"
-        temporary.write_text(json.dumps(run.keys, ensure_ascii=False, indent=1), encoding="utf-8")
-        temporary.replace(run.folder / "sweep.json")
+        runs.write_atomic(run.folder / "sweep.json", json.dumps(run.keys, ensure_ascii=False, indent=1))
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
 
 

@@ -228,7 +228,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                 break
 
             lr = set_lr(optimizers, lr_factor(step, max_steps, s.optim))
-            torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + world.rank) % 2**63)  # dropout, as in train.py
+            world.seed(s.seed, step)  # dropout
             rows = buckets.of(step)
             share_of = 1 / weights[labels[rows]].sum()  # examples of this step over all ranks, weighted
             lm_share = s.lm_weight / max(1, int((buckets.lengths[rows] - 1).sum()))

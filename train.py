@@ -194,8 +194,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 break
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
-            # all randomness is a function of (seed, step, rank): nothing to save, and resuming is exact
-            torch.manual_seed(((s.seed * 1_000_003 + step) * 1_000_003 + world.rank) % 2**63)
+            world.seed(s.seed, step)  # dropout
             targets, stopping = world.sum(sum(int((y != IGNORE).sum()) for _, y in batches), stop.signal > 0)
             if stopping:  # one rank got a signal: all stop here, together
                 break

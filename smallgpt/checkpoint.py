@@ -17,17 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.optim import Optimizer
 
 from smallgpt.dist import World
 from smallgpt.runs import FORMAT, Checkpoint, point, prune, required, shape
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import Tokenizer
-
-# torch.distributed.checkpoint takes 0.7 s to import, so a run imports it at its first save, not before its first step
 
 
 def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
@@ -46,10 +47,6 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
     """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank must call it.
 
     If anything fails (a full disk) every rank raises UserError, and the older checkpoints are untouched."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
     final = run / f"step-{meta['step']:08d}"
     tmp = run / f".{final.name}.tmp"
     error = ""
@@ -110,8 +107,6 @@ def flush(path: Path) -> None:
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
     """Anything but safetensors, such as a pickle, is refused."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
     try:
         yield
     except (SafetensorError, CheckpointException) as e:
@@ -131,16 +126,12 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
             f"the weights in {checkpoint.path} do not fit this model: {len(wrong)} tensors differ, for example "
             f"{n} is {found.get(n, 'absent')} in the file and {wanted.get(n, 'absent')} in the model"
         )
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
     # strict=False only for the second name of a tied matrix; all names were compared above
     set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimizer], world: World) -> None:
     """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
-    import torch.distributed.checkpoint as dcp
-
     with reading(folder := checkpoint.path / "state"):
         reader = dcp.HuggingFaceStorageReader(str(folder))
         saved = reader.read_metadata().state_dict_metadata.keys()

@@ -59,6 +59,11 @@ class World:
         torch_dist.all_reduce(t)
         return t.tolist()
 
+    def seed(self, seed: int, step: int) -> None:
+        """Seed torch for one step of this process. All randomness of a run is a function of (seed, step, rank): there
+        is nothing to save, and resuming is exact."""
+        torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
+
     def agree(self, *values: float) -> bool:
         """Whether all processes hold the same values. A collective."""
         return self.sum(*values) == [value * self.size for value in values]

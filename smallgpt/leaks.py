@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smallgpt.dialogues import read_dialogues
+from smallgpt.runs import write_atomic
 
 WINDOW = 20  # letters and digits: a run that two Chinese texts hardly share by chance, about four English words
 
@@ -109,7 +109,5 @@ def search(texts: list[str], corpora: list[str], cache: Path) -> tuple[int, list
         for file in tqdm(files, desc="looking for test texts", disable=None, leave=False):
             held.read(turn for turns in read_dialogues(file, "replace") for turn in turns)
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")  # a run that is killed here leaves no half number behind
-        temporary.write_text(json.dumps(held.found), encoding="utf-8")
-        temporary.replace(kept)
+        write_atomic(kept, json.dumps(held.found), shared=True)
     return json.loads(kept.read_text(encoding="utf-8")), missing

@@ -4,17 +4,12 @@ import json
 import math
 import sys
 import time
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.nn as nn
 from tqdm import tqdm
 
 from smallgpt.dist import World
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
@@ -28,21 +23,16 @@ class Metrics:
         self.main, self.max_steps = world.main, max_steps
         if not self.main:
             return
+        from torch.utils.tensorboard import SummaryWriter  # 0.4 s to import: only where it is used
+
         path = run / "metrics.jsonl"
         drop_partial_line(path)
         self.file = open(path, "a", encoding="utf-8")
-        self.where, self.purge = str(run / "tensorboard"), step + 1 if step else None
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self.bar = tqdm(
             total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=True
         )
         self.began, self.first = time.monotonic(), step
-
-    @cached_property
-    def board(self) -> "SummaryWriter":
-        """TensorBoard's writer, made when there is something to write: importing it takes 0.4 s."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(self.where, purge_step=self.purge)
 
     def step(self, loss: float, count: int, unit: str = "tokens") -> None:
         """One optimisation step of so many tokens (or examples) is done: moves the bar."""

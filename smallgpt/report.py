@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from smallgpt.metrics import read
 from smallgpt.reviews import Reviews
+from smallgpt.runs import write_atomic
 from smallgpt.sets import Example
 
 
@@ -66,9 +66,7 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, dict[str, float]]:
                                                              len(index)),
     }  # fmt: skip
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")  # several runs may get here at once
-    temporary.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(kept)
+    write_atomic(kept, json.dumps(found, ensure_ascii=False), shared=True)
     return found
 
 
@@ -85,9 +83,8 @@ def write(run: Path, examples: list[Example], scores: np.ndarray, labels: np.nda
     text = markdown(run.name, examples, predicted, probability, labels, names, counts, result)
     (run / "report.md").write_text(text, encoding="utf-8")
     draw(run, counts, names, result)
-    temporary = run / "result.json.tmp"  # last and at once: where it is, the run is finished
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(run / "result.json")
+    # last: where it is, the run is finished
+    write_atomic(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False))
     return text
 
 

@@ -84,9 +84,15 @@ def read_pointer(run: Path, name: str) -> Path | None:
 
 def point(run: Path, name: str, step: int) -> None:
     """Make `latest` or `best` name the folder of this step, atomically."""
-    tmp = run / f".{name}.tmp"
-    tmp.write_text(f"step-{step:08d}\n", encoding="utf-8")
-    os.replace(tmp, run / name)
+    write_atomic(run / name, f"step-{step:08d}\n")
+
+
+def write_atomic(path: Path, text: str, shared: bool = False) -> None:
+    """Write a small file at once: a reader, in another process or after a kill, finds the old text or the new.
+    shared: other processes may be writing the same file."""
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    tmp.write_text(text, encoding="utf-8")
+    os.replace(tmp, path)
 
 
 def prune(run: Path, keep: int) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from torch import Tensor
 
-from smallgpt import checkpoint
+from smallgpt import checkpoint, runs
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, STAND_INS, Tokenizer, gpt2_from_files, named
 
@@ -86,10 +86,8 @@ def grow(weights: dict[str, Tensor], rows: int, std: float = 0.02) -> dict[str, 
 
 def _run(path: str) -> Trunk:
     """A checkpoint of train.py; or of a classifier, which holds a trunk under gpt.*, to go on with."""
-    found = checkpoint.required(path)
-    tokenizer = Tokenizer.load(found.run / "tokenizer.json")
-    if tokenizer.hash != found.meta.get("tokenizer"):
-        raise UserError(f"{found.run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with")
+    found = runs.required(path)
+    tokenizer = checkpoint.tokenizer_of(found)
     with checkpoint.reading(file := found.path / "model.safetensors"):
         weights = {name.removeprefix("gpt."): w.float() for name, w in load_file(file).items() if name != "head.weight"}
     fields = found.meta["model"] | {"vocab_size": len(weights["wte.weight"])}
