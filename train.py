@@ -166,7 +166,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         batches = [corpus.train_batch(rows, s.seed) for rows in shares.of(step, world.rank)]
         return [(x.pin_memory(), y.pin_memory()) for x, y in batches] if device.type == "cuda" else batches
 
-    saved, fresh_tokens, began, batches = step, 0, time.perf_counter(), load(step)
+    saved = step if resumed and resumed.run == run else 0  # the last step of which this run has a checkpoint
+    fresh_tokens, began, batches = 0, time.perf_counter(), load(step)
     with dist.StopRequest() as stop:
         while True:
             last = step >= s.max_steps

@@ -77,6 +77,8 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(finished, run):
     longer = run("train", elsewhere)
     assert longer.status == 0 and "continuing from step 60 of 62" in longer.out
     assert list(losses(folder.parent / "second", "train")) == [61, 62]
+    # step 60 is evaluated here too and may be the best: its weights have to be in this run, not only in the first
+    assert list(losses(folder.parent / "second", "val")) == [60, 62] and steps(folder.parent / "second") == [60, 62]
     # the same command again continues what it began, not what it began from
     assert "continuing from step 62 of 64" in run("train", [*elsewhere, "max_steps=64"]).out
 
