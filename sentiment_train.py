@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import checkpoint, dist, frozen, leaks, parallel, report, reviews, runs, settings
-from smallgpt.examples import Buckets, Inputs, encode, score, share
+from smallgpt.examples import Buckets, Inputs, drop_tokens, encode, score, share
 from smallgpt.metrics import Metrics, read
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
 from smallgpt.sets import ReviewSettings
@@ -57,6 +57,7 @@ class SentimentSettings:
     pool: Literal["last", "mean"] = "last"  # hidden state that the head reads: the last token's, or the mean
     block_size: int = 0  # longest text in tokens, longer ones lose their middle; 0 = the trunk's
     dropout: float = 0.1  # in the trained part of the trunk
+    token_dropout: float = 0.0  # share of the tokens left out of each training text, others at every step
     class_weights: Literal["none", "balanced"] = "none"  # balanced = each class counts the same in the loss
     label_smoothing: float = 0.0  # share of the target spread over all classes
     layer_decay: float = 1.0  # learning rate of a layer, as a fraction of the one above it
@@ -78,6 +79,8 @@ class SentimentSettings:
             problems.append(f"freeze={self.freeze!r} must be none, trunk or all_but_last:K, such as all_but_last:2")
         if self.freeze == "trunk" and self.lm_weight:
             problems.append("lm_weight trains the trunk, and freeze=trunk forbids it: choose one")
+        if not 0 <= self.token_dropout < 1 or (self.token_dropout and self.lm_weight):
+            problems.append("token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap")
         if not (0 < self.epochs < math.inf and 0 <= self.label_smoothing < 1 and 0 < self.layer_decay <= 1):
             problems.append("epochs must be positive, label_smoothing in [0, 1), layer_decay in (0, 1]")
         return problems
@@ -123,13 +126,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     model, trunk = build(s, data.labels)
     model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32).train()
     tests = [text for e in data.splits["test"] for text in e[:2] if text]
-    found, absent = leaks.search(tests, trunk.corpora, cache) if world.main else (0, [])
-    if (found := int(world.sum(found)[0])) and not s.allow_leaks:
-        raise UserError(f"{found} of {len(tests):,} test texts are in the text that {trunk.name} was pretrained on: "
-                        "take them out (`python -m smallgpt.reviews text` does), or set allow_leaks=true")  # fmt: skip
-    notes = [*data.notes, f"test texts found in the trunk's pretraining text: {found}"]
-    if absent or not trunk.corpora:
-        notes.append(f"not searched for test texts, being absent: {', '.join(absent) or 'the text of the trunk'}")
+    notes = [*data.notes, *leaks.check(tests, trunk.name, trunk.corpora, cache, world, s.allow_leaks)]
 
     tokenizer, config = trunk.tokenizer, model.gpt.config
     block_size = s.block_size or config.block_size
@@ -154,7 +151,8 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         "head": {"labels": data.labels, "pool": s.pool, "mask": s.mask, "block_size": block_size, "prefix": prefix,
                  "rows": trunk.rows},
         "freeze": s.freeze, "batch_size": s.batch_size, "optim.name": s.optim.name, "lm_weight": s.lm_weight,
-        "class_weights": s.class_weights, "label_smoothing": s.label_smoothing, "layer_decay": s.layer_decay,
+        "token_dropout": s.token_dropout, "class_weights": s.class_weights,
+        "label_smoothing": s.label_smoothing, "layer_decay": s.layer_decay,
     }  # fmt: skip
     optimizers = make_optimizers(model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -186,7 +184,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     say(f"batch    {s.batch_size} examples, {buckets.steps_per_epoch} steps an epoch, {world.size} process(es)")
     say(f"device   {device.type}, {strategy.name}; {str(dtype)[6:]}: {why}")
 
-    for split in ("train", "validation"):
+    for split in ("validation",) if s.token_dropout else ("train", "validation"):  # other tokens at every step
         if why := frozen.keep(model, inputs[split], ctx, s.micro_tokens, s.cache_gb, trunk.rows):
             say(f"frozen   {split}: {why}")
     metrics = Metrics(run, world, step, max_steps)
@@ -238,6 +236,8 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                 here = 1.0 if len(part) else 0.0  # a rank without examples takes part in the collectives all the same
                 part = part if len(part) else rows[:1]
                 x, lengths = train.of(part)
+                if s.token_dropout:
+                    x, lengths = drop_tokens(x, lengths, s.token_dropout, tokenizer.pad, tokenizer.sep, width)
                 targets = train.targets(part) if s.lm_weight else None
                 with strategy.accumulate(last=i == len(parts) - 1):
                     with ctx:

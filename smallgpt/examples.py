@@ -133,6 +133,20 @@ class Inputs:
         return F.pad(torch.where(real, idx[:, 1:], -1), (0, 1), value=-1)
 
 
+def drop_tokens(
+    idx: Tensor, lengths: Tensor, share: float, fill: int, sep: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Leave out each token of idx (B, T) with probability `share`, but neither a text's first one nor the separator of
+    a pair: the others close up, padded with `fill` to the longest or to `width`. So a classifier cannot rely on single
+    words (word dropout, Iyyer et al. 2015). Returns the new idx and lengths (B,)."""
+    kept = (torch.rand(idx.shape, device=idx.device) >= share) | (idx == sep)
+    kept[:, 0] = True
+    kept &= torch.arange(idx.size(1), device=idx.device) < lengths[:, None]
+    order, lengths = torch.sort(~kept, dim=1, stable=True).indices, kept.sum(1)
+    idx = idx.gather(1, order)[:, : width or int(lengths.max())]
+    return idx.where(torch.arange(idx.size(1), device=idx.device) < lengths[:, None], fill), lengths
+
+
 def in_order(lengths: Sequence[int] | np.ndarray, max_tokens: int, width: int) -> list[np.ndarray]:
     """All examples, from short to long, in batches of at most max_tokens, each padded to its longest or to `width`."""
     order = np.argsort(lengths, kind="stable")

@@ -10,7 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from smallgpt.dialogues import read_dialogues
+from smallgpt.dist import World
 from smallgpt.runs import write_atomic
+from smallgpt.settings import UserError
 
 WINDOW = 20  # letters and digits: a run that two Chinese texts hardly share by chance, about four English words
 
@@ -111,3 +113,17 @@ def search(texts: list[str], corpora: list[str], cache: Path) -> tuple[int, list
         cache.mkdir(parents=True, exist_ok=True)
         write_atomic(kept, json.dumps(held.found), shared=True)
     return json.loads(kept.read_text(encoding="utf-8")), missing
+
+
+def check(texts: list[str], trunk: str, corpora: list[str], cache: Path, world: World, allowed: bool) -> list[str]:
+    """What `search` finds in the corpora of a trunk, in words for a report; rank 0 searches. UserError on every rank if
+    anything is found and that is not `allowed`."""
+    found, absent = search(texts, corpora, cache) if world.main else (0, [])
+    found = int(world.sum(found)[0])
+    if found and not allowed:
+        raise UserError(f"{found} of {len(texts):,} test texts are in the text that {trunk} was pretrained on: "
+                        "take them out (`python -m smallgpt.reviews text` does), or set allow_leaks=true")  # fmt: skip
+    notes = [f"test texts found in the trunk's pretraining text: {found}"]
+    if absent or not corpora:
+        notes.append(f"not searched for test texts, being absent: {', '.join(absent) or 'the text of the trunk'}")
+    return notes

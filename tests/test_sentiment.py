@@ -31,7 +31,7 @@ from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, build, finetune, layer_scale
 from smallgpt import frozen, report, reviews, settings
 from smallgpt.dist import World, autocast
-from smallgpt.examples import Buckets, Encoded, Inputs, encode, encode_text, pad, score, share
+from smallgpt.examples import Buckets, Encoded, Inputs, drop_tokens, encode, encode_text, pad, score, share
 from smallgpt.metrics import read
 from smallgpt.optim import lr_factor, make_optimizers
 from smallgpt.sets import Example, ReviewSettings
@@ -441,6 +441,40 @@ def test_the_shares_of_all_ranks_are_the_batch(n, size):
         assert max(counts) - min(counts) <= 1
 
 
+def test_tokens_left_out_close_up_and_the_first_and_the_separator_stay():
+    """Token 1 begins each text, 9 separates, 0 is padding; the others count up, so their order can be seen."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 3, 1, 40])
+    idx = torch.where(torch.arange(40) < lengths[:, None], torch.arange(40) + 10, 0)
+    idx[:, 0], idx[0, 20] = 1, 9
+    left = []
+    for width in (0, 40):
+        for _ in range(200):
+            x, n = drop_tokens(idx, lengths, 0.3, fill=0, sep=9, width=width)
+            assert x.size(1) == (width or n.max()) and n[2] == 1 and (x[:, 0] == 1).all() and (x[0] == 9).sum() == 1
+            for row, was, k in zip(x, idx, n.tolist(), strict=True):
+                assert (row[k:] == 0).all() and set(row[:k].tolist()) <= set(was.tolist())
+                ordered = row[:k][row[:k] >= 10]
+                assert (ordered.diff() > 0).all()
+            left.append(int(n[3]))
+    assert np.mean(left) == pytest.approx(1 + 0.7 * 39, rel=0.02)
+    assert torch.equal(drop_tokens(idx, lengths, 0.0, 0, 9, 40)[0], idx)
+
+
+@pytest.mark.parametrize("freeze", ["none", "trunk"])
+def test_token_dropout_is_drawn_anew_at_each_step_and_the_same_again_on_resume(fit, tmp_path, monkeypatch, freeze):
+    """Also above a frozen part, which must not be asked only once then."""
+    seen, drop = [], drop_tokens
+    monkeypatch.setattr(sentiment_train, "drop_tokens", lambda *a: seen.append(drop(*a)) or seen[-1])
+    case = dict(freeze=freeze, token_dropout=0.4, dropout=0.0, save_every=4, keep=2)
+    whole = fit(run="whole", **case)
+    assert len(seen) == 8 and {x.dtype for x, _ in seen} == {torch.int64}
+    part = fit(run="part", resume=whole / "step-00000004", **case)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(seen[4:8], seen[8:], strict=True))
+    again, first = losses(part, "train"), losses(whole, "train")
+    assert list(again) == [5, 6, 7, 8] and all(again[k] == first[k] for k in again)
+
+
 # --- long texts -------------------------------------------------------------------------------------------------------
 
 
@@ -791,6 +825,7 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("freeze=nonsense", "freeze='nonsense' must be none, trunk or all_but_last:K"),
         ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
         ("block_size=49", "block_size=49 is more than the trunk's 48"),
+        ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
         ("label_smoothing=1", "label_smoothing in [0, 1)"),
         ("data.train_size=1", "data.train_size=1 leaves no example of the label"),
