@@ -16,7 +16,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,11 @@ from omegaconf import OmegaConf, errors
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from smallgpt import dist, runs, settings
+from smallgpt import curves, dist, runs, settings
 from smallgpt.settings import UserError
 
 SCRIPT = Path(__file__).with_name("sentiment_train.py")
 BASELINES = ("largest class", "TF-IDF + linear SVM")  # of report.py, under names that all runs share
-CHINESE = re.compile("CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode")  # fonts that have it
 
 
 @dataclass
@@ -240,41 +238,35 @@ def write(s: SweepSettings, rows: list[dict[str, Any]], folder: Path) -> str:
 
 def draw(s: SweepSettings, rows: list[dict[str, Any]], file: Path) -> None:
     """Test accuracy of each combination, every seed a dot; over the training size, if the grid has it, as curves."""
-    from matplotlib import font_manager, rcParams
-    from matplotlib.figure import Figure
-
-    rcParams["font.family"] = ["DejaVu Sans", *sorted(filter(CHINESE.search, font_manager.get_font_names()))]
     size, lines = "data.train_size", {}  # label -> its rows
-    curves = size in s.grid
+    over_size = size in s.grid
     for r in rows:
         label = cell_name({k: r[k] for k in s.grid if k != size}) or "this model"
-        lines.setdefault(textwrap.fill(label.replace("$", r"\$"), 40), []).append(r)
-    fig = Figure(figsize=(7, 4.6 if curves else 1.8 + 0.5 * len(rows)), layout="constrained")
-    ax = fig.subplots()
+        lines.setdefault(textwrap.fill(label, 40), []).append(r)
+    fig, ax = curves.figure(7, 4.6 if over_size else 1.8 + 0.5 * len(rows))
     for i, (label, mine) in enumerate(lines.items()):
         mine.sort(key=lambda r: r["train"])
         y, sd = [r["accuracy"] for r in mine], [np.nan_to_num(r["accuracy_sd"]) for r in mine]
-        if curves:
+        if over_size:
             ax.errorbar([r["train"] for r in mine], y, sd, fmt="o-", ms=4, capsize=3, color=f"C{i}", label=label)
         else:
             ax.errorbar(y, [i], xerr=sd, fmt="|", ms=14, capsize=4, color="C0")
             ax.plot(mine[0]["by_seed"], [i] * mine[0]["n"], "o", ms=4, color="C0", alpha=0.5)
     for name, style in zip(BASELINES, ("D--", "s:"), strict=True):
-        points = sorted((r["train"] if curves else i, r[name]) for i, r in enumerate(rows))
-        x, y = zip(*(points if curves else (point[::-1] for point in points)), strict=True)
+        points = sorted((r["train"] if over_size else i, r[name]) for i, r in enumerate(rows))
+        x, y = zip(*(points if over_size else (point[::-1] for point in points)), strict=True)
         ax.plot(x, y, style, color="0.4", ms=3, lw=1, label=name)
-    if curves:
+    if over_size:
         ax.set(xscale="log", xlabel="training examples")
         ax.set_xticks(sizes := sorted({r["train"] for r in rows}), [f"{n:,}" for n in sizes])
         ax.minorticks_off()
     else:
         ax.set(ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=lines)
-    accuracy = ax.yaxis if curves else ax.xaxis
+    accuracy = ax.yaxis if over_size else ax.xaxis
     accuracy.set(major_formatter=lambda v, _: f"{100 * v:g}", label_text="test accuracy, % (mean ± SD over seeds)")
     fig.legend(loc="outside lower center", ncols=2, frameon=False)
     ax.grid(alpha=0.3)
-    with warnings.catch_warnings(action="ignore"):  # Chinese where no font has it: a warning for each character
-        fig.savefig(file, dpi=150)
+    curves.save(fig, file)
 
 
 def main() -> int:

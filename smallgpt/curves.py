@@ -4,23 +4,43 @@
 """
 
 import argparse
+import re
 import sys
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from smallgpt.metrics import read
 from smallgpt.settings import UserError, cli
 
+if TYPE_CHECKING:  # it takes a second to import
+    from matplotlib.figure import Figure
+
+CHINESE = re.compile("CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode")  # fonts that have it
 UNITS = {"step": "optimisation step", "tokens": "training tokens"}
+
+
+def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any]:
+    """An empty figure of so many inches and its axes. Needs no display; Chinese labels are drawn where a font has them,
+    and a label may hold `$`."""
+    from matplotlib import font_manager, rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["font.family"] = ["DejaVu Sans", *sorted(set(filter(CHINESE.search, font_manager.get_font_names())))]
+    rcParams["text.parse_math"] = False
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(1, columns)
+
+
+def save(fig: "Figure", file: Path) -> None:
+    """Write it as a PNG."""
+    with warnings.catch_warnings(action="ignore"):  # Chinese where no font has it: a warning for each character
+        fig.savefig(file, dpi=150)
 
 
 def draw(runs: list[Path], x: str, out: Path) -> None:
     """Write a PNG with training loss (thin) and validation loss (dots) of each run, in nats per token."""
-    import matplotlib
-
-    matplotlib.use("agg")  # no window, no display needed
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    fig, ax = figure(7, 4.2)
     for i, run in enumerate(runs):
         train, val = read(run, "train"), read(run, "val")
         ax.plot([r[x] for r in train], [r["loss"] for r in train], color=f"C{i}", lw=0.8, alpha=0.5)
@@ -30,8 +50,7 @@ def draw(runs: list[Path], x: str, out: Path) -> None:
     ax.set(xlabel=UNITS[x], ylabel="loss, nats per token")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
-    fig.savefig(out, dpi=150)
-    plt.close(fig)
+    save(fig, out)
 
 
 def show(runs: list[Path], x: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from smallgpt import curves
 from smallgpt.metrics import read
 from smallgpt.reviews import Reviews
 from smallgpt.runs import write_atomic
@@ -120,14 +121,8 @@ def markdown(name: str, examples: list[Example], predicted: np.ndarray, probabil
 
 def draw(run: Path, counts: np.ndarray, names: list[str], result: dict[str, Any]) -> None:
     """curves.png: loss and accuracy over the steps; confusion.png: the test's confusion matrix."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["text.parse_math"] = False  # a label may be "$$"
     train, val = read(run, "train"), read(run, "val")
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    fig, axes = curves.figure(9, 3.6, columns=2)
     for ax, key in zip(axes, ("loss", "accuracy"), strict=True):
         ax.plot([r["step"] for r in train], [r[key] for r in train], color="C0", lw=0.8, alpha=0.5, label="training")
         ax.plot([r["step"] for r in val], [r[key] for r in val], color="C1", marker="o", ms=3, label="validation")
@@ -139,16 +134,14 @@ def draw(run: Path, counts: np.ndarray, names: list[str], result: dict[str, Any]
         axes[1].annotate(f"test: {name}", (0.99, values["accuracy"]), xycoords=("axes fraction", "data"), ha="right",
                          va="bottom", fontsize=7, color="0.3")  # fmt: skip
     axes[0].legend(frameon=False)
-    fig.savefig(run / "curves.png", dpi=150)
-    plt.close(fig)
+    curves.save(fig, run / "curves.png")
 
     size = 2.4 + 0.8 * len(names)
-    fig, ax = plt.subplots(figsize=(size + 0.6, size), layout="constrained")
+    fig, ax = curves.figure(size + 0.6, size)
     ax.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(counts):
         ax.text(j, i, f"{n:,}", ha="center", va="center", color="white" if n > 0.5 * counts[i].sum() else "black")
     ax.set_xticks(range(len(names)), names)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="prediction", ylabel="label", title=f"test accuracy {result['test']['accuracy']:.2%}")
-    fig.savefig(run / "confusion.png", dpi=150)
-    plt.close(fig)
+    curves.save(fig, run / "confusion.png")
