@@ -25,7 +25,7 @@ from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import checkpoint, dist, frozen, leaks, parallel, report, reviews, runs, settings
 from smallgpt.examples import Buckets, Inputs, drop_tokens, encode, score, share
 from smallgpt.metrics import Metrics, read
-from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
+from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
 from smallgpt.sets import ReviewSettings
 from smallgpt.settings import UserError
 from smallgpt.trunks import Trunk, grow, open_trunk
@@ -250,17 +250,8 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             nats, hits, stopping = world.sum(nats, hits, stop.signal > 0)
             if stopping:
                 break
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = float(strategy.clip(s.optim.clip))
-            if not math.isfinite(nats) or not (math.isfinite(norm) or scaler.is_enabled()):
-                raise UserError(f"at step {step + 1} the loss is {nats}, the norm of the gradient {norm}; no update "
-                                f"was made, the last checkpoint is step {saved}: lower optim.lr")  # fmt: skip
-            for optimizer in optimizers:
-                if math.isfinite(norm):
-                    scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
+            where = f"at step {step + 1} (the last checkpoint is step {saved})"
+            norm = update(optimizers, scaler, strategy.clip, s.optim.clip, nats, where)
             step, fresh = step + 1, fresh + len(rows)
             metrics.step(nats, len(rows), "examples")
             if step % s.log_every == 0 or step == max_steps:

@@ -24,7 +24,7 @@ from smallgpt import checkpoint, dist, parallel, runs, settings
 from smallgpt.batches import Corpus
 from smallgpt.corpus import DataSettings, prepare
 from smallgpt.metrics import Metrics, flops_per_token, read
-from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
+from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings
@@ -209,19 +209,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 total += loss.detach()
             batches = load(step + 1)  # while a GPU is still computing
             loss = world.sum(float(total))[0] / targets
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = float(strategy.clip(s.optim.clip))
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):  # float16 skips such steps
-                raise UserError(
-                    f"at step {step + 1} the loss is {loss}, the norm of the gradient {norm}; no update was made, the "
-                    f"last checkpoint is step {saved}: lower optim.lr or raise optim.warmup, and continue"
-                )
-            for optimizer in optimizers:
-                if math.isfinite(norm):  # float16: clipping by an infinite norm has ruined every gradient
-                    scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
+            where = f"at step {step + 1} (the last checkpoint is step {saved})"
+            norm = update(optimizers, scaler, strategy.clip, s.optim.clip, loss, where)
 
             step, tokens, fresh_tokens = step + 1, tokens + s.batch_tokens, fresh_tokens + s.batch_tokens
             metrics.step(loss, s.batch_tokens)

@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 from torch.optim import Optimizer
 
+from smallgpt.settings import UserError
+
 
 @dataclass
 class OptimSettings:
@@ -82,3 +84,25 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> float:
         for g in o.param_groups:
             g["lr"] = g["peak_lr"] * factor
     return max(g["lr"] for o in optimizers for g in o.param_groups)
+
+
+def update(
+    optimizers: list[Optimizer], scaler: torch.amp.GradScaler, clip: Callable[[float], torch.Tensor], max_norm: float,
+    loss: float, where: str
+) -> float:  # fmt: skip
+    """One update of the weights from their gradients, clipped to max_norm and then cleared; returns the norm before.
+
+    A loss or norm that is not finite raises UserError, beginning with `where`, before anything changes. Only float16
+    goes on, without that update, while its scaler looks for a scale that fits."""
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = float(clip(max_norm))
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        raise UserError(f"{where} the loss is {loss}, the norm of the gradient {norm}; no update was made: lower "
+                        "optim.lr or raise optim.warmup, and continue")  # fmt: skip
+    for optimizer in optimizers:
+        if math.isfinite(norm):  # float16: clipping by an infinite norm has ruined every gradient
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return norm
