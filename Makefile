@@ -25,7 +25,7 @@ quickstart: $(VENV)/.installed
 	@echo "Classify with:  $(PY) classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
 
 test: $(VENV)/.installed lint
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -141,10 +141,11 @@ def drop_tokens(
     words (word dropout, Iyyer et al. 2015). Returns the new idx and lengths (B,)."""
     kept = (torch.rand(idx.shape, device=idx.device) >= share) | (idx == sep)
     kept[:, 0] = True
-    kept &= torch.arange(idx.size(1), device=idx.device) < lengths[:, None]
+    position = torch.arange(idx.size(1), device=idx.device)
+    kept &= position < lengths[:, None]
     order, lengths = torch.sort(~kept, dim=1, stable=True).indices, kept.sum(1)
     idx = idx.gather(1, order)[:, : width or int(lengths.max())]
-    return idx.where(torch.arange(idx.size(1), device=idx.device) < lengths[:, None], fill), lengths
+    return idx.where(position[: idx.size(1)] < lengths[:, None], fill), lengths
 
 
 def in_order(lengths: Sequence[int] | np.ndarray, max_tokens: int, width: int) -> list[np.ndarray]:

@@ -106,7 +106,7 @@ def prune(run: Path, keep: int) -> None:
 def required(path: Path | str) -> Checkpoint:
     """The best (or the given) checkpoint at path; UserError if there is none."""
     if not Path(path).is_dir() or not (found := find(path, prefer="best")):
-        raise UserError(f"there is no checkpoint (a step-... folder, written by train.py) in {path}")
+        raise UserError(f"there is no checkpoint (no step-... folder) in {path}: has a training run saved there yet?")
     return found
 
 
