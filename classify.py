@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model import GPT, GPTClassifier, GPTConfig
@@ -26,13 +25,9 @@ from smallgpt.examples import encode_text, in_order, pad
 from smallgpt.settings import UserError
 
 CHUNK = 2048  # texts read, sorted by length and answered together
+BATCH = 16384  # at most so many tokens per forward pass
 
 Scorer = Callable[[list[str]], torch.Tensor]  # texts -> log-probabilities (N, labels)
-
-
-def batches(ids: list[list[int]], device: torch.device, width: int = 0) -> list[np.ndarray]:
-    """Rows of about the same length, few enough that a CPU's cache holds their activations."""
-    return in_order([len(i) for i in ids], 1024 if device.type == "cpu" else 16384, width)
 
 
 def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], Scorer]:
@@ -53,7 +48,7 @@ def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[lis
         pairs = [[side.strip() for side in text.partition("\t")[::2]] for text in texts]
         ids = [encode_text(tokenizer, a, b, size, head["prefix"])[0] for a, b in pairs]
         result = torch.empty(len(ids), len(head["labels"]))
-        for rows in batches(ids, device, width):
+        for rows in in_order([len(i) for i in ids], BATCH, width, device):
             idx, lengths = pad([ids[i] for i in rows], tokenizer.pad, width)
             with dist.autocast(device, dtype):
                 scores = model(idx.to(device), lengths.to(device))
@@ -87,7 +82,7 @@ def cloze(path: str, words: dict[str, list[str]], template: str, device: torch.d
         # the end of a long text stays: it is nearest to the word
         rows = [[*first, *tokenizer.encode(text.strip())[-room:], *second, *end] for text in texts]
         result = torch.empty(len(rows))
-        for batch in batches(rows, device):
+        for batch in in_order([len(row) for row in rows], BATCH, 0, device):
             idx, lengths = (t.to(device) for t in pad([rows[i] for i in batch], tokenizer.pad))
             with dist.autocast(device, dtype):
                 h = model.trunk(idx)

@@ -148,8 +148,12 @@ def drop_tokens(
     return idx.where(position[: idx.size(1)] < lengths[:, None], fill), lengths
 
 
-def in_order(lengths: Sequence[int] | np.ndarray, max_tokens: int, width: int) -> list[np.ndarray]:
-    """All examples, from short to long, in batches of at most max_tokens, each padded to its longest or to `width`."""
+def in_order(
+    lengths: Sequence[int] | np.ndarray, max_tokens: int, width: int, device: torch.device
+) -> list[np.ndarray]:
+    """All examples, from short to long, in batches of at most max_tokens, each padded to its longest or to `width`; on
+    a CPU in smaller ones, whose activations stay in its cache."""
+    max_tokens = min(max_tokens, 1024) if device.type == "cpu" else max_tokens
     order = np.argsort(lengths, kind="stable")
     batches, first = [], 0
     for i in range(1, len(order)):
@@ -164,7 +168,7 @@ def score(model: nn.Module, inputs: Inputs, world: World, ctx: torch.autocast, m
     """Scores (N, n_classes) of a split, its batches shared by all ranks."""
     model.eval()
     found = np.zeros((len(inputs.data.ids), model.head.out_features))
-    for rows in in_order(inputs.data.lengths, max_tokens, inputs.width)[world.rank :: world.size]:
+    for rows in in_order(inputs.data.lengths, max_tokens, inputs.width, inputs.device)[world.rank :: world.size]:
         with ctx:
             found[rows] = model(*inputs.of(rows)).double().cpu().numpy()
     model.train()

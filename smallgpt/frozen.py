@@ -68,8 +68,8 @@ def keep(model: nn.Module, inputs: Inputs, ctx: torch.autocast, max_tokens: int,
     if size > gigabytes:
         return f"keeping what the frozen part says would take {size:.1f} GiB (cache_gb={gigabytes}): it runs every time"
     kept: list[Tensor] = [torch.empty(0)] * len(inputs.data.ids)
-    for batch in tqdm(in_order(inputs.data.lengths, max_tokens, inputs.width), desc="frozen part, once", disable=None,
-                      leave=False):  # fmt: skip
+    batches = in_order(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
+    for batch in tqdm(batches, desc="frozen part, once", disable=None, leave=False):
         idx, lengths = inputs.tokens(batch)
         with ctx:
             states = below(model, idx, lengths)
