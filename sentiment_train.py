@@ -151,7 +151,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         "head": {"labels": data.labels, "pool": s.pool, "mask": s.mask, "block_size": block_size, "prefix": prefix,
                  "rows": trunk.rows},
         "freeze": s.freeze, "batch_size": s.batch_size, "optim.name": s.optim.name, "lm_weight": s.lm_weight,
-        "token_dropout": s.token_dropout, "class_weights": s.class_weights,
+        "token_dropout": s.token_dropout, "class_weights": s.class_weights, "select": s.select,
         "label_smoothing": s.label_smoothing, "layer_decay": s.layer_decay,
     }  # fmt: skip
     optimizers = make_optimizers(model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay))

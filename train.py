@@ -98,7 +98,6 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     device, run = world.device, Path(s.out_dir) / s.run
     dtype, why_dtype = dist.choose_dtype(s.dtype, device)
     compiled, why_compiled = dist.choose_compile(s.compile, device, s.max_steps)
-    shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
 
     resumed = runs.starting_point(run, s.resume, say)
     step, tokens = (resumed.step, resumed.meta["tokens"]) if resumed else (0, 0)
@@ -108,6 +107,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     begun = resumed or (runs.required(s.init_from) if s.init_from else None)
     if s.init_from:  # continued pretraining: another corpus, the same shape
         s.model = replace(runs.shape(begun, GPTConfig), dropout=s.model.dropout)
+    shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
     tokenizer = Tokenizer.load(begun.run / "tokenizer.json") if begun else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
     vocab = corpus.tokenizer.vocab_size

@@ -60,8 +60,9 @@ def show(runs: list[Path], x: str) -> None:
     plotext.clear_figure()
     for run in runs:
         for split, marker in (("train", "braille"), ("val", "dot")):
-            records, name = read(run, split), f"{run.name} {split}"
-            plotext.plot([r[x] for r in records], [r["loss"] for r in records], label=name, marker=marker)
+            if records := read(run, split):  # plotext fails on a line without a point
+                name = f"{run.name} {split}"
+                plotext.plot([r[x] for r in records], [r["loss"] for r in records], label=name, marker=marker)
     plotext.plotsize(90, 20)
     plotext.theme("clear")
     plotext.xlabel(UNITS[x])
@@ -79,6 +80,8 @@ def main() -> None:
     for run in args.runs:
         if not read(run, "train"):
             raise UserError(f"{run} has no metrics.jsonl with training records; give a run folder of train.py")
+        if any("bits_per_byte" not in r for r in read(run, "val")):
+            raise UserError(f"{run} is a fine-tuning, whose curves are in its folder; give a run folder of train.py")
     out = args.out or args.runs[0] / "curve.png"
     show(args.runs, args.x)
     draw(args.runs, args.x, out)

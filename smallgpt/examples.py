@@ -136,7 +136,7 @@ class Inputs:
 def drop_tokens(
     idx: Tensor, lengths: Tensor, share: float, fill: int, sep: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Leave out each token of idx (B, T) with probability `share`, but neither a text's first one nor the separator of
+    """Leave out each token of idx (B, T) with probability `share`, but neither a row's first one nor the separator of
     a pair: the others close up, padded with `fill` to the longest or to `width`. So a classifier cannot rely on single
     words (word dropout, Iyyer et al. 2015). Returns the new idx and lengths (B,)."""
     kept = (torch.rand(idx.shape, device=idx.device) >= share) | (idx == sep)
@@ -170,6 +170,6 @@ def score(model: nn.Module, inputs: Inputs, world: World, ctx: torch.autocast, m
     found = np.zeros((len(inputs.data.ids), model.head.out_features))
     for rows in in_order(inputs.data.lengths, max_tokens, inputs.width, inputs.device)[world.rank :: world.size]:
         with ctx:
-            found[rows] = model(*inputs.of(rows)).double().cpu().numpy()
+            found[rows] = model(*inputs.of(rows)).cpu().double().numpy()  # MPS has no float64
     model.train()
     return np.array(world.sum(*found.ravel())).reshape(found.shape)

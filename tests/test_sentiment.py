@@ -687,6 +687,7 @@ def test_a_signal_saves_and_the_same_command_continues(fine, tmp_path, start, ru
     [
         ({"freeze": "trunk", "lm_weight": 0}, "freeze was none and is now trunk"),
         ({"pool": "mean"}, "head was {"),
+        ({"select": "loss"}, "select was accuracy and is now loss"),
         ({"batch_size": 8}, "batch_size was 16 and is now 8"),
         ({"trunk": "gpt2"}, "the tokenizer's hash was"),
         ({"data__split_seed": 1}, "the corpus (or its split) has changed"),

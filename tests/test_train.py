@@ -13,7 +13,7 @@ import pytest
 from conftest import ENV, Result, command, losses, mistake, run_train, same_weights, steps, wait_for
 
 import train
-from smallgpt import settings
+from smallgpt import curves, settings
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,11 @@ def test_a_run_that_begins_with_the_weights_of_another(finished, tmp_path, tiny,
     folder, _, _ = finished
     other = tmp_path / "other.txt"
     other.write_text("\n".join(f"what is new {i}?\nred is new {i}\n" for i in range(300)), encoding="utf-8")
-    args = tiny(tmp_path, run="second", init_from=folder, data__path=other, data__cache=tmp_path, model__n_embd=64)
+    shape = {"model__n_embd": 64, "model__block_size": 16}  # not this run's to say
+    args = tiny(tmp_path, run="second", init_from=folder, data__path=other, data__cache=tmp_path, **shape)
     result = run("train", args)
     assert result.status == 0, result.err
+    assert "256 tokens = 8 sequences of 32" in result.out  # once shared by the block size of the settings: 16 of them
     loss = losses(tmp_path / "second", "train")
     assert list(loss) == list(range(1, 13)) and loss[1] < 0.8 * math.log(320)
     meta = json.loads((tmp_path / "second" / "step-00000012" / "meta.json").read_text(encoding="utf-8"))
@@ -108,6 +110,26 @@ def test_a_run_that_begins_with_the_weights_of_another(finished, tmp_path, tiny,
     result = run("train", [*args, "max_steps=16"])
     assert result.status == 0 and "continuing from step 12 of 16" in result.out
     assert "there is no checkpoint" in mistake(run("train", tiny(tmp_path, run="third", init_from=tmp_path / "none")))
+
+
+def test_the_curves_of_runs(finished, tmp_path, monkeypatch, capsys):
+    folder, _, _ = finished
+    monkeypatch.setattr("sys.argv", ["curves", str(folder), str(folder), "--out", str(tmp_path / "both.png")])
+    curves.main()
+    shown = capsys.readouterr().out
+    assert "first train" in shown and "optimisation step" in shown and f"wrote {tmp_path / 'both.png'}" in shown
+    assert (tmp_path / "both.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # a fine-tuning's evaluations have no bits per byte: a traceback
+    tuned = [{"step": 1, "split": "train", "loss": 0.7}, {"step": 1, "split": "val", "loss": 0.7, "accuracy": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in tuned), encoding="utf-8")
+    (tmp_path / "young").mkdir()  # stopped before its first evaluation: a traceback, too
+    (tmp_path / "young" / "metrics.jsonl").write_text(f"{json.dumps(tuned[0])}\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "young")])
+    curves.main()
+    for run, says in ((tmp_path, "is a fine-tuning"), (tmp_path / "none", "no metrics.jsonl")):
+        monkeypatch.setattr("sys.argv", ["curves", str(run)])
+        with pytest.raises(settings.UserError, match=says):
+            curves.main()
 
 
 def test_the_best_checkpoint_outlives_the_newest(tmp_path, tiny, run):
