@@ -252,8 +252,12 @@ def draw(s: SweepSettings, rows: list[dict[str, Any]], file: Path) -> None:
         else:
             ax.errorbar(y, [i], xerr=sd, fmt="|", ms=14, capsize=4, color="C0")
             ax.plot(mine[0]["by_seed"], [i] * mine[0]["n"], "o", ms=4, color="C0", alpha=0.5)
+    lowest = min(min(r["by_seed"].min(), r[BASELINES[1]]) for r in rows)
     for name, style in zip(BASELINES, ("D--", "s:"), strict=True):
         points = sorted((r["train"] if over_size else i, r[name]) for i, r in enumerate(rows))
+        if not over_size and points[0][1] < lowest - 0.05:  # it would squeeze what is compared into a corner
+            ax.plot([], [], " ", label=f"{name}: {100 * points[0][1]:.1f} %, off the scale")
+            continue
         x, y = zip(*(points if over_size else (point[::-1] for point in points)), strict=True)
         ax.plot(x, y, style, color="0.4", ms=3, lw=1, label=name)
     if over_size:
