@@ -200,6 +200,20 @@ def test_a_learning_curve(sweep, figures, monkeypatch):
     assert drawn["largest class"][1] == [0.6] * 6, "also where another class is the largest"
 
 
+@pytest.mark.parametrize("largest, says", [(0.687, "largest class: 68.7 %, off the scale"), (0.86, "largest class")])
+def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(tmp_path, monkeypatch, largest, says):
+    """Four cells between 88 and 89 % were one spot at the edge, since the axis began at 68.7 %."""
+    drawn = []
+    monkeypatch.setattr("smallgpt.curves.save", lambda fig, file: drawn.append(fig))
+    both = pd.Series([0.88, 0.89])
+    row = {"mask": "true", "accuracy": 0.885, "accuracy_sd": 0.01, "by_seed": both, "n": 2, "train": 9}
+    s = sentiment_sweep.SweepSettings(grid={"mask": [True]})
+    DRAW(s, [{**row, "largest class": largest, "TF-IDF + linear SVM": 0.89}], tmp_path / "f.png")
+    (ax,) = drawn[0].axes
+    assert says in [line.get_label() for line in ax.lines]
+    assert (ax.get_xlim()[0] > 0.8) and (ax.get_xlim()[0] <= largest) == (largest > 0.8)
+
+
 def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, caplog):
     odd = '["中文$x$_y", "a|b", "a very long path/' + "part/" * 20 + '"]'
     with warnings.catch_warnings(action="error"):
