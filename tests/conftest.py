@@ -109,6 +109,7 @@ def child(script: str, argv: list[str], folder: str, name: str, stdin: str | Non
         sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell began with & inherit an ignored one
     os.environ.update(env)
     sys.argv = [f"{script}.py", *argv]
     if "file_size" in limits:  # like a full disk, but for one process only: a larger file gives EFBIG

@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -129,6 +130,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             env = {**ENV, "HOME": str(home), "TERM": "dumb"}
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell began the tests with &
             os.execve(sys.executable, [sys.executable, str(ROOT / "chat.py"), *args], env)
         self.seen = ""
 

@@ -44,6 +44,13 @@ def test_torchrun_gives_the_losses_of_one_process(out, alone, tiny):
     # one process wrote, once
     lines = (out / "ddp64" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 12 + 3 and len(list((out / "ddp64" / "tensorboard").iterdir())) == 1
+    # and of the whole batch
+    records = [json.loads(line) for line in lines]
+    assert [r["tokens"] for r in records if r["split"] == "train"] == [256 * s for s in range(1, 13)]
+    single = [json.loads(x) for x in (alone["float64"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for key in ("grad_norm", "lr"):
+        one, two = ([r[key] for r in rs if r["split"] == "train"] for rs in (single, records))
+        assert one == pytest.approx(two, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -188,15 +195,6 @@ def test_a_full_disk_stops_all(out, tiny, start_ranks):
     results = end_of_group(start_ranks(2, tiny(out, run="fuller"), file_size=60_000))
     assert "could not save" in one_message(results)
     assert not list((out / "fuller").glob(".step*")) and steps(out / "fuller") == []
-
-
-def test_metrics_of_two_processes_are_of_the_whole_batch(out, alone):
-    records = [json.loads(x) for x in (out / "ddp64" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [r["tokens"] for r in records if r["split"] == "train"] == [256 * s for s in range(1, 13)]
-    single = [json.loads(x) for x in (alone["float64"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    for key in ("grad_norm", "lr"):
-        one, two = ([r[key] for r in rs if r["split"] == "train"] for rs in (single, records))
-        assert one == pytest.approx(two, rel=1e-9)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
