@@ -250,8 +250,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             nats, hits, stopping = world.sum(nats, hits, stop.signal > 0)
             if stopping:
                 break
-            where = f"at step {step + 1} (the last checkpoint is step {saved})"
-            norm = update(optimizers, scaler, strategy.clip, s.optim.clip, nats, where)
+            norm = update(optimizers, scaler, strategy.clip, s.optim.clip, nats, step, saved)
             step, fresh = step + 1, fresh + len(rows)
             metrics.step(nats, len(rows), "examples")
             if step % s.log_every == 0 or step == max_steps:

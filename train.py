@@ -209,8 +209,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 total += loss.detach()
             batches = load(step + 1)  # while a GPU is still computing
             loss = world.sum(float(total))[0] / targets
-            where = f"at step {step + 1} (the last checkpoint is step {saved})"
-            norm = update(optimizers, scaler, strategy.clip, s.optim.clip, loss, where)
+            norm = update(optimizers, scaler, strategy.clip, s.optim.clip, loss, step, saved)
 
             step, tokens, fresh_tokens = step + 1, tokens + s.batch_tokens, fresh_tokens + s.batch_tokens
             metrics.step(loss, s.batch_tokens)

@@ -34,13 +34,11 @@ def rounds_of(step: Callable[[], None], args: argparse.Namespace) -> dict:
 
 def ours(args: argparse.Namespace, form: dict) -> Contender:
     """This project through the calls of train.py."""
-    import math
-
     import torch
 
     from model import GPT, IGNORE, GPTConfig
     from smallgpt import dist, parallel
-    from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
+    from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
 
     device = dist.choose_device(args.device)
     dtype, why = dist.choose_dtype("auto", device)
@@ -60,14 +58,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
             with ctx:
                 loss = strategy.model(x, y)
             scaler.scale(loss * (strategy.loss_scale / targets)).backward()
-        assert math.isfinite(float(loss))
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        strategy.clip(s.clip)
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        scaler.update()
+        update(optimizers, scaler, strategy.clip, s.clip, float(loss), at, 0)
         at += 1
 
     return Contender(**rounds_of(step, args), precision=str(dtype)[6:], compiled=True, why=f"{why}; as in a long run")

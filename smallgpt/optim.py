@@ -88,18 +88,20 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> float:
 
 def update(
     optimizers: list[Optimizer], scaler: torch.amp.GradScaler, clip: Callable[[float], torch.Tensor], max_norm: float,
-    loss: float, where: str
+    loss: float, step: int, saved: int
 ) -> float:  # fmt: skip
     """One update of the weights from their gradients, clipped to max_norm and then cleared; returns the norm before.
 
-    A loss or norm that is not finite raises UserError, beginning with `where`, before anything changes. Only float16
-    goes on, without that update, while its scaler looks for a scale that fits."""
+    A loss or norm that is not finite raises UserError, which names the step (from 0) and the last one saved, before
+    anything changes. Only float16 goes on, without that update, while its scaler looks for a scale that fits."""
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = float(clip(max_norm))
     if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-        raise UserError(f"{where} the loss is {loss}, the norm of the gradient {norm}; no update was made: lower "
-                        "optim.lr or raise optim.warmup, and continue")  # fmt: skip
+        raise UserError(
+            f"at step {step + 1} the loss is {loss}, the norm of the gradient {norm}; no update was made, the last "
+            f"checkpoint is step {saved}: lower optim.lr or raise optim.warmup, and continue"
+        )
     for optimizer in optimizers:
         if math.isfinite(norm):  # float16: clipping by an infinite norm has ruined every gradient
             scaler.step(optimizer)

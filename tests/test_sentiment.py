@@ -830,7 +830,7 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
         ("label_smoothing=1", "label_smoothing in [0, 1)"),
         ("data.train_size=1", "data.train_size=1 leaves no example of the label"),
-        ("optim.lr=1e30 optim.clip=0", "(the last checkpoint is step 0) the loss is"),
+        ("optim.lr=1e30 optim.clip=0", "no update was made, the last checkpoint is step 0: lower optim.lr"),
     ],
     ids=lambda v: v.partition(" ")[0],
 )

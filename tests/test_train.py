@@ -250,7 +250,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path, tiny, run):
     wild = [*args, "optim.lr=1e30", "optim.clip=0", "save_every=100"]
     message = mistake(run("train", [*wild, "eval_every=100"]))
     # a finite loss may have a gradient that is not: the update would ruin the weights
-    assert re.search(r"at step \d+ \(the last checkpoint is step 2\) the loss is .*(nan|inf); no update", message)
+    assert re.search(r"at step \d+ the loss is .*(nan|inf); no update was made, the last checkpoint is step 2", message)
     assert len(losses(tmp_path / "r", "train")) == 3
     # an evaluation may be the first to meet it: sampling from such a model ended in a traceback
     wild = [*wild, "optim.lr=1e38", "eval_every=3"]
