@@ -255,8 +255,9 @@ def draw(s: SweepSettings, rows: list[dict[str, Any]], file: Path) -> None:
     lowest = min(min(r["by_seed"].min(), r[BASELINES[1]]) for r in rows)
     for name, style in zip(BASELINES, ("D--", "s:"), strict=True):
         points = sorted((r["train"] if over_size else i, r[name]) for i, r in enumerate(rows))
-        if not over_size and points[0][1] < lowest - 0.05:  # it would squeeze what is compared into a corner
-            ax.plot([], [], " ", label=f"{name}: {100 * points[0][1]:.1f} %, off the scale")
+        value, *others = {r[name] for r in rows}
+        if not (over_size or others) and value < lowest - 0.05:  # it would squeeze what is compared into a corner
+            ax.plot([], [], " ", label=f"{name}: {100 * value:.1f} %, off the scale")
             continue
         x, y = zip(*(points if over_size else (point[::-1] for point in points)), strict=True)
         ax.plot(x, y, style, color="0.4", ms=3, lw=1, label=name)

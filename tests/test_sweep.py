@@ -212,6 +212,10 @@ def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(tmp_path, mon
     (ax,) = drawn[0].axes
     assert says in [line.get_label() for line in ax.lines]
     assert (ax.get_xlim()[0] > 0.8) and (ax.get_xlim()[0] <= largest) == (largest > 0.8)
+    # of two sets, say: one number would be wrong of one of them, so both are drawn
+    rows = [{**row, "mask": str(v), "largest class": v, "TF-IDF + linear SVM": 0.89} for v in (largest, 0.5)]
+    DRAW(s, rows, tmp_path / "f.png")
+    assert drawn[1].axes[0].get_xlim()[0] < 0.5
 
 
 def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, caplog):
