@@ -39,12 +39,19 @@ def shorten(ids: list[int], room: int) -> list[int]:
     return ids if len(ids) <= room else ids[: room - room // 2] + ids[len(ids) - room // 2 :]
 
 
+def lead(text: str, tokenizer: Tokenizer) -> str:
+    """The text, after a space if it begins with a word: so "good" is the token first that it is later on, where in BPE
+    the space before a word belongs to it (as add_prefix_space of RoBERTa, Liu et al. 2019)."""
+    begins = tokenizer.kind != "char" and text[:1].isalpha() and text < "\u2e80"  # Chinese and its like have no spaces
+    return f" {text}" if begins else text
+
+
 def encode_text(
     tokenizer: Tokenizer, text: str, pair: str, block_size: int, prefix: list[int]
 ) -> tuple[list[int], bool]:
     """Ids of prefix + text, or prefix + text [sep] pair, at most block_size of them; and whether something was cut.
     Of a pair the longer side gives first, so that both stay."""
-    a, b = tokenizer.encode(text), tokenizer.encode(pair) if pair else []
+    a, b = tokenizer.encode(lead(text, tokenizer)), tokenizer.encode(lead(pair, tokenizer))
     room = block_size - len(prefix) - bool(pair)
     if cut := len(a) + len(b) > room:
         for_b = min(len(b), max(room // 2, room - len(a)))

@@ -16,10 +16,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smallgpt.leaks import HeldOut
-from smallgpt.sets import READERS, SOURCES, Example, ReviewSettings, Splits, fetch
+from smallgpt.heldout import HeldOut
+from smallgpt.sets import READERS, Example, ReviewSettings, Splits
 from smallgpt.settings import UserError, cli
 from smallgpt.settings import load as load_settings
+from smallgpt.sources import SOURCES, fetch
 from smallgpt.tables import show
 
 SPLITS = ("train", "validation", "test")

@@ -21,6 +21,7 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from torch import Tensor
 
 from smallgpt import checkpoint, runs
+from smallgpt.sets import ReviewSettings
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, STAND_INS, Tokenizer, gpt2_from_files, named
 
@@ -50,7 +51,7 @@ class Trunk(NamedTuple):
     weights: dict[str, Tensor]  # float32, by the parameter names of model.GPT; no lm_head.weight where it is tied
     tokenizer: Tokenizer
     rows: int  # of the embedding that come from pretraining; ids >= rows are new
-    corpora: list[str]  # files it was pretrained on, as far as is known; some may be gone
+    corpora: list[str | ReviewSettings]  # text files and labelled sets it was trained on, as far as is known
     name: str  # for reports
 
 
@@ -95,26 +96,27 @@ def _run(path: str) -> Trunk:
     return Trunk(fields, weights, tokenizer, rows, corpora(path), str(found.path))
 
 
-def corpora(path: str) -> list[str]:
-    """The text files a run was pretrained on, and those of the runs it began from, by their config.yaml. A file that is
-    gone is listed all the same; a run that is gone ends the search."""
-    files, seen = [], []
+def corpora(path: str) -> list[str | ReviewSettings]:
+    """What a run was trained on, and the runs it began from, by their config.yaml: text files, also those that are gone
+    since, and a classifier's labelled set. A run that is gone ends the search."""
+    found, seen = [], []
     while path and path not in seen:
         seen.append(path)
         place = Path(path)
-        files += _corpus_beside(place) if place.suffix == ".pth" else []
+        found += _corpus_beside(place) if place.suffix == ".pth" else []
         try:
             run = place.parent if place.name.startswith("step-") else place
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-            entries = [] if config.get("trunk") else config["data"]["path"] or []  # a classifier's are no plain text
+            found += [ReviewSettings(**config["data"])] if config.get("trunk") else []
+            entries = [] if config.get("trunk") else config["data"]["path"] or []
+            for entry in entries if isinstance(entries, list) else [entries]:
+                pattern = re.sub(r"@[0-9.]+(e[-+]?[0-9]+)?$", "", os.path.expanduser(str(entry)))  # @weight
+                matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+                found += [file for file in matches if os.path.isfile(file)] or [pattern]
         except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
             break
-        for entry in entries if isinstance(entries, list) else [entries]:
-            pattern = re.sub(r"@[0-9.]+(e[-+]?[0-9]+)?$", "", os.path.expanduser(str(entry)))  # @weight
-            found = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-            files += [file for file in found if os.path.isfile(file)] or [pattern]
         path = config.get("trunk") or config.get("init_from")
-    return list(dict.fromkeys(files))
+    return [corpus for i, corpus in enumerate(found) if corpus not in found[:i]]
 
 
 def _gpt2(folder: Path, name: str) -> Trunk:

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from smallgpt import leaks, reviews, sets
-from smallgpt.leaks import HeldOut
+from smallgpt import heldout, leaks, reviews, sources
+from smallgpt.heldout import HeldOut
 from smallgpt.reviews import SPLITS, Reviews, load, training_texts
-from smallgpt.sets import READERS, Example, ReviewSettings, fetch
+from smallgpt.sets import READERS, Example, ReviewSettings
 from smallgpt.settings import UserError
+from smallgpt.sources import fetch
 
 DATA = Path(os.environ.get("SMALLGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 WORDS = "the room was clean and quiet but breakfast cost too much we would not stay here again 很好 不错".split()
@@ -272,8 +273,8 @@ def test_fetch(tmp_path, server, monkeypatch, capsys):
     web, address = server
     to, digest = tmp_path / "data", hashlib.sha256(b"a,b\n").hexdigest()
     (web / "x.csv").write_bytes(b"a,b\n")
-    monkeypatch.setattr(sets, "SOURCES", {"tweets": {"x.csv": (f"{address}/x.csv", digest)}})
-    monkeypatch.setattr(reviews, "SOURCES", sets.SOURCES)
+    monkeypatch.setattr(sources, "SOURCES", {"tweets": {"x.csv": (f"{address}/x.csv", digest)}})
+    monkeypatch.setattr(reviews, "SOURCES", sources.SOURCES)
     monkeypatch.setattr(sys, "argv", ["reviews", "fetch", "tweets", "--to", str(to)])
     reviews.main()
     assert capsys.readouterr().out == f"{to / 'x.csv'}\n" and (to / "x.csv").read_bytes() == b"a,b\n"
@@ -292,7 +293,7 @@ def test_a_fetch_that_fails_says_which_file_to_put_where(tmp_path, server, monke
         (web / "x.csv").write_bytes(b"<html>please log in")
     if what == "no server":
         address = "http://127.0.0.1:9"
-    monkeypatch.setattr(sets, "SOURCES", {"tweets": {"x.csv": (f"{address}/x.csv", "0" * 64)}})
+    monkeypatch.setattr(sources, "SOURCES", {"tweets": {"x.csv": (f"{address}/x.csv", "0" * 64)}})
     with pytest.raises(UserError) as error:
         fetch("tweets", tmp_path / "data")
     target = tmp_path / "data" / "x.csv"
@@ -301,7 +302,7 @@ def test_a_fetch_that_fails_says_which_file_to_put_where(tmp_path, server, monke
 
 
 def test_sources_are_whole():
-    for name, files in sets.SOURCES.items():
+    for name, files in sources.SOURCES.items():
         assert name in READERS
         for file, (address, digest) in files.items():
             assert address.startswith("https://") and address.endswith(f"/{file}") and len(digest) == 64
@@ -331,6 +332,12 @@ REAL = {
         "12c7ce85a5baf9f04b21f22a",
         ["train: dropped 1 with an empty text", "train: dropped 36 whose text has more than one label",
          "train: dropped 31 copies"],
+    ),
+    "online_shopping_9": (
+        ("online_shopping_9", "online_shopping_10_cats"), {"train": 37992, "validation": 4091, "test": 10625},
+        "187c2dadfd2733ca586a27b4",
+        ["train: dropped 1 with an empty text", "train: dropped 36 whose text has more than one label",
+         "train: dropped 29 copies"],
     ),
     "sst2": (
         ("sst2", "glue/SST-2"), {"train": 61454, "validation": 659, "test": 872}, "d24cce40b8746816f7202c67",
@@ -373,6 +380,7 @@ def test_real_sets(name):
 READ = {  # as the files' own documentation counts them
     "chnsenticorp": {"train": {"positive": 5322, "negative": 2444}},
     "online_shopping": {"train": {"positive": 31728, "negative": 31046}},
+    "online_shopping_9": {"train": {"positive": 26728, "negative": 26046}},
     "sst2": {"train": {"positive": 37569, "negative": 29780}, "test": {"positive": 444, "negative": 428}},
     "mrpc": {"train": {"paraphrase": 2474, "different": 1194}, "validation": {"paraphrase": 279, "different": 129},
              "test": {"paraphrase": 1147, "different": 578}},
@@ -421,6 +429,9 @@ def test_online_shopping_unzipped_and_as_gb18030(tmp_path):
     assert READERS["online_shopping"](ReviewSettings(set="online_shopping", path=str(tmp_path))) == expected
     path.write_bytes(path.read_bytes().decode().encode("gb18030"))
     assert READERS["online_shopping"](ReviewSettings(set="online_shopping", path=str(path))) == expected
+    table(path, [*rows, ("书籍", "1", "好书")], ("cat", "label", "review"))
+    goods = READERS["online_shopping_9"](ReviewSettings(set="online_shopping_9", path=str(path)))
+    assert goods == {"train": [Example("好书", "", "positive")]}
     with zipfile.ZipFile(tmp_path / "online_shopping_10_cats.zip", "w") as archive:
         archive.writestr("a.csv", "")
         archive.writestr("b.csv", "")
@@ -467,7 +478,7 @@ def test_the_export_holds_no_held_out_text(tmp_path):
     whole = set(everything.split("\n"))
     held = {letters(t) for r in loaded_sets for s in ("validation", "test") for e in r.splits[s] for t in e[:2]} - {""}
     assert not held & whole
-    long = sorted(text for text in held if len(text) >= leaks.WINDOW)
+    long = sorted(text for text in held if len(text) >= heldout.WINDOW)
     assert not [text for text in random.Random(0).sample(long, 1500) if text in everything]
 
 
@@ -523,8 +534,8 @@ def telling(text: str) -> bool:
 @pytest.mark.parametrize("size", [50, 1 << 20])
 def test_held_out_texts_are_found_like_a_naive_search_finds_them(alphabet, size, monkeypatch):
     draw = random.Random(size)
-    chunks = leaks._chunks
-    monkeypatch.setattr(leaks, "_chunks", lambda texts: chunks(texts, size))
+    chunks = heldout._chunks
+    monkeypatch.setattr(heldout, "_chunks", lambda texts: chunks(texts, size))
     corpus = ["".join(draw.choices(alphabet, k=draw.randrange(400))) for _ in range(60)] + ["", "，。"]
     held = ["".join(draw.choices(alphabet, k=draw.randrange(100))) for _ in range(40)] + ["", "!"]
     for _ in range(60):  # parts of texts, whole texts, and parts of two texts, which are in no text
@@ -533,7 +544,7 @@ def test_held_out_texts_are_found_like_a_naive_search_finds_them(alphabet, size,
         begin = draw.randrange(len(text) + 1)
         held.append(noisy(draw, text[begin : begin + draw.choice([19, 20, 21, 39, 40, 41, 77, 500])]))
     plain = [letters(text) for text in corpus]
-    searchable = [letters(text) for text in held if len(letters(text)) >= leaks.WINDOW]
+    searchable = [letters(text) for text in held if len(letters(text)) >= heldout.WINDOW]
     expected = sum(any(text in other for other in plain) for text in searchable if telling(text))
     out = HeldOut(held)
     out.read(iter(noisy(draw, text) for text in corpus))

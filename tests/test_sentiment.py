@@ -520,6 +520,18 @@ def test_a_pair_keeps_both_sides(tok, a, b, block, kept_a, kept_b):
     assert len(longer) == block and cut and longer[0] == tok.bos and tok.sep in longer
 
 
+def test_the_first_word_is_the_token_that_it_is_later_on(tok):
+    """BPE joins the space before a word to it, so a text's first word was another token, rarer or in pieces."""
+    bpe = train(TokenizerSettings("bpe", vocab_size=300), ["the good film and the good plot are so good"] * 9)
+    ids, _ = encode_text(bpe, "good plot", "good film", 20, [])
+    first, again = ids[0], ids[ids.index(bpe.sep) + 1]
+    assert first == again == bpe.encode("so good")[-1] != bpe.encode("good")[0]
+    assert bpe.decode(ids[: ids.index(bpe.sep)]) == " good plot"
+    for text in ("很好", "12 good", "'good'", "", " good"):  # no word to be joined to
+        assert encode_text(bpe, text, "", 40, [])[0] == bpe.encode(text)
+    assert encode_text(tok, "good", "", 9, [])[0] == tok.encode("good")  # characters: a space is one of its own
+
+
 def test_what_was_cut_is_counted(tok):
     sizes = [(5, 0, "x"), (6, 0, "y"), (2, 2, "y"), (3, 3, "x")]
     found = encode([Example("a" * n, "b" * m, label) for n, m, label in sizes], ["x", "y"], tok, 5, [])
@@ -872,11 +884,25 @@ def test_a_trunk_that_has_read_the_test_is_refused(fine, fit, leaky, tmp_path, r
     assert "allow_leaks=true" in message
     folder = fit(trunk=trunk, allow_leaks=True, max_steps=2)
     said = (folder / "report.md").read_text(encoding="utf-8")
-    assert f"test texts found in the trunk's pretraining text: {found}" in said
+    assert f"test texts found in the trunk's training text: {found}" in said
     (trunk.parent / "corpus.txt").rename(trunk.parent / "gone.txt")
     said = (fit(run="s", trunk=trunk, max_steps=2) / "report.md").read_text(encoding="utf-8")
     (trunk.parent / "gone.txt").rename(trunk.parent / "corpus.txt")
     assert f"not searched for test texts, being absent: {trunk.parent / 'corpus.txt'}" in said
+
+
+def test_a_classifier_as_trunk_is_searched_for_what_it_was_trained_on(fine, fit, labelled, tmp_path, run):
+    """Its labelled texts stand in no corpus file: a classifier of the hotel reviews of others passed for innocent. The
+    same set in the same split is no leak, as only its training split was read."""
+    copy = Path(shutil.copy(labelled, tmp_path / "copy.csv"))
+    first = fit(max_steps=2, data__path=copy)
+    again = fit(run="again", trunk=first, max_steps=2)
+    assert "test texts found in the trunk's training text: 0" in (again / "report.md").read_text(encoding="utf-8")
+    message = mistake(run("sentiment_train", fine(tmp_path, run="other", trunk=again, data__split_seed=5)))
+    assert re.match(rf"\d+ of \d+ test texts are in the text that {again}", message) and message[0] != "0"
+    copy.unlink()
+    said = (fit(run="third", trunk=first, max_steps=2) / "report.md").read_text(encoding="utf-8")
+    assert f"not searched for test texts, being absent: csv in {copy}" in said
 
 
 # --- the report -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import checkpoint, tokenizer
 from smallgpt.dist import World
+from smallgpt.sets import ReviewSettings
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import STAND_INS
 from smallgpt.trunks import Trunk, corpora, grow, open_trunk
@@ -525,13 +526,14 @@ def test_corpora_of_broken_chains(tmp_path):
     (tmp_path / "x1").touch(), (tmp_path / "x2").mkdir()
     assert corpora(str(a)) == ["gone.txt", "a@home.txt", str(tmp_path / "x1")]  # a circle, and a file that is not there
     assert corpora(f"{a}/step-00000001") == corpora(str(a))
-    assert corpora(str(tmp_path / "classifier")) == corpora(str(b)) and "gone.txt" in corpora(str(b))
+    labelled = ReviewSettings(path="labelled.csv")
+    assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))] and "gone.txt" in corpora(str(b))
     config("b", "data: [")
     assert corpora(str(a)) == ["gone.txt", "a@home.txt", str(tmp_path / "x1")]
     shutil.rmtree(b)
     assert corpora(str(a))[0] == "gone.txt" and corpora(str(b)) == []
     config("classifier", "trunk: gpt2\ndata: {path: labelled.csv}\n")
-    assert corpora(str(tmp_path / "classifier")) == []
+    assert corpora(str(tmp_path / "classifier")) == [labelled]
 
 
 @torch.no_grad()
