@@ -97,8 +97,8 @@ def _run(path: str) -> Trunk:
 
 
 def corpora(path: str) -> list[str | ReviewSettings]:
-    """What a run was trained on, and the runs it began from, by their config.yaml: text files, also those that are gone
-    since, and a classifier's labelled set. A run that is gone ends the search."""
+    """Text files, also gone ones, and labelled sets that a run and those it began from were trained on, by their
+    config.yaml. A run that is gone ends the search."""
     found, seen = [], []
     while path and path not in seen:
         seen.append(path)
@@ -107,7 +107,8 @@ def corpora(path: str) -> list[str | ReviewSettings]:
         try:
             run = place.parent if place.name.startswith("step-") else place
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-            found += [ReviewSettings(**config["data"])] if config.get("trunk") else []
+            if config.get("trunk"):  # a setting of another version must not end the search
+                found.append(ReviewSettings(**{k: v for k, v in config["data"].items() if hasattr(ReviewSettings, k)}))
             entries = [] if config.get("trunk") else config["data"]["path"] or []
             for entry in entries if isinstance(entries, list) else [entries]:
                 pattern = re.sub(r"@[0-9.]+(e[-+]?[0-9]+)?$", "", os.path.expanduser(str(entry)))  # @weight

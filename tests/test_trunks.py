@@ -528,6 +528,8 @@ def test_corpora_of_broken_chains(tmp_path):
     assert corpora(f"{a}/step-00000001") == corpora(str(a))
     labelled = ReviewSettings(path="labelled.csv")
     assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))] and "gone.txt" in corpora(str(b))
+    config("classifier", f"data: {{path: labelled.csv, from_a_later_version: 1}}\ntrunk: {b}\n")
+    assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))], "the search went no further"
     config("b", "data: [")
     assert corpora(str(a)) == ["gone.txt", "a@home.txt", str(tmp_path / "x1")]
     shutil.rmtree(b)
