@@ -42,8 +42,8 @@ def shorten(ids: list[int], room: int) -> list[int]:
 def lead(text: str, tokenizer: Tokenizer) -> str:
     """The text, after a space if it begins with a word: so "good" is the token first that it is later on, where in BPE
     the space before a word belongs to it (as add_prefix_space of RoBERTa, Liu et al. 2019)."""
-    begins = tokenizer.kind != "char" and text[:1].isalpha() and text < "\u2e80"  # Chinese and its like have no spaces
-    return f" {text}" if begins else text
+    word = text[:1].isalpha() and text[0] < "\u2e80"  # Chinese and its like set no spaces between words
+    return f" {text}" if word and tokenizer.kind != "char" else text
 
 
 def encode_text(
@@ -144,12 +144,13 @@ def drop_tokens(
     idx: Tensor, lengths: Tensor, share: float, fill: int, sep: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Leave out each token of idx (B, T) with probability `share`, but neither a row's first one, nor the separator of
-    a pair, nor all the rest: the others close up, padded with `fill` to the longest or to `width`. So a classifier
-    cannot rely on single words (word dropout, Iyyer et al. 2015). Returns the new idx and lengths (B,)."""
+    a pair, nor all else of a single text: the others close up, padded with `fill` to the longest or to `width`. So a
+    classifier cannot rely on single words (word dropout, Iyyer et al. 2015). Returns the new idx and lengths (B,)."""
     kept = (torch.rand(idx.shape, device=idx.device) >= share) | (idx == sep)
     kept[:, 0] = True
     position = torch.arange(idx.size(1), device=idx.device)
-    kept &= (real := position < lengths[:, None])
+    real = position < lengths[:, None]
+    kept &= real
     kept |= real & (kept.sum(1, keepdim=True) < 2)  # a label of nothing but [bos] would teach nothing
     order, lengths = torch.sort(~kept, dim=1, stable=True).indices, kept.sum(1)
     idx = idx.gather(1, order)[:, : width or int(lengths.max())]

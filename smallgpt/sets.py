@@ -130,8 +130,8 @@ def online_shopping_9(s: ReviewSettings) -> Splits:
     """The 52,774 of them that are not of hotels: to train on before ChnSentiCorp, of which they hold nothing."""
     file = find(s, "online_shopping_10_cats.zip", "online_shopping_10_cats.csv", lone=True)
     table = read_table(file, s.encoding)
-    hotel = [cat == "酒店" for cat in column(table, file, "cat", "It must be online_shopping_10_cats'")]
-    goods = table._replace(rows=[row for row, is_hotel in zip(table.rows, hotel, strict=True) if not is_hotel])
+    cats = column(table, file, "cat", "It must be online_shopping_10_cats'")
+    goods = table._replace(rows=[row for row, cat in zip(table.rows, cats, strict=True) if cat != "酒店"])
     return {"train": examples(goods, file, "review", "label", names=BINARY)}
 
 
