@@ -70,14 +70,12 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def make_norm(config: GPTConfig) -> nn.Module:
-    rms = config.norm == "rmsnorm"
-    return RMSNorm(config.n_embd, eps=1e-6) if rms else nn.LayerNorm(config.n_embd, bias=config.bias)
+def make_norm(c: GPTConfig) -> nn.Module:
+    return RMSNorm(c.n_embd, eps=1e-6) if c.norm == "rmsnorm" else nn.LayerNorm(c.n_embd, bias=c.bias)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021), in float32 whatever the autocast:
-    bf16 cannot tell position 256 from 257."""
+    """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021); bf16 cannot tell 256 from 257."""
     exponent = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     angle = (positions[..., None].float() * base**-exponent).repeat(*[1] * positions.dim(), 2)
     return angle.cos(), angle.sin()
@@ -101,13 +99,11 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.n_embd, self.n_kv_head * self.head_size, bias=config.bias)
         self.v = nn.Linear(config.n_embd, self.n_kv_head * self.head_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self.q_norm, self.k_norm = (RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x: Tensor, ctx: "Context") -> Tensor:
-        B, T, C = x.shape
         # q (B, H, T, D); k, v (B, K, T, D)
-        q, k, v = (f(x).view(B, T, -1, self.head_size).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).unflatten(2, (-1, self.head_size)).transpose(1, 2) for f in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotary is not None:
@@ -115,10 +111,10 @@ class Attention(nn.Module):
         if ctx.cache is not None:
             k, v = ctx.cache.write(ctx.layer, ctx.start, k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None and T > 1,
+            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None and x.size(1) > 1,
             dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
         )  # fmt: skip
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -158,8 +154,10 @@ class Block(nn.Module):
         self.norm1, self.attn = make_norm(config), Attention(config)
         self.norm2, self.mlp = make_norm(config), MLP(config)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context, at: Tensor | None = None) -> Tensor:
         x = x + self.drop(self.attn(self.norm1(x), ctx))
+        if at is not None:
+            x = x[torch.arange(len(x), device=x.device), at][:, None]  # (B, 1, C)
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -230,12 +228,13 @@ class GPT(nn.Module):
 
     def trunk(
         self, x: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, start: int = 0,
-        layers: slice = slice(None), norm: bool = True,
+        layers: slice = slice(None), norm: bool = True, at: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states (B, T, C) after the final norm, of tokens x (B, T) at positions start..start+T. segments
         (B, T): numbers of the texts packed into a row; a position sees only its own text and counts from its beginning.
         cache: keys and values of positions 0..start, to which these are added. layers, norm: only some blocks, without
-        the norm; x may be the hidden states (B, T, C) that go into them."""
+        the norm; x may be the hidden states (B, T, C) that go into them. at (B,): the one position of each row that is
+        wanted, (B, 1, C); the last block's MLP, two thirds of its work, then reads no other."""
         c, T = self.config, x.size(1)
         assert start + T <= c.block_size, f"{start + T} tokens exceed block_size={c.block_size}"
         position, mask = torch.arange(start, start + T, device=x.device), None
@@ -250,7 +249,7 @@ class GPT(nn.Module):
         turn = rotary(position.view(-1, 1, T), c.n_embd // c.n_head, c.rope_base) if self.wpe is None else None
         ctx = Context(turn, mask, cache, start)
         for ctx.layer in range(c.n_layer)[layers]:
-            x = self.blocks[ctx.layer](x, ctx)
+            x = self.blocks[ctx.layer](x, ctx, at if ctx.layer == c.n_layer - 1 else None)
         return self.norm(x) if norm else x
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
@@ -295,6 +294,7 @@ class GPTClassifier(nn.Module):
         made of the texts, hidden states (B, T, C), or what is pooled of the last ones (B, C)."""
         if (made := x.is_floating_point()) and x.dim() == 2:
             return self.head(x)
-        h = self.gpt.trunk(x, layers=slice(self.first_block if made else 0, None))
-        scores = self.head(self.pooled(h, lengths))
+        at = lengths - 1 if self.pool == "last" and self.mask and targets is None else None
+        h = self.gpt.trunk(x, layers=slice(self.first_block if made else 0, None), at=at)
+        scores = self.head(self.pooled(h, lengths) if at is None else h[:, 0])
         return scores if targets is None else (scores, self.gpt.loss(h, targets))

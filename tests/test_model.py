@@ -407,6 +407,31 @@ def test_mean_pooling_is_the_mean_of_the_real_states():
         assert_close(scores, model.head(torch.stack([states[row, t] for t in range(lengths[row])]).mean(0)))
 
 
+@every_form
+def test_the_last_block_answers_for_the_last_token_alone(config):
+    """What the head does not read is not computed: same scores and gradients as from every position's hidden state,
+    without the last MLP's work. Only the language-model loss needs every position."""
+    model, idx = lively(GPTClassifier(GPT(config), 3, "last")), tokens(config, 3, 24)
+    lengths = torch.tensor([24, 7, 1])
+    expected = model.head(model.gpt.trunk(idx)[torch.arange(3), lengths - 1])
+    expected.square().sum().backward()
+    wanted = gradients(model)
+    model.zero_grad(set_to_none=True)
+    with FlopCounterMode(display=False) as few:
+        scores = model(idx, lengths)
+    scores.square().sum().backward()
+    assert_close(scores, expected)
+    for name, grad in gradients(model).items():
+        if grad is not None or wanted[name] is not None:  # an lm_head of its own has no part in it
+            assert_close(grad, wanted[name])
+
+    with FlopCounterMode(display=False) as both_blocks:
+        model.gpt.trunk(idx)
+    assert few.get_total_flops() < 0.75 * both_blocks.get_total_flops()
+    with torch.no_grad():
+        assert_close(model(idx, lengths, next_tokens(idx))[0], expected)
+
+
 # --- initialisation, counts, settings ---------------------------------------------------------------
 
 
