@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import checkpoint, dist, frozen, leaks, parallel, report, reviews, runs, settings
+from smallgpt.adversarial import Adversary
 from smallgpt.examples import Buckets, Inputs, drop_tokens, encode, score, share
 from smallgpt.metrics import Metrics, read
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
@@ -58,6 +59,7 @@ class SentimentSettings:
     block_size: int = 0  # longest text in tokens, longer ones lose their middle; 0 = the trunk's
     dropout: float = 0.1  # in the trained part of the trunk
     token_dropout: float = 0.0  # share of the tokens left out of each training text, others at every step
+    adversarial: float = 0.0  # learn each text also moved so far against its label, in lengths of a token; 0 = no
     class_weights: Literal["none", "balanced"] = "none"  # balanced = each class counts the same in the loss
     label_smoothing: float = 0.0  # share of the target spread over all classes
     layer_decay: float = 1.0  # learning rate of a layer, as a fraction of the one above it
@@ -81,6 +83,8 @@ class SentimentSettings:
             problems.append("lm_weight trains the trunk, and freeze=trunk forbids it: choose one")
         if not 0 <= self.token_dropout < 1 or (self.token_dropout and self.lm_weight):
             problems.append("token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap")
+        if self.adversarial < 0 or (self.adversarial and self.freeze != "none"):
+            problems.append("adversarial must not be negative, and needs freeze=none: it moves the trained embeddings")
         if not (0 < self.epochs < math.inf and 0 <= self.label_smoothing < 1 and 0 < self.layer_decay <= 1):
             problems.append("epochs must be positive, label_smoothing in [0, 1), layer_decay in (0, 1]")
         return problems
@@ -151,9 +155,10 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         "head": {"labels": data.labels, "pool": s.pool, "mask": s.mask, "block_size": block_size, "prefix": prefix,
                  "rows": trunk.rows},
         "freeze": s.freeze, "batch_size": s.batch_size, "optim.name": s.optim.name, "lm_weight": s.lm_weight,
-        "token_dropout": s.token_dropout, "class_weights": s.class_weights, "select": s.select,
-        "label_smoothing": s.label_smoothing, "layer_decay": s.layer_decay,
+        "token_dropout": s.token_dropout, "adversarial": s.adversarial, "class_weights": s.class_weights,
+        "select": s.select, "label_smoothing": s.label_smoothing, "layer_decay": s.layer_decay,
     }  # fmt: skip
+    adversary = Adversary(model.gpt.wte, s.adversarial)
     optimizers = make_optimizers(model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     resumed, step = runs.starting_point(run, s.resume, say), 0
@@ -239,14 +244,16 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                 if s.token_dropout:
                     x, lengths = drop_tokens(x, lengths, s.token_dropout, tokenizer.pad, tokenizer.sep, width)
                 targets = train.targets(part) if s.lm_weight else None
-                with strategy.accumulate(last=i == len(parts) - 1):
-                    with ctx:
-                        out = strategy.model(x, lengths, targets)
-                    scores, lm = out if s.lm_weight else (out, 0.0)
-                    y, loss_of = labels[part], functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
-                    loss = here * share_of * loss_of(scores.to(weights.dtype), y, weights, reduction="sum")
-                    scaler.scale((loss + here * lm_share * lm) * strategy.loss_scale).backward()
-                nats, hits = nats + float(loss.detach()), hits + here * int((scores.argmax(1) == y).sum())
+                y, loss_of = labels[part], functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
+                for attacked, final in adversary.passes():
+                    with strategy.accumulate(last=final and i == len(parts) - 1):
+                        with ctx:
+                            out = strategy.model(x, lengths, targets)
+                        scores, lm = out if s.lm_weight else (out, 0.0)
+                        loss = here * share_of * loss_of(scores.to(weights.dtype), y, weights, reduction="sum")
+                        scaler.scale((loss + here * lm_share * lm) * strategy.loss_scale).backward()
+                    if not attacked:
+                        nats, hits = nats + float(loss.detach()), hits + here * int((scores.argmax(1) == y).sum())
             nats, hits, stopping = world.sum(nats, hits, stop.signal > 0)
             if stopping:
                 break

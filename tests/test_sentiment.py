@@ -550,11 +550,14 @@ def test_what_was_cut_is_counted(tok):
         {"class_weights": "balanced", "label_smoothing": 0.1},
         {"class_weights": "balanced", "lm_weight": 0.3},
         {"lm_weight": 2.0, "label_smoothing": 0.2, "mask": False},
+        {"adversarial": 0.3},
+        {"adversarial": 0.1, "class_weights": "balanced", "lm_weight": 0.3},
     ],
     ids=str,
 )
 def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes):
-    """Loss and gradient equal F.cross_entropy's mean over the batch, and Hugging Face's language-model loss."""
+    """Loss and gradient equal F.cross_entropy's mean over the batch, and Hugging Face's language-model loss. With
+    `adversarial`, the gradient is that of the same loss too of embeddings moved along their own gradient."""
     s = asked(dropout=0.0, **changes)
     model, data, ids, fill = begun(s)
     rows = Buckets(ids["train"].lengths, s.batch_size, s.seed).of(0)
@@ -563,12 +566,22 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes
     count = torch.bincount(y).double()
     weight = len(y) / (2 * count) if s.class_weights == "balanced" else None
     assert len({*y[rows].tolist()}) == 2 and count[0] != count[1]
-    h = model.gpt.trunk(idx)
-    pooled = h[torch.arange(len(rows)), lengths - 1] if s.mask else h[:, -1]
-    loss = F.cross_entropy(model.head(pooled), y[rows], weight=weight, label_smoothing=s.label_smoothing)
     labels = idx.masked_fill(torch.arange(idx.size(1)) >= lengths[:, None], -100)
-    lm = F.cross_entropy(model.gpt.lm_head(h)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    (loss + s.lm_weight * lm).backward()
+
+    def both(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = model.gpt.trunk(embedded)
+        pooled = h[torch.arange(len(rows)), lengths - 1] if s.mask else h[:, -1]
+        loss = F.cross_entropy(model.head(pooled), y[rows], weight=weight, label_smoothing=s.label_smoothing)
+        lm = F.cross_entropy(model.gpt.lm_head(h)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return loss, loss + s.lm_weight * lm
+
+    embedded = model.gpt.wte(idx)
+    loss, total = both(embedded)
+    if s.adversarial:
+        (grad,) = torch.autograd.grad(total, embedded, retain_graph=True)
+        moves = [g / g.norm() * s.adversarial * model.gpt.wte.weight.norm(dim=1).median() for g in grad]
+        total = total + both(embedded + torch.stack(moves).detach())[1]
+    total.backward()
     loss = float(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     for tokens in (60, 10**6):
@@ -603,6 +616,7 @@ def test_layer_decay_by_name(asked, fit):
     "changes",
     [
         {"lm_weight": 0.3, "class_weights": "balanced", "micro_tokens": 200},
+        {"adversarial": 0.2, "micro_tokens": 200},
         {"freeze": "trunk", "trunk": "gpt2"},  # of the embedding only new rows may train, and no text has them
         {"freeze": "all_but_last:1", "mask": False, "trunk": "gpt2"},
     ],
@@ -840,6 +854,7 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("freeze=nonsense", "freeze='nonsense' must be none, trunk or all_but_last:K"),
         ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
         ("block_size=49", "block_size=49 is more than the trunk's 48"),
+        ("adversarial=0.1 freeze=trunk", "needs freeze=none"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
         ("label_smoothing=1", "label_smoothing in [0, 1)"),
