@@ -144,14 +144,14 @@ def drop_tokens(
     idx: Tensor, lengths: Tensor, share: float, fill: int, sep: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """Leave out each token of idx (B, T) with probability `share`, but neither a row's first one, nor the separator of
-    a pair, nor all else of a single text: the others close up, padded with `fill` to the longest or to `width`. So a
+    a pair, nor all else of an example: the others close up, padded with `fill` to the longest or to `width`. So a
     classifier cannot rely on single words (word dropout, Iyyer et al. 2015). Returns the new idx and lengths (B,)."""
     kept = (torch.rand(idx.shape, device=idx.device) >= share) | (idx == sep)
     kept[:, 0] = True
     position = torch.arange(idx.size(1), device=idx.device)
     real = position < lengths[:, None]
     kept &= real
-    kept |= real & (kept.sum(1, keepdim=True) < 2)  # a label of nothing but [bos] would teach nothing
+    kept |= real & ((kept & (idx != sep)).sum(1, keepdim=True) < 2)  # a label of nothing but [bos] teaches nothing
     order, lengths = torch.sort(~kept, dim=1, stable=True).indices, kept.sum(1)
     idx = idx.gather(1, order)[:, : width or int(lengths.max())]
     return idx.where(position[: idx.size(1)] < lengths[:, None], fill), lengths
