@@ -84,7 +84,7 @@ class SentimentSettings:
         if not 0 <= self.token_dropout < 1 or (self.token_dropout and self.lm_weight):
             problems.append("token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap")
         if self.adversarial < 0 or (self.adversarial and self.freeze != "none"):
-            problems.append("adversarial must not be negative, and needs freeze=none: it moves the trained embeddings")
+            problems.append("adversarial must not be negative, and moves what freeze keeps still: 0 to freeze")
         if not (0 < self.epochs < math.inf and 0 <= self.label_smoothing < 1 and 0 < self.layer_decay <= 1):
             problems.append("epochs must be positive, label_smoothing in [0, 1), layer_decay in (0, 1]")
         return problems

@@ -855,7 +855,7 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("freeze=nonsense", "freeze='nonsense' must be none, trunk or all_but_last:K"),
         ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
         ("block_size=49", "block_size=49 is more than the trunk's 48"),
-        ("adversarial=0.1 freeze=trunk", "needs freeze=none"),
+        ("adversarial=0.1 freeze=trunk", "what freeze keeps still: 0 to freeze"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
         ("label_smoothing=1", "label_smoothing in [0, 1)"),
