@@ -48,8 +48,10 @@ def check(texts: list[str], trunk: str, corpora: Corpora, cache: Path, world: Wo
     found, absent = search(texts, corpora, cache) if world.main else (0, [])
     found = int(world.sum(found)[0])
     if found and not allowed:
-        raise UserError(f"{found} of {len(texts):,} test texts are in the text that {trunk} was trained on: "
-                        "take them out (`python -m smallgpt.reviews text` does), or set allow_leaks=true")  # fmt: skip
+        raise UserError(
+            f"{found} of {len(texts):,} test texts are in what {trunk} was trained on: take another trunk, train it "
+            "without them (`python -m smallgpt.reviews text` writes such a text), or set allow_leaks=true"
+        )
     notes = [f"test texts found in the trunk's training text: {found}"]
     if absent or not corpora:
         notes.append(f"not searched for test texts, being absent: {', '.join(absent) or 'the text of the trunk'}")

@@ -898,7 +898,7 @@ def leaky(tmp_path_factory, trunk, labelled) -> tuple[Path, int, int]:
 def test_a_trunk_that_has_read_the_test_is_refused(fine, fit, leaky, tmp_path, run):
     trunk, found, n = leaky
     message = mistake(run("sentiment_train", fine(tmp_path, trunk=trunk)))
-    assert message.startswith(f"{found} of {n} test texts are in the text that {trunk}")
+    assert message.startswith(f"{found} of {n} test texts are in what {trunk}")
     assert "allow_leaks=true" in message
     folder = fit(trunk=trunk, allow_leaks=True, max_steps=2)
     said = (folder / "report.md").read_text(encoding="utf-8")
@@ -917,7 +917,7 @@ def test_a_classifier_as_trunk_is_searched_for_what_it_was_trained_on(fine, fit,
     again = fit(run="again", trunk=first, max_steps=2)
     assert "test texts found in the trunk's training text: 0" in (again / "report.md").read_text(encoding="utf-8")
     message = mistake(run("sentiment_train", fine(tmp_path, run="other", trunk=again, data__split_seed=5)))
-    assert re.match(rf"\d+ of \d+ test texts are in the text that {again}", message) and message[0] != "0"
+    assert re.match(rf"\d+ of \d+ test texts are in what {again}", message) and message[0] != "0"
     copy.unlink()
     said = (fit(run="third", trunk=first, max_steps=2) / "report.md").read_text(encoding="utf-8")
     assert f"not searched for test texts, being absent: csv in {copy}" in said
