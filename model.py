@@ -75,7 +75,7 @@ def make_norm(c: GPTConfig) -> nn.Module:
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021); bf16 cannot tell 256 from 257."""
+    """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021), float32: bf16 has no 257."""
     exponent = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
     angle = (positions[..., None].float() * base**-exponent).repeat(*[1] * positions.dim(), 2)
     return angle.cos(), angle.sin()
@@ -234,7 +234,7 @@ class GPT(nn.Module):
         (B, T): numbers of the texts packed into a row; a position sees only its own text and counts from its beginning.
         cache: keys and values of positions 0..start, to which these are added. layers, norm: only some blocks, without
         the norm; x may be the hidden states (B, T, C) that go into them. at (B,): the one position of each row that is
-        wanted, (B, 1, C); the last block's MLP, two thirds of its work, then reads no other."""
+        wanted, (B, 1, C), where the last block is among the layers: its MLP, two thirds of it, then reads no other."""
         c, T = self.config, x.size(1)
         assert start + T <= c.block_size, f"{start + T} tokens exceed block_size={c.block_size}"
         position, mask = torch.arange(start, start + T, device=x.device), None

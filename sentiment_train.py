@@ -59,7 +59,7 @@ class SentimentSettings:
     block_size: int = 0  # longest text in tokens, longer ones lose their middle; 0 = the trunk's
     dropout: float = 0.1  # in the trained part of the trunk
     token_dropout: float = 0.0  # share of the tokens left out of each training text, others at every step
-    adversarial: float = 0.0  # learn each text also moved so far against its label, in lengths of a token; 0 = no
+    adversarial: float = 0.0  # adversarial training: norm of the perturbation, in token embeddings' (0.1); 0 = off
     class_weights: Literal["none", "balanced"] = "none"  # balanced = each class counts the same in the loss
     label_smoothing: float = 0.0  # share of the target spread over all classes
     layer_decay: float = 1.0  # learning rate of a layer, as a fraction of the one above it
@@ -83,8 +83,8 @@ class SentimentSettings:
             problems.append("lm_weight trains the trunk, and freeze=trunk forbids it: choose one")
         if not 0 <= self.token_dropout < 1 or (self.token_dropout and self.lm_weight):
             problems.append("token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap")
-        if self.adversarial < 0 or (self.adversarial and self.freeze != "none"):
-            problems.append("adversarial must not be negative, and moves what freeze keeps still: 0 to freeze")
+        if not 0 <= self.adversarial < math.inf or (self.adversarial and self.freeze != "none"):
+            problems.append(f"adversarial={self.adversarial} must be 0, or positive with freeze=none")
         if not (0 < self.epochs < math.inf and 0 <= self.label_smoothing < 1 and 0 < self.layer_decay <= 1):
             problems.append("epochs must be positive, label_smoothing in [0, 1), layer_decay in (0, 1]")
         return problems
@@ -245,14 +245,14 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                     x, lengths = drop_tokens(x, lengths, s.token_dropout, tokenizer.pad, tokenizer.sep, width)
                 targets = train.targets(part) if s.lm_weight else None
                 y, loss_of = labels[part], functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
-                for attacked, final in adversary.passes():
+                for perturbed, final in adversary.passes():
                     with strategy.accumulate(last=final and i == len(parts) - 1):
                         with ctx:
                             out = strategy.model(x, lengths, targets)
                         scores, lm = out if s.lm_weight else (out, 0.0)
                         loss = here * share_of * loss_of(scores.to(weights.dtype), y, weights, reduction="sum")
                         scaler.scale((loss + here * lm_share * lm) * strategy.loss_scale).backward()
-                    if not attacked:
+                    if not perturbed:
                         nats, hits = nats + float(loss.detach()), hits + here * int((scores.argmax(1) == y).sum())
             nats, hits, stopping = world.sum(nats, hits, stop.signal > 0)
             if stopping:

@@ -140,7 +140,8 @@ def check_same(meta: dict, now: dict, where: Path) -> None:
     what = {"data": "the corpus (or its split) has changed: its fingerprint", "tokenizer": "the tokenizer's hash"}
     then_flat, now_flat = ({**m, **{f"model.{k}": v for k, v in m["model"].items()}} for m in (meta, now))
     for key in now_flat:
-        if key != "model" and then_flat.get(key) != now_flat[key]:
+        # a setting that an older version did not have was off
+        if key != "model" and (then_flat.get(key) or 0) != (now_flat[key] or 0):
             raise UserError(
                 f"cannot continue from {where}: {what.get(key, key)} was {then_flat.get(key)} and is now "
                 f"{now_flat[key]}; put it back, or start afresh with another run=name"

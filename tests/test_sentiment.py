@@ -29,7 +29,7 @@ from torch import Tensor
 import sentiment_train
 from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, build, finetune, layer_scale
-from smallgpt import frozen, report, reviews, settings
+from smallgpt import frozen, report, reviews, runs, settings
 from smallgpt.dist import World, autocast
 from smallgpt.examples import Buckets, Encoded, Inputs, drop_tokens, encode, encode_text, pad, score, share
 from smallgpt.metrics import read
@@ -553,12 +553,13 @@ def test_what_was_cut_is_counted(tok):
         {"lm_weight": 2.0, "label_smoothing": 0.2, "mask": False},
         {"adversarial": 0.3},
         {"adversarial": 0.1, "class_weights": "balanced", "lm_weight": 0.3},
+        {"adversarial": 0.2, "label_smoothing": 0.1, "mask": False},
     ],
     ids=str,
 )
 def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes):
     """Loss and gradient equal F.cross_entropy's mean over the batch, and Hugging Face's language-model loss. With
-    `adversarial`, the gradient is that of the same loss too of embeddings moved along their own gradient."""
+    `adversarial`, the loss of embeddings perturbed along their own gradient is added."""
     s = asked(dropout=0.0, **changes)
     model, data, ids, fill = begun(s)
     rows = Buckets(ids["train"].lengths, s.batch_size, s.seed).of(0)
@@ -644,7 +645,7 @@ def test_two_processes_are_one(fine, fit, tmp_path, gpt2, start_ranks, changes):
 
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
-KILLABLE = dict(max_steps=14, eval_every=4, save_every=3, micro_tokens=400, lm_weight=0.1)
+KILLABLE = dict(max_steps=14, eval_every=4, save_every=3, micro_tokens=400, lm_weight=0.1, adversarial=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -714,7 +715,7 @@ def test_a_signal_saves_and_the_same_command_continues(fine, tmp_path, start, ru
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"freeze": "trunk", "lm_weight": 0}, "freeze was none and is now trunk"),
+        ({"freeze": "trunk", "lm_weight": 0, "adversarial": 0}, "freeze was none and is now trunk"),
         ({"pool": "mean"}, "head was {"),
         ({"select": "loss"}, "select was accuracy and is now loss"),
         ({"batch_size": 8}, "batch_size was 16 and is now 8"),
@@ -731,6 +732,15 @@ def test_what_may_not_change_on_resume(fine, gpt2, uninterrupted, run, changes, 
     assert says in message and "\n" not in message
     assert config == (uninterrupted / "config.yaml").read_bytes()
     assert result == (uninterrupted / "result.json").read_bytes()
+
+
+def test_a_setting_that_an_older_version_lacked_was_off():
+    now = {"model": {"n_layer": 2}, "freeze": "none", "adversarial": 0.0}
+    older = {"model": {"n_layer": 2}, "freeze": "none"}
+    runs.check_same(older, now, Path("r"))
+    for changed in ({"adversarial": 0.1}, {"freeze": "trunk"}, {"model": {"n_layer": 3}}):
+        with pytest.raises(UserError, match="cannot continue from r"):
+            runs.check_same(older, now | changed, Path("r"))
 
 
 # --- which checkpoint is chosen ---------------------------------------------------------------------------------------
@@ -855,7 +865,9 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("freeze=nonsense", "freeze='nonsense' must be none, trunk or all_but_last:K"),
         ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
         ("block_size=49", "block_size=49 is more than the trunk's 48"),
-        ("adversarial=0.1 freeze=trunk", "what freeze keeps still: 0 to freeze"),
+        ("adversarial=0.1 freeze=trunk", "adversarial=0.1 must be 0, or positive with freeze=none"),
+        ("adversarial=-0.1", "adversarial=-0.1 must be 0, or positive"),
+        ("adversarial=nan", "adversarial=nan must be 0, or positive"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
         ("label_smoothing=1", "label_smoothing in [0, 1)"),
