@@ -127,28 +127,35 @@ def once(examples: list[Example], notes: list[str]) -> list[Example]:
     return kept
 
 
+def spaced(text: str) -> str:
+    """Words between single spaces, one before and behind: so a text is in another only at the borders of words."""
+    return f" {' '.join(text.split())} "
+
+
+def inner(candidates: set[str], texts: set[str]) -> set[str]:
+    """Those of the candidates that are a part of another of the texts, all `spaced`."""
+    around: dict[tuple[str, ...], list[str]] = {tuple(c.split()[:3]): [] for c in candidates}
+    for text in texts:  # compare a candidate with the texts that hold its first three words, or all it has
+        words = text.split()
+        for n in (1, 2, 3):
+            for gram in {*zip(*(words[i:] for i in range(n)), strict=False)} & around.keys():
+                around[gram].append(text)
+    return {c for c in candidates if any(c in text and c != text for text in around[tuple(c.split()[:3])])}
+
+
 def whole_sentences(splits: Splits, notes: list[str]) -> None:
     """SST-2's training split holds phrases of its sentences. Phrases in the validation split would be parts of what is
     trained on, and are no test of anything: keep whole sentences there, and no part of them in training."""
-    def spaced(e: Example) -> str:
-        return f" {' '.join(e.text.split())} "
-
-    # whether a candidate is a part of another phrase: compare it with those that hold its first three words
-    candidates = {spaced(e) for e in splits["validation"] if len(e.text.split()) >= 5}
-    around: dict[tuple[str, ...], list[str]] = {tuple(text.split()[:3]): [] for text in candidates}
-    for phrase in {spaced(e) for side in ("train", "validation") for e in splits[side]}:
-        words = phrase.split()
-        for three in {*zip(words, words[1:], words[2:], strict=False)} & around.keys():
-            around[three].append(phrase)
-    inner = {c for c in candidates if any(c in phrase and c != phrase for phrase in around[tuple(c.split()[:3])])}
-    whole = candidates - inner
-    wholes = [e for e in splits["validation"] if spaced(e) in whole]
+    candidates = {spaced(e.text) for e in splits["validation"] if len(e.text.split()) >= 5}
+    phrases = {spaced(e.text) for side in ("train", "validation") for e in splits[side]}
+    whole = candidates - inner(candidates, phrases)
+    wholes = [e for e in splits["validation"] if spaced(e.text) in whole]
     parts = set()  # of three words or more
     for words in (e.text.split() for e in wholes):
         parts |= {f" {' '.join(words[i:j])} " for i in range(len(words)) for j in range(i + 3, len(words) + 1)}
     held = set(wholes)
     back = [e for e in splits["validation"] if e not in held]
-    train = [e for e in splits["train"] + back if spaced(e) not in parts]
+    train = [e for e in splits["train"] + back if spaced(e.text) not in parts]
     dropped = len(splits["train"]) + len(back) - len(train)
     notes.append(f"validation: {len(wholes)} whole sentences, held out with {dropped} training phrases, parts of them")
     splits["train"], splits["validation"] = train, wholes
@@ -157,11 +164,15 @@ def whole_sentences(splits: Splits, notes: list[str]) -> None:
 def training_texts(sets: list[Reviews], to: Path) -> tuple[int, int]:
     """Write the training texts of sets as a chat text file, one a dialogue, a pair as two utterances, to pretrain on.
     Left out: copies of held-out texts of any of the sets, and what shares 39 letters in a row with one (or 20, by
-    chance: of each text HeldOut knows every 20th run of 20). Returns (written, left out)."""
+    chance: of each text HeldOut knows every 20th run of 20); and what is a part of another training text, as SST-2's
+    phrases are of its sentences. Returns (written, left out)."""
     out = [e for r in sets for split in ("validation", "test") for e in r.splits[split]]
     held, keys = HeldOut(text for e in out for text in (e.text, e.pair)), {e.key for e in out}
     examples = {e[:2]: e for r in sets for e in r.splits["train"]}.values()
     kept = [e for e in examples if e.key not in keys and not held.touches(e.text) and not held.touches(e.pair)]
+    texts = {spaced(text) for e in kept for text in (e.text, e.pair) if text}
+    parts = inner(texts, texts)
+    kept = [e for e in kept if e.pair or spaced(e.text) not in parts]
     to.parent.mkdir(parents=True, exist_ok=True)
     with open(to, "w", encoding="utf-8", newline="\n") as file:
         for e in kept:
@@ -200,7 +211,8 @@ def main() -> None:
             print(f"  {note}")
     if args.command == "text":
         written, left = training_texts(sets, args.to)
-        print(f"wrote {written:,} texts to {args.to}; left out {left:,} that share text with a held-out example")
+        print(f"wrote {written:,} texts to {args.to}; left out {left:,} that are parts of others or share text with a "
+              "held-out example")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Text to token ids and back: characters, trained byte-level BPE, or an encoding published with tiktoken.
 
-Every tokenizer here is one `tiktoken.Encoding` over bytes. So any text comes back exactly (lone surrogates as
-U+FFFD), there is no <unk>, and text that spells a special token is encoded like any other: nobody can type
-the end of a dialogue. The special ids follow the ordinary ones.
+Every tokenizer here is one `tiktoken.Encoding` over bytes. So any text comes back exactly (lone surrogates as U+FFFD;
+capitals as small letters where `lowercase` is asked for), there is no <unk>, and text that spells a special token is
+encoded like any other: nobody can type the end of a dialogue. The special ids follow the ordinary ones.
 """
 
 import base64
@@ -47,11 +47,14 @@ class TokenizerSettings:
     kind: str = "char"  # char | bpe | a tiktoken encoding such as gpt2 or cl100k_base
     vocab_size: int = 8192  # upper limit, special tokens included (char, bpe)
     min_count: int = 2  # characters seen fewer times are spelled in bytes (char)
+    lowercase: bool = False  # read all text in lower case, as the uncased BERT does (char, bpe)
 
     def check(self) -> list[str]:
         kinds = ("char", "bpe", *tiktoken.list_encoding_names())
         if self.kind not in kinds:
             return [f"there is no tokenizer {self.kind!r}: choose one of {', '.join(kinds)}"]
+        if self.lowercase and self.kind not in ("char", "bpe"):
+            return [f"lowercase is for char and bpe: {self.kind} was published with capitals"]
         if self.kind in ("char", "bpe") and self.vocab_size < len(BYTES) + len(SPECIALS):
             return [f"vocab_size={self.vocab_size} must be at least 262: 256 bytes and 6 special tokens"]
         return []
@@ -61,7 +64,8 @@ class Tokenizer:
     """An immutable vocabulary. `ranks[i]` is what id i spells, in merge order; b"" is an id that nobody uses.
     `specials` are an encoding's own; ours follow. ValueError where the parts would not be lossless."""
 
-    def __init__(self, kind: str, pattern: str, ranks: Sequence[bytes], specials: dict[str, int]) -> None:
+    def __init__(self, kind: str, pattern: str, ranks: Sequence[bytes], specials: dict[str, int],
+                 lowercase: bool = False) -> None:
         first = max([len(ranks), *(i + 1 for i in specials.values())])
         specials = {name: first + i for i, name in enumerate(SPECIALS)} | specials
         names = {i: name for name, i in specials.items()}
@@ -69,12 +73,13 @@ class Tokenizer:
         distinct = len(ids) == len(ranks) - ranks.count(b"") and len(names) == len(specials)
         if not distinct or names.keys() & ids.values() or not ids.keys() >= set(BYTES):
             raise ValueError("two tokens share an id or a spelling, or one of the 256 bytes is missing")
-        self.kind = kind
+        self.kind, self.lowercase = kind, lowercase
         self.vocab_size = max(names) + 1
         self.bos, self.sep, self.end, self.pad, self.cls, self.pair = (specials[name] for name in SPECIALS)
         self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ids, special_tokens=specials)
         spellings = [base64.b64encode(token).decode("ascii") for token in ranks]
         self._content = dict(format=FORMAT, kind=kind, pattern=pattern, ranks=spellings, specials=specials)
+        self._content |= {"lowercase": True} if lowercase else {}
         self.hash = _hash(self._content)
         # Dictionaries, so that a negative id (an ignored target) is a KeyError and not the last token.
         self._spelled = dict.fromkeys(range(self.vocab_size), b"") | dict(enumerate(ranks))
@@ -82,7 +87,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; never a special id, whatever the text spells."""
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(text.lower() if self.lowercase else text)
 
     def encode_dialogue(self, turns: Sequence[str]) -> list[int]:
         """[bos] turn [sep] turn ... turn [end]"""
@@ -134,7 +139,7 @@ class Tokenizer:
             if content.pop("hash", None) != _hash(content):
                 raise ValueError("its content does not match its hash")
             ranks = [base64.b64decode(token) for token in content["ranks"]]
-            return cls(content["kind"], content["pattern"], ranks, content["specials"])
+            return cls(content["kind"], content["pattern"], ranks, content["specials"], content.get("lowercase", False))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no usable tokenizer: {error}; restore it or train again") from error
 
@@ -156,20 +161,20 @@ class StreamDecoder:
 
 
 def train(settings: TokenizerSettings, texts: Callable[[], Iterable[str]] | Iterable[str]) -> Tokenizer:
-    """The tokenizer that the settings ask for, from one pass over the texts (one utterance each). Repeatable;
-    memory does not grow with the texts; the vocabulary is smaller than vocab_size where they support no more.
-    A published encoding reads no text."""
+    """The tokenizer that the settings ask for, from one pass over the texts (one utterance each); a published encoding
+    reads none. Repeatable; memory does not grow with the texts; the vocabulary may stay smaller than vocab_size."""
     if problems := settings.check():
         raise UserError("; ".join(problems))
     if settings.kind not in ("char", "bpe"):
         return named(settings.kind)
     texts = texts() if callable(texts) else texts
+    texts = map(str.lower, texts) if settings.lowercase else texts
     room = settings.vocab_size - len(BYTES) - len(SPECIALS)
     if settings.kind == "char":
         pattern, ranks = CHAR_PATTERN, BYTES + _characters(texts, room, settings.min_count)
     else:
         pattern, ranks = BPE_PATTERN, BYTES + _merges(texts, room)
-    return Tokenizer(settings.kind, pattern, ranks, specials={})
+    return Tokenizer(settings.kind, pattern, ranks, {}, settings.lowercase)
 
 
 def named(kind: str) -> Tokenizer:
@@ -197,7 +202,7 @@ def gpt2_from_files(folder: str | Path) -> Tokenizer:
         tokens = [*STAND_INS, *(merge.replace(" ", "") for merge in merges)]
         if ids != {token: i for i, token in enumerate([*tokens, ENDOFTEXT])}:
             raise ValueError("they disagree about the ids")
-        ranks = [_bytes(token) for token in tokens]
+        ranks = [bytes(STAND_INS[c] for c in token) for token in tokens]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} must hold GPT-2's vocab.bpe and encoder.json: {error}") from error
     return Tokenizer("gpt2", r50k_pat_str, ranks, specials={ENDOFTEXT: len(ranks)})
@@ -223,7 +228,7 @@ def _merges(texts: Iterable[str], room: int) -> list[bytes]:
     trainer = hf.trainers.BpeTrainer(vocab_size=len(BYTES) + room, **options)
     bpe.train_from_iterator(_sample(texts), trainer)
     vocab = bpe.get_vocab()
-    return [_bytes(token) for token in sorted(vocab, key=vocab.__getitem__) if len(token) > 1]
+    return [bytes(STAND_INS[c] for c in token) for token in sorted(vocab, key=vocab.__getitem__) if len(token) > 1]
 
 
 def _sample(texts: Iterable[str], limit: int = 8_000_000) -> list[str]:
@@ -239,10 +244,6 @@ def _sample(texts: Iterable[str], limit: int = 8_000_000) -> list[str]:
             kept = kept[:1] + [text for text in kept[1:] if rng.random() < 0.5]
             size = sum(map(len, kept))
     return kept
-
-
-def _bytes(stand_ins: str) -> bytes:
-    return bytes(STAND_INS[c] for c in stand_ins)
 
 
 def _hash(content: dict) -> str:

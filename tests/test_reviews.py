@@ -493,6 +493,16 @@ def test_the_export_of_one_set_leaves_out_the_tests_of_the_others(tmp_path):
     assert (tmp_path / "x.txt").read_text(encoding="utf-8") == "short one\n\n😀\n二\n\n"
 
 
+def test_the_export_leaves_out_phrases_of_its_sentences(tmp_path):
+    """SST-2's 61,000 training phrases are cut from 6,000 sentences: ten copies of each word to learn by heart."""
+    pairs = [("a fine , quiet film", ""), ("fine ,  quiet", ""), ("quiet", ""), ("ne , qui", ""), ("film a", ""),
+             ("A fine , quiet film", ""), ("quiet film", "a pair stays"), ("很好看的电影", ""), ("很好看", "")]
+    examples = [Example(text, pair, "a") for text, pair in pairs]
+    assert training_texts([Reviews({"train": examples, "validation": [], "test": []}, ["a"])], tmp_path / "x") == (7, 2)
+    written = (tmp_path / "x").read_text(encoding="utf-8").split("\n\n")
+    assert "fine , quiet" not in written and "quiet" not in written
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     path = table(tmp_path / "x.csv", [*made(100), ("", "good")], ("body", "stars"))
     one, two = (f"csv={path},text_column=body,label_column=stars,split_seed={seed}" for seed in range(2))

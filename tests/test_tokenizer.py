@@ -1,5 +1,6 @@
 """Tokenizers lose nothing, never mistake text for a special token, and survive the disk."""
 
+import base64
 import gzip
 import json
 import os
@@ -172,6 +173,7 @@ def test_an_empty_corpus_still_gives_the_bytes(tok):
     [
         (TokenizerSettings(kind="bpe", vocab_size=261), ["261", "at least 262"]),
         (TokenizerSettings(kind="char", vocab_size=0), ["at least 262"]),
+        (TokenizerSettings(kind="gpt2", lowercase=True), ["lowercase", "gpt2 was published with capitals"]),
         (TokenizerSettings(kind="gtp2"), ["gtp2", "char", "bpe", "gpt2", "cl100k_base"]),
     ],
 )
@@ -206,6 +208,20 @@ def test_sample_is_bounded_and_takes_both_speakers():
     assert module._sample(["x" * 99] * 20, limit=9)  # texts longer than the limit still leave one
 
 
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_an_uncased_tokenizer_reads_capitals_as_small_letters(kind, tmp_path):
+    cased, fresh = (train(TokenizerSettings(kind, vocab_size=400, lowercase=low), TALK * 9) for low in (False, True))
+    fresh.save(tmp_path / "tokenizer.json")
+    assert cased.encode("HELLO There") != cased.encode("hello there") and cased.hash != fresh.hash
+    for tok in (fresh, Tokenizer.load(tmp_path / "tokenizer.json")):
+        for text in [*TALK, *ODD, "HELLO There", "ÄÖÜ Ⅷ"]:
+            assert tok.encode(text) == tok.encode(text.lower()) and tok.decode(tok.encode(text)) == text.lower()
+        assert tok.encode_dialogue(["HELLO", "IT"]) == tok.encode_dialogue(["hello", "it"])
+    ranks = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["ranks"]
+    learnt = [base64.b64decode(token).decode("utf-8", "replace") for token in ranks[256:]]
+    assert learnt and learnt == [token.lower() for token in learnt]
+
+
 # --- the disk --------------------------------------------------------------------------------------
 
 
@@ -227,7 +243,8 @@ def test_damaged_files_are_refused_by_name(tok, tmp_path):
         return json.dumps(json.loads(whole) | changes)
 
     swapped = json.loads(whole)["ranks"][::-1]
-    for text in ("", "[]", "{}", whole[:-9], edited(kind="x"), edited(format=99), edited(ranks=swapped)):
+    for text in ("", "[]", "{}", whole[:-9], edited(kind="x"), edited(format=99), edited(ranks=swapped),
+                 edited(lowercase=True)):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match="tokenizer.json is no usable tokenizer"):
             Tokenizer.load(path)
