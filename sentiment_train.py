@@ -1,7 +1,7 @@
 """Fine-tune a pretrained GPT with a classification head, in one process or several (DDP).
 
-    python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh
-    torchrun --nproc_per_node=2 sentiment_train.py config/sentiment_sst2.yaml trunk=gpt2
+    python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh2
+    torchrun --nproc_per_node=2 sentiment_train.py config/sentiment_sst2.yaml trunk=checkpoints/trunk_en
     python sentiment_train.py trunk=gpt2 data.path=my.csv data.text_column=review data.label_column=stars
 
 The same command again continues an interrupted run. The validation split chooses the checkpoint; the test split is
@@ -59,7 +59,7 @@ class SentimentSettings:
     block_size: int = 0  # longest text in tokens, longer ones lose their middle; 0 = the trunk's
     dropout: float = 0.1  # in the trained part of the trunk
     token_dropout: float = 0.0  # share of the tokens left out of each training text, others at every step
-    adversarial: float = 0.0  # adversarial training: norm of the perturbation, in token embeddings' (0.1); 0 = off
+    adversarial: float = 0.0  # length of a text's perturbation, in typical token embeddings, such as 0.1; 0 = off
     class_weights: Literal["none", "balanced"] = "none"  # balanced = each class counts the same in the loss
     label_smoothing: float = 0.0  # share of the target spread over all classes
     layer_decay: float = 1.0  # learning rate of a layer, as a fraction of the one above it

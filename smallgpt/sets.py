@@ -32,7 +32,7 @@ class ReviewSettings:
     test_fraction: float = 0.2  # share cut off for the test where the set has no test split
     val_fraction: float = 0.1  # share of the rest cut off for validation where the set has no validation split
     split_seed: int = 0  # another seed cuts off other examples
-    train_size: int = 0  # use only so many training examples; 0 = all. A larger number holds all of a smaller one's
+    train_size: int = 0  # use only so many training examples; 0 = all; those of fewer are among those of more
 
     def check(self) -> list[str]:
         problems = [] if self.set in READERS else [f"there is no set {self.set!r}: choose one of {', '.join(READERS)}"]

@@ -114,7 +114,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """int64 (vocab_size,): the bytes of a chat file that each id stands for; sep is a newline, end that
-        and a blank line. So bits per byte can be compared between any two tokenizers."""
+        and a blank line. So bits per byte can be compared between any two tokenizers that keep capitals."""
         sizes = np.array([len(self._spelled[i]) for i in range(self.vocab_size)], dtype=np.int64)
         sizes[self.sep], sizes[self.end] = 1, 2
         return sizes
