@@ -5,7 +5,7 @@
     cat reviews.txt | python classify.py checkpoints/sentiment
     python classify.py checkpoints/chat_zh --cloze neg=差 --cloze pos=好 --template "{text}很{word}。" "又脏又吵"
 
-One text a line; a pair is two texts with a tab between them. Answers come in the order of the texts: label,
+One text a line; for a model of pairs, two texts with a tab between them. Answers come in the order of the texts: label,
 probability, text, with tabs between; an empty line is answered by an empty label.
 """
 
@@ -36,17 +36,17 @@ def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[lis
     if not (head := found.meta.get("head")):
         raise UserError(f"{path} is a language model without a classification head: fine-tune it first (python "
                         f"sentiment_train.py trunk={path}), or ask it for words with --cloze")  # fmt: skip
-    config, tokenizer = runs.shape(found, GPTConfig), checkpoint.tokenizer_of(found)
+    config, tokenizer = runs.shape(found.meta["model"], path, GPTConfig), checkpoint.tokenizer_of(found)
     model = GPTClassifier(GPT(config), len(head["labels"]), head["pool"], head["mask"])
     checkpoint.load_weights(found, model)
     model = model.to(device).eval()
-    size = head["block_size"]
+    size, pairs = head["block_size"], found.meta.get("pairs", True)  # older versions did not say
     width = 0 if head["mask"] else size
 
     @torch.inference_mode()
     def score(texts: list[str]) -> torch.Tensor:
-        pairs = [[side.strip() for side in text.partition("\t")[::2]] for text in texts]
-        ids = [encode_text(tokenizer, a, b, size, head["prefix"])[0] for a, b in pairs]
+        both = [text.partition("\t")[::2] if pairs else (text, "") for text in texts]
+        ids = [encode_text(tokenizer, a.strip(), b.strip(), size, head["prefix"])[0] for a, b in both]
         result = torch.empty(len(ids), len(head["labels"]))
         for rows in in_order([len(i) for i in ids], BATCH, width, device):
             idx, lengths = pad([ids[i] for i in rows], tokenizer.pad, width)

@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
-from omegaconf import OmegaConf, errors
 from scipy.stats import t as student
 from tqdm import tqdm
 
@@ -102,12 +100,11 @@ def cell_name(cell: dict[str, Any]) -> str:
 def shared(path: Path) -> dict[str, Any]:
     """The settings in a YAML file and its bases, flat. The runs get them one by one, and not the file: so a run's
     record shows whether the file has changed since."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-        base = values.pop("base", None)
-        return {**(shared(path.parent / base) if base else {}), **flat(values)}
-    except (OSError, yaml.YAMLError, errors.OmegaConfBaseException, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"config={path} is no YAML file with settings: {' '.join(str(error).split())[:200]}") from None
+    problems: list[tuple[str, str]] = []
+    layers = settings.read_yaml(path, problems)
+    if problems:
+        raise UserError("; ".join(f"config: {message}" for _, message in problems))
+    return {key: value for _, values, _ in layers for key, value in flat(values).items()}
 
 
 def plan(s: SweepSettings, folder: Path) -> list[Run]:
@@ -124,7 +121,7 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
             raise UserError(f"two combinations in grid have the same folder, {name}: write their values differently")
         record = run.folder / "sweep.json"
         before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else run.keys
-        if before != run.keys and (run.result() or any(run.folder.glob("step-*"))):  # else it never began
+        if before != run.keys and (run.result() or runs.step_folders(run.folder)):  # else it never began
             key = min(k for k in before | run.keys if before.get(k) != run.keys.get(k))
             then, now = (show(keys[key]) if key in keys else "not set" for keys in (before, run.keys))
             raise UserError(f"{run.folder}: {key} was {then} and is now {now}: put it back, or choose another name=")
@@ -201,6 +198,8 @@ def table(todo: list[Run]) -> list[dict[str, Any]]:
     for cell in [run.cell for run in todo if run.seed == todo[0].seed]:
         if not (results := {run.seed: found for run in todo if run.cell is cell and (found := run.result())}):
             continue
+        if len({json.dumps(found.get("hashes")) for found in results.values()}) > 1:
+            raise UserError(f"{cell_name(cell)}: data or trunk have changed between its runs: choose another name=")
         row: dict[str, Any] = {**{k: show(v) for k, v in cell.items()}, "n": len(results)}
         for key in ("macro_f1", "accuracy"):
             by_seed = pd.Series({seed: r["test"][key] for seed, r in results.items()})

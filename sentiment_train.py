@@ -11,7 +11,6 @@ read once, at the end, into checkpoints/<run>/report.md. Any setting can be chan
 import functools
 import math
 import platform
-import re
 import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,7 @@ from smallgpt import checkpoint, dist, frozen, leaks, parallel, report, reviews,
 from smallgpt.adversarial import Adversary
 from smallgpt.examples import Buckets, Inputs, drop_tokens, encode, score, share
 from smallgpt.metrics import Metrics, read
-from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
+from smallgpt.optim import OptimSettings, layer_scale, lr_factor, make_optimizers, set_lr, update
 from smallgpt.sets import ReviewSettings
 from smallgpt.settings import UserError
 from smallgpt.trunks import Trunk, grow, open_trunk
@@ -85,8 +84,10 @@ class SentimentSettings:
             problems.append("token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap")
         if not 0 <= self.adversarial < math.inf or (self.adversarial and self.freeze != "none"):
             problems.append(f"adversarial={self.adversarial} must be 0, or positive with freeze=none")
-        if not (0 < self.epochs < math.inf and 0 <= self.label_smoothing < 1 and 0 < self.layer_decay <= 1):
-            problems.append("epochs must be positive, label_smoothing in [0, 1), layer_decay in (0, 1]")
+        if not (0 < self.epochs < math.inf and 0 < self.layer_decay <= 1):
+            problems.append("epochs must be positive, layer_decay in (0, 1]")
+        if not (0 <= self.dropout < 1 and 0 <= self.label_smoothing < 1):
+            problems.append("dropout and label_smoothing must be in [0, 1)")
         return problems
 
 
@@ -95,7 +96,7 @@ def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk
     if not s.trunk:
         raise UserError("trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder or a small-gpt .pth")
     trunk = open_trunk(s.trunk)
-    config = GPTConfig(**trunk.fields)
+    config = runs.shape(trunk.fields, trunk.name, GPTConfig)
     if s.block_size > config.block_size:
         raise UserError(f"block_size={s.block_size} is more than the trunk's {config.block_size}")
     rows = max(trunk.rows, 64 * math.ceil(trunk.tokenizer.vocab_size / 64))
@@ -108,13 +109,6 @@ def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk
     if not (s.lm_weight or config.tie_weights):
         model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
     return model, trunk
-
-
-def layer_scale(name: str, n_layer: int, decay: float) -> float:
-    """Learning rate of a parameter as a fraction of the head's (layer-wise decay, Howard and Ruder 2018)."""
-    if block := re.search(r"blocks\.(\d+)\.", name):
-        return decay ** (n_layer - int(block[1]))
-    return decay ** (n_layer + 1) if re.search(r"wte|wpe", name) else 1.0
 
 
 def finetune(s: SentimentSettings, world: dist.World) -> int:
@@ -151,7 +145,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
 
     identity = {
         "model": asdict(config), "tokenizer": tokenizer.hash, "data": data.fingerprint, "seed": s.seed,
-        "trunk": trunk.name,
+        "trunk": trunk.name, "pairs": any(e.pair for e in data.splits["train"]),
         "head": {"labels": data.labels, "pool": s.pool, "mask": s.mask, "block_size": block_size, "prefix": prefix,
                  "rows": trunk.rows},
         "freeze": s.freeze, "batch_size": s.batch_size, "optim.name": s.optim.name, "lm_weight": s.lm_weight,
@@ -161,16 +155,17 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     adversary = Adversary(model.gpt.wte, s.adversarial)
     optimizers = make_optimizers(model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    resumed, step = runs.starting_point(run, s.resume, say), 0
+    resumed = runs.starting_point(run, s.resume, say)
+    step = resumed.step if resumed else 0
+    evaluated = {r["step"]: r for r in read(run, "val") if r["step"] <= step}
+    if not world.agree(step, len(evaluated), int(data.fingerprint[:8], 16)):
+        raise UserError(f"the processes see different files: all machines must share {s.out_dir} and {s.data.path}")
     if resumed:
         runs.check_same(resumed.meta, identity, resumed.path)
         checkpoint.load_weights(resumed, model)
         checkpoint.load_optimizers(resumed, model, optimizers, world)
-        scaler.load_state_dict(resumed.meta["scaler"])
-        step, started = resumed.step, started - resumed.meta.get("seconds", 0)
-    evaluated = {r["step"]: r for r in read(run, "val") if r["step"] <= step}
-    if not world.agree(step, len(evaluated)):
-        raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
+        scaler.load_state_dict(resumed.meta["scaler"] or scaler.state_dict())  # {}: that run needed none
+        started -= resumed.meta.get("seconds", 0)
     strategy = parallel.choose(model, world)
     if s.compile == "true":
         model.gpt.compile_parts()
@@ -215,6 +210,8 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             if step and step not in evaluated and (last or step % eval_every == 0):
                 val = splits["validation"].labels
                 result = report.evaluate(score(model, inputs["validation"], world, ctx, s.micro_tokens), val)
+                if not math.isfinite(result["loss"]):
+                    raise UserError(f"the validation loss is {result['loss']} at step {step}: lower optim.lr")
                 if quality(result) > max(map(quality, evaluated.values()), default=(-math.inf,)):
                     save()
                     if world.main:
@@ -281,6 +278,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             "test": report.evaluate(scores, splits["test"].labels), "baselines": report.baselines(data, cache),
             "examples": {k: len(v) for k, v in data.splits.items()}, "trainable": trainable,
             "seconds": round(time.time() - started, 1), "notes": notes,
+            "hashes": {"data": data.fingerprint, "trunk": checkpoint.digest(trunk.weights)},
         }  # fmt: skip
         say("\n" + report.write(run, data.splits["test"], scores, splits["test"].labels, data.labels, result))
         say(f"the report, its pictures and predictions.csv are in {run}; to use it: python classify.py {run} TEXT")

@@ -104,9 +104,10 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     evaluated = {r["step"]: r["loss"] for r in read(run, "val") if r["step"] <= step}
     if not world.agree(step, len(evaluated)):
         raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
+    s.init_from = s.init_from or (resumed.meta.get("init_from", "") if resumed else "")  # on record for the leak check
     begun = resumed or (runs.required(s.init_from) if s.init_from else None)
     if s.init_from:  # continued pretraining: another corpus, the same shape
-        s.model = replace(runs.shape(begun, GPTConfig), dropout=s.model.dropout)
+        s.model = replace(runs.shape(begun.meta["model"], begun.path, GPTConfig), dropout=s.model.dropout)
     shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
     tokenizer = Tokenizer.load(begun.run / "tokenizer.json") if begun else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
@@ -130,7 +131,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         checkpoint.load_weights(begun, module)
     if resumed:
         checkpoint.load_optimizers(resumed, module, optimizers, world)
-        scaler.load_state_dict(resumed.meta["scaler"])
+        scaler.load_state_dict(resumed.meta["scaler"] or scaler.state_dict())  # {}: that run needed none
     strategy = strategy_for(module, world)
     if compiled:
         module.compile_parts()
@@ -158,7 +159,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         if saved == step:
             return
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        meta = {"step": step, "tokens": tokens, **identity, "scaler": scaler.state_dict(), "versions": versions}
+        meta = {"step": step, "tokens": tokens, **identity, "scaler": scaler.state_dict(), "versions": versions,
+                "init_from": s.init_from}  # fmt: skip
         checkpoint.save(run, module, optimizers, meta, world, s.keep)
         saved = step
 

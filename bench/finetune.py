@@ -48,7 +48,7 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
     device, (dtype, why) = dist.choose_device(args.device), precision(args)
-    world, ctx = dist.World(0, 0, 1, device), dist.autocast(device, dtype)
+    world, ctx = dist.World(0, 1, device), dist.autocast(device, dtype)
     form = dict(pos="learned", norm="layernorm", mlp="gelu", qk_norm=False, bias=True, dropout=0.1)
     model = GPTClassifier(GPT(GPTConfig(**shape(args), **form)), 2).to(device).train()
     frozen.freeze(model, freeze, model.gpt.config.vocab_size)

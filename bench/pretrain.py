@@ -44,7 +44,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
     dtype, why = dist.choose_dtype("auto", device)
     module, s = GPT(GPTConfig(**shape(args), **form)).to(device), OptimSettings()
     optimizers = make_optimizers(module, s)
-    strategy = parallel.choose(module, dist.World(0, 0, 1, device))
+    strategy = parallel.choose(module, dist.World(0, 1, device))
     module.compile_parts()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ctx, (x, y) = dist.autocast(device, dtype), batch(args)

@@ -8,6 +8,7 @@
 no random state: the training loop derives all randomness from (seed, step, rank).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -41,6 +42,14 @@ def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[st
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    """A hash of weights by name: whether two are the same, wherever they lie."""
+    both = hashlib.blake2b(digest_size=12)
+    for name in sorted(weights):
+        both.update(name.encode() + weights[name].cpu().contiguous().numpy().tobytes())
+    return both.hexdigest()
 
 
 def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, world: World, keep: int) -> None:
@@ -164,5 +173,5 @@ def open_model(path: Path | str, model_class: type, config_class: type) -> tuple
     if "head" in found.meta:
         raise UserError(f"{path} is a classifier: use it with python classify.py {path} TEXT, or as a trunk")
     tokenizer = tokenizer_of(found)
-    load_weights(found, module := model_class(shape(found, config_class)))
+    load_weights(found, module := model_class(shape(found.meta["model"], found.path, config_class)))
     return found, module, tokenizer

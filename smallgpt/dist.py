@@ -42,7 +42,6 @@ class World:
     """This process among all of them."""
 
     rank: int
-    local_rank: int
     size: int
     device: torch.device
 
@@ -168,7 +167,7 @@ def start(device: str) -> Iterator[World]:
     env = os.environ
     missing = [k for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
     if "RANK" not in env:
-        yield World(0, 0, 1, choose_device(device))
+        yield World(0, 1, choose_device(device))
         return
     if missing:
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start the script with torchrun")
@@ -186,7 +185,7 @@ def start(device: str) -> Iterator[World]:
         torch_dist.init_process_group(
             backend, timeout=timedelta(minutes=30), device_id=where if backend == "nccl" else None
         )
-    world = World(int(env["RANK"]), local_rank, int(env["WORLD_SIZE"]), where)
+    world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), where)
     if not world.agree(1.0):  # a self-test: a wrong network set-up shows here, not in the middle
         raise UserError("not all processes answer: check the master address, the firewall and NCCL_SOCKET_IFNAME")
     yield world

@@ -23,7 +23,7 @@ def freeze(model: nn.Module, how: str, rows: int) -> None:
     count = int(how.partition(":")[2] or 0)
     if count >= n_layer:
         raise UserError(f"freeze={how}: the trunk has {n_layer} blocks; train fewer of them, or use freeze=none")
-    model.first_block = n_layer - count if count else n_layer + 1
+    model.first_block = n_layer - count
     for part in [gpt.wte, gpt.wpe, gpt.lm_head, *gpt.blocks[: model.first_block], *([] if count else [gpt.norm])]:
         if part is not None:
             part.requires_grad_(False)
@@ -49,7 +49,7 @@ def is_valid(how: str) -> bool:
 def below(model: nn.Module, idx: Tensor, lengths: Tensor) -> Tensor:
     """What the frozen part makes of tokens idx (B, T): the hidden states (B, T, C) that go into the first trained
     block, or the pooled one (B, C) if the whole trunk is frozen. The model's forward takes either in place of idx."""
-    whole = model.first_block > model.gpt.config.n_layer
+    whole = model.first_block == model.gpt.config.n_layer
     h = model.gpt.trunk(idx, layers=slice(model.first_block), norm=whole)
     return model.pooled(h, lengths) if whole else h
 
@@ -63,7 +63,7 @@ def keep(model: nn.Module, inputs: Inputs, ctx: torch.autocast, max_tokens: int,
         return ""
     if model.gpt.wte.weight.requires_grad and inputs.largest >= rows:
         return "new tokens train below the frozen part, which therefore runs every time"
-    tokens = 1 if first > config.n_layer else inputs.width or inputs.data.lengths.mean()
+    tokens = 1 if first == config.n_layer else inputs.width or inputs.data.lengths.mean()
     size = len(inputs.data.ids) * tokens * config.n_embd * 4 / 2**30
     if size > gigabytes:
         return f"keeping what the frozen part says would take {size:.1f} GiB (cache_gb={gigabytes}): it runs every time"

@@ -1,6 +1,7 @@
 """Parameter groups, optimizers and the learning-rate schedule, a pure function of the step."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -33,8 +34,11 @@ class OptimSettings:
         for name in ("min_lr", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.append(f"{name}={getattr(self, name)} is a fraction, from 0 to 1")
-        if self.warmup < 0:
-            problems.append(f"warmup={self.warmup} must not be negative")
+        for name in ("warmup", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)} must not be negative")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            problems.append(f"beta1={self.beta1} and beta2={self.beta2} must be in [0, 1)")
         return problems
 
 
@@ -48,6 +52,13 @@ def lr_factor(step: int, max_steps: int, s: OptimSettings) -> float:
     else:  # Hu et al. 2024 (MiniCPM)
         falling = min(1.0, (1 - progress) / s.decay) if s.decay else 1.0
     return s.min_lr + (1 - s.min_lr) * falling
+
+
+def layer_scale(name: str, n_layer: int, decay: float) -> float:
+    """Learning rate of a parameter as a fraction of the head's (layer-wise decay, Howard and Ruder 2018)."""
+    if block := re.search(r"blocks\.(\d+)\.", name):
+        return decay ** (n_layer - int(block[1]))
+    return decay ** (n_layer + 1) if re.search(r"wte|wpe", name) else 1.0
 
 
 def make_optimizers(

@@ -62,7 +62,7 @@ def find(path: Path | str, say: Callable[[str], None] = print, prefer: str = "la
         if problem := damage(path) if path.is_dir() else "there is no such folder":
             raise UserError(f"cannot use the checkpoint {path}: {problem}")
         return Checkpoint(path, json.loads((path / "meta.json").read_text(encoding="utf-8")))
-    steps = sorted((p for p in path.glob("step-*") if re.fullmatch(r"step-\d+", p.name)), reverse=True)
+    steps = step_folders(path)[::-1]
     pointed = read_pointer(path, prefer) or read_pointer(path, "latest")
     for step in sorted(steps, key=lambda p: p != pointed):  # the one pointed to first, then newest to oldest
         if not (problem := damage(step)):
@@ -71,6 +71,11 @@ def find(path: Path | str, say: Callable[[str], None] = print, prefer: str = "la
     if steps:
         raise UserError(f"every checkpoint in {path} is damaged; start again with another run=name")
     return None
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The step folders of a run, oldest first. step-00000100-mine, a copy that somebody keeps, is none of them."""
+    return sorted(p for p in run.glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
 
 def read_pointer(run: Path, name: str) -> Path | None:
@@ -98,7 +103,7 @@ def write_atomic(path: Path, text: str, shared: bool = False) -> None:
 def prune(run: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep` and those that `latest` and `best` name."""
     kept = {read_pointer(run, "latest"), read_pointer(run, "best")}
-    for old in sorted(run.glob("step-*"))[:-keep]:
+    for old in step_folders(run)[:-keep]:
         if old not in kept:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -110,20 +115,20 @@ def required(path: Path | str) -> Checkpoint:
     return found
 
 
-def shape(checkpoint: Checkpoint, config_class: type) -> Any:
-    """The settings of the model that a checkpoint holds, as a config_class. UserError if they are not valid."""
+def shape(fields: dict, where: Path | str, config_class: type) -> Any:
+    """The settings of a model that were read from `where`, as a config_class. UserError if they are not valid."""
     try:
-        config = config_class(**checkpoint.meta["model"])
+        config = config_class(**fields)
     except TypeError as e:
-        raise UserError(f"{checkpoint.path} is of another kind, or another version of this program: {e}") from None
+        raise UserError(f"{where} is of another kind, or another version of this program: {e}") from None
     if problems := config.check():
-        raise UserError(f"the model settings in {checkpoint.path} are not valid: {'; '.join(problems)}")
+        raise UserError(f"the model settings in {where} are not valid: {'; '.join(problems)}")
     return config
 
 
 def starting_point(run: Path, resume: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from, as `resume` asks: this run's own, or else the one it is to begin from."""
-    own = any(run.glob("step-*"))
+    own = bool(step_folders(run))
     if resume == "never":
         if own:
             raise UserError(f"{run} already holds checkpoints: choose another run=name, or delete the folder")

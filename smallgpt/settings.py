@@ -100,7 +100,7 @@ def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
     problems: list[_Problem] = []
     if len(paths) > 1:
         problems.append(("", f"give one YAML file, not {', '.join(paths)} (settings are written key=value)"))
-    layers = [layer for path in paths for layer in _read_yaml(Path(path), problems)]
+    layers = [layer for path in paths for layer in read_yaml(Path(path), problems)]
     for token in overrides:
         key, _, text = token.partition("=")
         try:
@@ -166,8 +166,8 @@ def _checks(section: Any, prefix: str = "") -> Iterator[_Problem]:
         yield from ((prefix, f"{prefix[:-1]}: {text}".removeprefix(": ")) for text in section.check())
 
 
-def _read_yaml(path: Path, problems: list[_Problem], above: tuple[Path, ...] = ()) -> list[_Layer]:
-    """The file as a layer, after those of its `base:`. `above`: the files whose bases led here."""
+def read_yaml(path: Path, problems: list[_Problem], above: tuple[Path, ...] = ()) -> list[_Layer]:
+    """The file as a layer, after those of its `base:`; adds to `problems`. `above`: the files whose bases led here."""
     chain = (*above, path)
     try:
         if path.resolve() in [p.resolve() for p in above]:
@@ -178,7 +178,7 @@ def _read_yaml(path: Path, problems: list[_Problem], above: tuple[Path, ...] = (
         base = values.pop("base", None)
         if not isinstance(base, str | None):
             raise ValueError(f"base must be the path of one YAML file, not {_show(base)}")
-        below = _read_yaml(path.parent / base, problems, chain) if base else []
+        below = read_yaml(path.parent / base, problems, chain) if base else []
         return [*below, (f"{path}: ", values, None)]
     except FileNotFoundError:
         near = get_close_matches(str(path), map(str, path.parent.glob("*.yaml")), n=1)

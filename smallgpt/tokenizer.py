@@ -24,7 +24,7 @@ from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from smallgpt.settings import UserError
 
 FORMAT = 1  # of tokenizer.json
-SPECIALS = ("<|bos|>", "<|sep|>", "<|end|>", "<|pad|>", "<|cls|>", "<|pair|>")
+SPECIALS = ("<|bos|>", "<|sep|>", "<|end|>", "<|pad|>", "<|cls|>", "<|pair|>")  # the last two are kept for later
 BYTES = [bytes([b]) for b in range(256)]
 # The printable character that GPT-2's files (and Hugging Face's ByteLevel) write for each byte, in id order.
 STAND_INS = {chr(b): b for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}

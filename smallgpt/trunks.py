@@ -98,12 +98,11 @@ def _run(path: str) -> Trunk:
 
 def corpora(path: str) -> list[str | ReviewSettings]:
     """Text files, also gone ones, and labelled sets that a run and those it began from were trained on, by their
-    config.yaml. A run that is gone ends the search."""
+    config.yaml. What has none, or is gone, ends the search as "the text of" it."""
     found, seen = [], []
     while path and path not in seen:
         seen.append(path)
         place = Path(path)
-        found += _corpus_beside(place) if place.suffix == ".pth" else []
         try:
             run = place.parent if place.name.startswith("step-") else place
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -115,6 +114,7 @@ def corpora(path: str) -> list[str | ReviewSettings]:
                 matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
                 found += [file for file in matches if os.path.isfile(file)] or [pattern]
         except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
+            found += (_corpus_beside(place) if place.suffix == ".pth" else []) or [f"the text of {path}"]
             break
         path = config.get("trunk") or config.get("init_from")
     return [corpus for i, corpus in enumerate(found) if corpus not in found[:i]]
@@ -138,7 +138,7 @@ def _gpt2(folder: Path, name: str) -> Trunk:
     tokenizer = _gpt2_tokenizer(folder)
     if (rows := fields["vocab_size"]) != tokenizer.bos:  # the first of our special tokens follows all of theirs
         raise UserError(f"{folder}: the tokenizer files make {tokenizer.bos} tokens, the weights have {rows} rows")
-    return Trunk(fields, weights, tokenizer, rows, [], name)
+    return Trunk(fields, weights, tokenizer, rows, [f"the text of {name}"], name)
 
 
 def _gpt2_fields(file: Path) -> dict[str, Any]:

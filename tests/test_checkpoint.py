@@ -15,7 +15,7 @@ from smallgpt import checkpoint, runs
 from smallgpt.dist import World
 from smallgpt.settings import UserError
 
-ONE = World(0, 0, 1, torch.device("cpu"))
+ONE = World(0, 1, torch.device("cpu"))
 
 
 def tiny_module(width: int = 8) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
@@ -59,6 +59,29 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             runs.point(tmp_path, "best", 2)
     assert steps(tmp_path) == [2, 5, 6]
     assert runs.find(tmp_path).step == 6 and runs.find(tmp_path, prefer="best").step == 2
+
+
+def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
+    """It was deleted with the old ones, or counted as the newest."""
+    save(tmp_path, 1)
+    for name in ("step-00000001-mine", "step-best-backup"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    names = sorted(p.name for p in tmp_path.glob("step-*"))
+    assert names == ["step-00000001-mine", "step-00000003", "step-00000004", "step-best-backup"]
+    assert runs.find(tmp_path).step == 4
+    alone = tmp_path / "other"
+    shutil.copytree(tmp_path / "step-00000004", alone / "step-mine")
+    assert runs.starting_point(alone, "never", print) is None
+
+
+def test_the_hash_of_weights():
+    w = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
+    same = {"b": torch.ones(2), "a": torch.arange(6.0).view(3, 2).t().contiguous().t().reshape(2, 3)}
+    assert checkpoint.digest(w) == checkpoint.digest(same)
+    others = {"a": w["a"], "b": torch.tensor([1.0, 1.0001])}, {"a": w["a"], "c": w["b"]}
+    assert checkpoint.digest(w) not in map(checkpoint.digest, others)
 
 
 def damage_model(step: Path) -> None:

@@ -35,7 +35,7 @@ def trunk(tmp_path_factory, run, tiny) -> Path:
 
 @pytest.fixture(scope="module")
 def reviews(trunk) -> Path:
-    """120 texts of 1 to 80 words; some have quotes, two lines, spaces around them."""
+    """120 texts of 1 to 80 words; some have quotes, two lines, a tab, spaces around them."""
     draw = random.Random(0)
     path = trunk.parent / "reviews.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
@@ -46,7 +46,7 @@ def reviews(trunk) -> Path:
             words = draw.choices("the room was red blue near 房间 离车站 不远".split(), k=draw.choice([1, 3, 9, 80]))
             words.insert(draw.randrange(len(words) + 1), {"负面": "awful", "good": "很好"}[label])
             text = f"{' '.join(words)} {i}"
-            text = {0: f'"{text}", he said', 1: f"{text}\nand left", 2: f"  {text} "}.get(i % 7, text)
+            text = {0: f'"{text}", he said', 1: f"{text}\nand left", 2: f"  {text} ", 3: f"a\t{text}"}.get(i % 7, text)
             sheet.writerow([text, f"{draw.choice(['yes', 'no'])} {i}", label])
     return path
 
@@ -97,7 +97,7 @@ def wired(argv: list[str], stdin: str, stdout: str, stderr: str) -> None:
 def test_probabilities_are_those_of_the_report(ask, models, kind):
     """The texts of predictions.csv get the probabilities that stand there: they were read in the same way."""
     with open(models[kind] / "predictions.csv", encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [r for r in csv.DictReader(file) if not (r["pair"] and "\t" in r["text"])]  # there a tab ends the text
     assert len(rows) > 10 and any("\n" in r["text"] for r in rows) and any(len(r["text"]) > 200 for r in rows)
     texts = [f"{r['text']}\t{r['pair']}" if r["pair"] else f" {r['text']} " for r in rows]
     found = [json.loads(line) for line in ask("--json", *texts, model=kind).out.splitlines()]
@@ -133,8 +133,10 @@ def test_the_order_is_kept_over_chunks_and_empty_lines():
     assert seen == [["1"], ["2"], ["3"]], "a chunk without a text asks for nothing"
 
 
-def test_a_pair_is_two_texts_with_a_tab_between(masked):
-    pair, joined, left, lone = masked(["red room\tblue", "red room blue", "red room\t ", "red room"]).exp()
+def test_a_pair_is_two_texts_with_a_tab_between(models):
+    """For a model of pairs; else a tab is a part of the text, as it was in training (the report's test has some)."""
+    score = classify.classifier(str(models["pairs"]), CPU, EXACT)[1]
+    pair, joined, left, lone = score(["red room\tblue", "red room blue", "red room\t ", "red room"]).exp()
     assert torch.equal(left, lone)
     assert (pair - joined).abs().max() > 1e-4
 

@@ -188,6 +188,9 @@ def test_clipping_measures_the_norm_of_the_whole_gradient_before_it_scales():
         ({"min_lr": 1.5}, "min_lr=1.5 is a fraction, from 0 to 1"),
         ({"decay": -0.1}, "decay=-0.1 is a fraction, from 0 to 1"),
         ({"warmup": -1}, "warmup=-1 must not be negative"),
+        ({"clip": -1.0}, "clip=-1.0 must not be negative"),  # it turned the gradient round
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
+        ({"beta2": 1.0}, "beta1=0.9 and beta2=1.0 must be in [0, 1)"),
     ],
 )
 def test_check_names_the_problem(change, problem):

@@ -21,19 +21,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import last_weights, losses, mistake, same_weights, steps, wait_for
+from conftest import free_port, last_weights, losses, mistake, same_weights, steps, wait_for
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sentiment_train
 from model import GPT, GPTClassifier, GPTConfig
-from sentiment_train import SentimentSettings, build, finetune, layer_scale
-from smallgpt import frozen, report, reviews, runs, settings
+from sentiment_train import SentimentSettings, build, finetune
+from smallgpt import dist, frozen, report, reviews, runs, settings
 from smallgpt.dist import World, autocast
 from smallgpt.examples import Buckets, Encoded, Inputs, drop_tokens, encode, encode_text, pad, score, share
 from smallgpt.metrics import read
-from smallgpt.optim import lr_factor, make_optimizers
+from smallgpt.optim import layer_scale, lr_factor, make_optimizers
 from smallgpt.sets import Example, ReviewSettings
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import STAND_INS, TokenizerSettings, train
@@ -41,7 +41,7 @@ from smallgpt.trunks import FORM, NAMES, open_trunk
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-ALONE = World(0, 0, 1, CPU)
+ALONE = World(0, 1, CPU)
 BLOCK = 48
 SMALL = {
     "device": "cpu", "dtype": "float32", "max_steps": 8, "batch_size": 16, "eval_every": 4, "log_every": 1,
@@ -432,7 +432,7 @@ def test_there_is_little_padding_and_still_a_mixture():
 def test_the_shares_of_all_ranks_are_the_batch(n, size):
     rows = np.random.default_rng(0).permutation(100)[:n]
     for longest, most in ((10, 10**6), (10, 25), (10, 19), (10, 1), (48, 400)):
-        shares = [share(rows, longest, World(r, 0, size, CPU), most) for r in range(size)]
+        shares = [share(rows, longest, World(r, size, CPU), most) for r in range(size)]
         assert sorted(np.concatenate([part for parts in shares for part in parts])) == sorted(rows)
         assert len({*map(len, shares)}) == 1  # each micro-batch is a collective
         for part in (part for parts in shares for part in parts):
@@ -870,7 +870,8 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("adversarial=nan", "adversarial=nan must be 0, or positive"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
-        ("label_smoothing=1", "label_smoothing in [0, 1)"),
+        ("label_smoothing=1", "dropout and label_smoothing must be in [0, 1)"),
+        ("dropout=1.5", "dropout and label_smoothing must be in [0, 1)"),
         ("data.train_size=1", "data.train_size=1 leaves no example of the label"),
         ("optim.lr=1e30 optim.clip=0", "no update was made, the last checkpoint is step 0: lower optim.lr"),
     ],
@@ -880,6 +881,39 @@ def test_mistakes(fine, tmp_path, run, bad, argument, says):
     message = mistake(run("sentiment_train", [*fine(tmp_path / "out"), *argument.format(**bad).split(" ")]))
     assert says in message and "\n" not in message
     assert not (tmp_path / "out" / "r" / "best").exists()
+
+
+@pytest.mark.parametrize("differs", ["out_dir", "data.path"])
+def test_machines_that_see_different_files_are_told(fine, tmp_path, labelled, run, start, differs):
+    """Each machine has a disk of its own: the first one had a checkpoint and waited for the second in loading it."""
+    if differs == "out_dir":
+        assert run("sentiment_train", fine(tmp_path, max_steps=4)).status == 0
+    other = tmp_path / "other.csv"
+    other.write_text(labelled.read_text(encoding="utf-8").replace("lovely", "awful"), encoding="utf-8")
+    elsewhere = {"out_dir": tmp_path / "elsewhere", "data.path": other}[differs]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    argv = fine(tmp_path), [*fine(tmp_path), f"{differs}={elsewhere}"]
+    processes = [start("sentiment_train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)]
+    for result in (p.wait() for p in processes):
+        assert result.status == 2 and "the processes see different files: all machines must share" in result.err
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(fit, tmp_path, monkeypatch):
+    """It was written as null, which the next start of the run could not compare with anything."""
+    evaluate = report.evaluate
+    monkeypatch.setattr(report, "evaluate", lambda *args: evaluate(*args) | {"loss": math.nan})
+    with pytest.raises(UserError, match="the validation loss is nan at step 4: lower optim.lr"):
+        fit()
+    assert not (tmp_path / "r" / "best").exists()
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    assert result_of(fit())["step"] in (4, 8)
+
+
+def test_a_run_goes_on_where_auto_chooses_float16(fit, monkeypatch):
+    """Begun on a CPU, which needs no gradient scaler, and continued on a GPU without bf16, which does."""
+    fit(max_steps=4)
+    monkeypatch.setattr(dist, "choose_dtype", lambda *_: (torch.float16, "as on a V100"))
+    assert result_of(fit(max_steps=8))["step"] in (4, 8)
 
 
 def test_empty_texts_are_dropped_and_counted(fit, tmp_path):
@@ -976,6 +1010,16 @@ def written(tmp_path_factory) -> tuple[Path, list[Example], np.ndarray]:
     with warnings.catch_warnings(action="ignore"):  # where no font has Chinese, the picture shows boxes
         report.write(folder, examples, scores, labels, NAMES_OF_LABELS, result)
     return folder, examples, scores
+
+
+def test_many_classes_are_drawn_in_a_picture_of_bounded_size(written, tmp_path):
+    """151 intents took 18,500 x 18,500 pixels, and with 545 the run failed after all its training."""
+    folder, _, _ = written
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    shutil.copy(folder / "metrics.jsonl", tmp_path)
+    report.draw(tmp_path, np.eye(600, dtype=int), [f"intent {i}" for i in range(600)], result)
+    width, height = struct.unpack(">II", (tmp_path / "confusion.png").read_bytes()[16:24])
+    assert max(width, height) <= 4000
 
 
 def test_predictions_are_a_table_that_pandas_reads(written):

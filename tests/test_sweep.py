@@ -381,6 +381,17 @@ def test_changed_settings_are_refused(sweep, tmp_path):
     assert len(starts(folder / "mask-true_seed-0")) == 1 and rows(folder)[0]["n"] == "2"
 
 
+def test_runs_of_different_trunks_are_not_averaged(sweep):
+    """Half of a sweep was done when its trunk was trained anew under the same name: the table mixed the two."""
+    argv = ["grid.mask=[true,false]", "seeds=[0,1]"]
+    folder = sweep(*argv)
+    for seed in (0, 1):
+        file = folder / f"mask-false_seed-{seed}" / "result.json"
+        file.write_text(json.dumps(result(file.parent) | {"hashes": {"trunk": str(seed)}}), encoding="utf-8")
+    with pytest.raises(UserError, match="mask=false: data or trunk have changed between its runs"):
+        sweep(*argv)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -399,10 +410,10 @@ def test_changed_settings_are_refused(sweep, tmp_path):
         (["grid.data.set=[sst2]", "set.data.set=csv"], "data.set is in set and in grid"),
         (["grid.mask=[true,true]"], "the same folder, mask-true_seed-0"),
         (["grid.trunk=[a/b,a-b]"], "the same folder, trunk-a-b_seed-0"),
-        (["grid.mask=[true]", "config=no/such.yaml"], "config=no/such.yaml is no YAML file with settings"),
-        (["grid.mask=[true]", "config={here}/list.yaml"], "list.yaml is no YAML file with settings"),
-        (["grid.mask=[true]", "config={here}/broken.yaml"], "broken.yaml is no YAML file with settings"),
-        (["grid.mask=[true]", "config={here}/circle.yaml"], "circle.yaml is no YAML file with settings"),
+        (["grid.mask=[true]", "config=no/such.yaml"], "config: there is no file no/such.yaml"),
+        (["grid.mask=[true]", "config={here}/list.yaml"], "list.yaml: must hold `key: value` lines, not a list"),
+        (["grid.mask=[true]", "config={here}/broken.yaml"], "broken.yaml:1: mapping values are not allowed in this"),
+        (["grid.mask=[true]", "config={here}/circle.yaml"], "circle.yaml: base: goes in a circle"),
         (["grid.mask=[true]", "trunk=x"], "unknown key trunk"),
     ],
 )

@@ -109,6 +109,9 @@ def test_a_run_that_begins_with_the_weights_of_another(finished, tmp_path, tiny,
     assert meta["model"] == first["model"] and meta["tokenizer"] == first["tokenizer"]
     result = run("train", [*args, "max_steps=16"])
     assert result.status == 0 and "continuing from step 12 of 16" in result.out
+    # on resume it need not be said again, and stays on record: the search for test texts follows it
+    assert run("train", [a for a in args if not a.startswith("init_from=")]).status == 0
+    assert f"init_from: {folder}" in (tmp_path / "second" / "config.yaml").read_text(encoding="utf-8")
     assert "there is no checkpoint" in mistake(run("train", tiny(tmp_path, run="third", init_from=tmp_path / "none")))
 
 

@@ -130,7 +130,7 @@ def test_gpt2_gives_the_same_logits(folder, theirs, form):
     idx = some_ids(len(IDS))
     assert_close(ours(trunk)(idx), theirs(idx).logits)
     assert (trunk.rows, trunk.fields["vocab_size"], trunk.fields["block_size"]) == (261, 261, 24)
-    assert (trunk.name, trunk.corpora, trunk.tokenizer.bos) == (str(folder), [], 261)
+    assert (trunk.name, trunk.corpora, trunk.tokenizer.bos) == (str(folder), [f"the text of {folder}"], 261)
 
 
 @torch.no_grad()
@@ -531,11 +531,12 @@ def test_corpora_of_broken_chains(tmp_path):
     config("classifier", f"data: {{path: labelled.csv, from_a_later_version: 1}}\ntrunk: {b}\n")
     assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))], "the search went no further"
     config("b", "data: [")
-    assert corpora(str(a)) == ["gone.txt", "a@home.txt", str(tmp_path / "x1")]
+    # what was read there is not known any more: a report must not say that all was searched
+    assert corpora(str(a)) == ["gone.txt", "a@home.txt", str(tmp_path / "x1"), f"the text of {b}/step-00000007"]
     shutil.rmtree(b)
-    assert corpora(str(a))[0] == "gone.txt" and corpora(str(b)) == []
+    assert corpora(str(a))[0] == "gone.txt" and corpora(str(b)) == [f"the text of {b}"]
     config("classifier", "trunk: gpt2\ndata: {path: labelled.csv}\n")
-    assert corpora(str(tmp_path / "classifier")) == [labelled]
+    assert corpora(str(tmp_path / "classifier")) == [labelled, "the text of gpt2"]
 
 
 @torch.no_grad()
@@ -544,7 +545,7 @@ def test_a_classifier_gives_its_trunk(runs, tmp_path):
     trunk = open_trunk(str(runs / "first"))
     head = {"labels": ["0", "1"], "rows": 100}
     meta = {"step": 7, "model": trunk.fields, "tokenizer": trunk.tokenizer.hash, "head": head}
-    checkpoint.save(tmp_path, GPTClassifier(ours(trunk), 2), [], meta, World(0, 0, 1, torch.device("cpu")), keep=1)
+    checkpoint.save(tmp_path, GPTClassifier(ours(trunk), 2), [], meta, World(0, 1, torch.device("cpu")), keep=1)
     trunk.tokenizer.save(tmp_path / "tokenizer.json")
     again = open_trunk(str(tmp_path))
     assert again.weights.keys() == trunk.weights.keys()
