@@ -48,7 +48,7 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     """A hash of weights by name: whether two are the same, wherever they lie."""
     both = hashlib.blake2b(digest_size=12)
     for name in sorted(weights):
-        both.update(name.encode() + weights[name].cpu().contiguous().numpy().tobytes())
+        both.update(name.encode() + weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
     return both.hexdigest()
 
 

@@ -82,6 +82,7 @@ def test_the_hash_of_weights():
     assert checkpoint.digest(w) == checkpoint.digest(same)
     others = {"a": w["a"], "b": torch.tensor([1.0, 1.0001])}, {"a": w["a"], "c": w["b"]}
     assert checkpoint.digest(w) not in map(checkpoint.digest, others)
+    assert len(checkpoint.digest({"a": w["a"].bfloat16(), "b": torch.tensor(1.0)})) == 24  # types that NumPy lacks
 
 
 def damage_model(step: Path) -> None:
