@@ -46,10 +46,10 @@ def optimizer_tensors(module: nn.Module, optimizers: list[Optimizer]) -> dict[st
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
     """A hash of weights by name: whether two are the same, wherever they lie."""
-    both = hashlib.blake2b(digest_size=12)
+    found = hashlib.blake2b(digest_size=12)
     for name in sorted(weights):
-        both.update(name.encode() + weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return both.hexdigest()
+        found.update(name.encode() + weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, world: World, keep: int) -> None:

@@ -139,8 +139,9 @@ def draw(run: Path, counts: np.ndarray, names: list[str], result: dict[str, Any]
     size = min(2.4 + 0.8 * len(names), 20)  # inches
     fig, ax = curves.figure(size + 0.6, size)
     ax.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    for (i, j), n in np.ndenumerate(counts if len(names) <= 20 else np.empty((0, 0))):  # more could not be read
-        ax.text(j, i, f"{n:,}", ha="center", va="center", color="white" if n > 0.5 * counts[i].sum() else "black")
+    if len(names) <= 20:  # more numbers could not be read
+        for (i, j), n in np.ndenumerate(counts):
+            ax.text(j, i, f"{n:,}", ha="center", va="center", color="white" if n > 0.5 * counts[i].sum() else "black")
     ax.set_xticks(range(len(names)), names)
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="prediction", ylabel="label", title=f"test accuracy {result['test']['accuracy']:.2%}")
