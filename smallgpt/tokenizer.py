@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
 from smallgpt.settings import UserError
 
@@ -194,18 +193,9 @@ def named(kind: str) -> Tokenizer:
     return Tokenizer(kind, encoding._pat_str, ranks, encoding._special_tokens)
 
 
-def gpt2_from_files(folder: str | Path) -> Tokenizer:
-    """The same as `named("gpt2")`, from the two files OpenAI published: vocab.bpe and encoder.json."""
-    try:
-        merges = Path(folder, "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-        ids = json.loads(Path(folder, "encoder.json").read_text(encoding="utf-8"))
-        tokens = [*STAND_INS, *(merge.replace(" ", "") for merge in merges)]
-        if ids != {token: i for i, token in enumerate([*tokens, ENDOFTEXT])}:
-            raise ValueError("they disagree about the ids")
-        ranks = [bytes(STAND_INS[c] for c in token) for token in tokens]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} must hold GPT-2's vocab.bpe and encoder.json: {error}") from error
-    return Tokenizer("gpt2", r50k_pat_str, ranks, specials={ENDOFTEXT: len(ranks)})
+def bytes_of(token: str) -> bytes:
+    """What a token of GPT-2's files spells. KeyError for a character that stands for no byte."""
+    return bytes(STAND_INS[c] for c in token)
 
 
 def _characters(texts: Iterable[str], room: int, min_count: int) -> list[bytes]:
@@ -228,7 +218,7 @@ def _merges(texts: Iterable[str], room: int) -> list[bytes]:
     trainer = hf.trainers.BpeTrainer(vocab_size=len(BYTES) + room, **options)
     bpe.train_from_iterator(_sample(texts), trainer)
     vocab = bpe.get_vocab()
-    return [bytes(STAND_INS[c] for c in token) for token in sorted(vocab, key=vocab.__getitem__) if len(token) > 1]
+    return [bytes_of(token) for token in sorted(vocab, key=vocab.__getitem__) if len(token) > 1]
 
 
 def _sample(texts: Iterable[str], limit: int = 8_000_000) -> list[str]:

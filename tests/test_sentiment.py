@@ -32,12 +32,13 @@ from sentiment_train import SentimentSettings, build, finetune
 from smallgpt import dist, frozen, report, reviews, runs, settings
 from smallgpt.dist import World, autocast
 from smallgpt.examples import Buckets, Encoded, Inputs, drop_tokens, encode, encode_text, pad, score, share
+from smallgpt.gpt2 import FORM, NAMES
 from smallgpt.metrics import read
 from smallgpt.optim import layer_scale, lr_factor, make_optimizers
 from smallgpt.sets import Example, ReviewSettings
 from smallgpt.settings import UserError
 from smallgpt.tokenizer import STAND_INS, TokenizerSettings, train
-from smallgpt.trunks import FORM, NAMES, open_trunk
+from smallgpt.trunks import open_trunk
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

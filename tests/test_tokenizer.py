@@ -15,8 +15,9 @@ import pytest
 import tiktoken
 
 from smallgpt import tokenizer as module
+from smallgpt.gpt2 import tokenizer_of
 from smallgpt.settings import UserError
-from smallgpt.tokenizer import SPECIALS, Tokenizer, TokenizerSettings, gpt2_from_files, named, train
+from smallgpt.tokenizer import SPECIALS, Tokenizer, TokenizerSettings, named, train
 
 DATA = Path(os.environ.get("SMALLGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 GPT2 = DATA / "tokenizers" / "gpt2"
@@ -278,7 +279,7 @@ def test_unused_ids_decode_to_nothing():
 def gpt2() -> Tokenizer:
     if not GPT2.exists():
         pytest.skip(f"no GPT-2 files at {GPT2}: set SMALLGPT_DATA")
-    return gpt2_from_files(GPT2)
+    return tokenizer_of(GPT2)
 
 
 def test_gpt2_has_its_own_ids(gpt2):
@@ -296,7 +297,7 @@ def test_gpt2_agrees_with_transformers(gpt2):
         assert gpt2.encode(text) == theirs.encode(text)
 
 
-def test_gpt2_from_files_is_the_named_encoding(gpt2, tmp_path, monkeypatch):
+def test_gpt2_of_files_is_the_named_encoding(gpt2, tmp_path, monkeypatch):
     root = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for name in ("vocab.bpe", "encoder.json"):
         shutil.copy(GPT2 / name, tmp_path / sha1((root + name).encode()).hexdigest())
@@ -305,14 +306,14 @@ def test_gpt2_from_files_is_the_named_encoding(gpt2, tmp_path, monkeypatch):
 
 
 def test_gpt2_files_that_are_missing_or_disagree(gpt2, tmp_path):
-    with pytest.raises(UserError, match="vocab.bpe"):
-        gpt2_from_files(tmp_path)
     shutil.copy(GPT2 / "encoder.json", tmp_path)
+    with pytest.raises(UserError, match="must hold encoder.json and vocab.bpe.*No such file"):
+        tokenizer_of(tmp_path)
     lines = (GPT2 / "vocab.bpe").read_text(encoding="utf-8").splitlines()
     lines[1], lines[2] = lines[2], lines[1]
     (tmp_path / "vocab.bpe").write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(UserError, match="disagree"):
-        gpt2_from_files(tmp_path)
+    with pytest.raises(UserError, match="not in the order"):
+        tokenizer_of(tmp_path)
 
 
 def test_without_a_network_the_message_says_which_file_goes_where(monkeypatch):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import GPT, GPTClassifier, GPTConfig
-from smallgpt import checkpoint, tokenizer
+from smallgpt import checkpoint, gpt2, tokenizer
 from smallgpt.dist import World
 from smallgpt.sets import ReviewSettings
 from smallgpt.settings import UserError
@@ -283,7 +283,7 @@ def test_a_tokenizer_of_another_kind_or_size_is_refused(folder, monkeypatch):
     for file in ("vocab.json", "merges.txt"):
         (folder / file).unlink()
     char = tokenizer.train(tokenizer.TokenizerSettings("char"), ["no network in a test"])
-    monkeypatch.setattr("smallgpt.trunks.named", {"gpt2": char}.__getitem__)
+    monkeypatch.setattr("smallgpt.gpt2.named", {"gpt2": char}.__getitem__)
     with pytest.raises(UserError, match="256 tokens, the weights have 261 rows"):
         open_trunk(str(folder))
 
@@ -296,7 +296,7 @@ def test_the_real_files_under_both_names(tmp_path):
     for name, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
         shutil.copyfile(GPT2_FILES / name, tmp_path / theirs)
     trunk = open_trunk(str(tmp_path))
-    assert trunk.tokenizer.hash == tokenizer.gpt2_from_files(GPT2_FILES).hash
+    assert trunk.tokenizer.hash == gpt2.tokenizer_of(GPT2_FILES).hash
     assert (trunk.rows, trunk.tokenizer.vocab_size, trunk.tokenizer.bos) == (50257, 50263, 50257)
     assert trunk.tokenizer.encode("Hello world") == [15496, 995]
 
