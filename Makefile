@@ -17,8 +17,6 @@ quickstart: $(VENV)/.installed
 	@$(PY) -m smallgpt.corpus embedded --to data
 	@$(PY) train.py config/quickstart.yaml
 	@$(PY) -m smallgpt.curves checkpoints/quickstart
-	@for line in 你好 你喜欢音乐吗？ 'What is your name?'; do \
-		echo "> $$line"; echo "$$line" | $(PY) chat.py checkpoints/quickstart sample.temperature=0; done
 	@$(PY) sentiment_sweep.py config/quickstart_sweep.yaml
 	@echo
 	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"

@@ -26,7 +26,7 @@ import torch
 from scipy.stats import t as student
 from tqdm import tqdm
 
-from smallgpt import curves, dist, runs, settings
+from smallgpt import curves, dist, runs, settings, trunks
 from smallgpt.settings import UserError
 
 SCRIPT = Path(__file__).with_name("sentiment_train.py")
@@ -125,6 +125,9 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
             key = min(k for k in before | run.keys if before.get(k) != run.keys.get(k))
             then, now = (show(keys[key]) if key in keys else "not set" for keys in (before, run.keys))
             raise UserError(f"{run.folder}: {key} was {then} and is now {now}: put it back, or choose another name=")
+        then = (run.result() or {}).get("hashes", {}).get("trunk")
+        if then and trunks.digest(str(run.keys.get("trunk", ""))) not in ("", then):
+            raise UserError(f"{run.folder}: its trunk was trained again since: delete {folder}, or choose another name=")
     return [*todo.values()]
 
 

@@ -158,8 +158,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     resumed = runs.starting_point(run, s.resume, say)
     step = resumed.step if resumed else 0
     evaluated = {r["step"]: r for r in read(run, "val") if r["step"] <= step}
-    if not world.agree(step, len(evaluated), int(data.fingerprint[:8], 16)):
-        raise UserError(f"the processes see different files: all machines must share {s.out_dir} and {s.data.path}")
+    world.must_agree(f"{s.out_dir} and data.path", step, len(evaluated), int(data.fingerprint[:8], 16))
     if resumed:
         runs.check_same(resumed.meta, identity, resumed.path)
         checkpoint.load_weights(resumed, model)
@@ -210,8 +209,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             if step and step not in evaluated and (last or step % eval_every == 0):
                 val = splits["validation"].labels
                 result = report.evaluate(score(model, inputs["validation"], world, ctx, s.micro_tokens), val)
-                if not math.isfinite(result["loss"]):
-                    raise UserError(f"the validation loss is {result['loss']} at step {step}: lower optim.lr")
+                runs.check_loss(run, step, result["loss"])
                 if quality(result) > max(map(quality, evaluated.values()), default=(-math.inf,)):
                     save()
                     if world.main:

@@ -102,8 +102,6 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     resumed = runs.starting_point(run, s.resume, say)
     step, tokens = (resumed.step, resumed.meta["tokens"]) if resumed else (0, 0)
     evaluated = {r["step"]: r["loss"] for r in read(run, "val") if r["step"] <= step}
-    if not world.agree(step, len(evaluated)):
-        raise UserError(f"the processes see different files: {s.out_dir} must be a folder that all machines share")
     s.init_from = s.init_from or (resumed.meta.get("init_from", "") if resumed else "")  # on record for the leak check
     begun = resumed or (runs.required(s.init_from) if s.init_from else None)
     if s.init_from:  # continued pretraining: another corpus, the same shape
@@ -111,6 +109,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
     tokenizer = Tokenizer.load(begun.run / "tokenizer.json") if begun else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
+    world.must_agree(f"{s.out_dir} and data.path", step, len(evaluated), int(corpus.fingerprint[:8], 16))
     vocab = corpus.tokenizer.vocab_size
     s.model.vocab_size = s.model.vocab_size or 64 * math.ceil(vocab / 64)
     if s.model.vocab_size < vocab:
@@ -178,8 +177,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 fresh_tokens, began = 0, time.perf_counter()
             if step not in evaluated and step and (step % s.eval_every == 0 or last):
                 result = evaluate(module, corpus, s, shares.micro, world, ctx)
-                if not math.isfinite(result["loss"]):
-                    raise UserError(f"the validation loss is {result['loss']} at step {step}: lower optim.lr")
+                runs.check_loss(run, step, result["loss"])
                 if result["loss"] < min(evaluated.values(), default=math.inf):
                     save()
                     if world.main:

@@ -64,9 +64,10 @@ class World:
         is nothing to save, and resuming is exact."""
         torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
 
-    def agree(self, *values: float) -> bool:
-        """Whether all processes hold the same values. A collective."""
-        return self.sum(*values) == [value * self.size for value in values]
+    def must_agree(self, files: str, *values: float) -> None:
+        """UserError unless all processes hold the same values, which they read from these files. A collective."""
+        if self.sum(*values) != [value * self.size for value in values]:
+            raise UserError(f"the processes see different files: all machines must share {files}")
 
 
 def keep_freed_memory() -> None:
@@ -186,7 +187,7 @@ def start(device: str) -> Iterator[World]:
             backend, timeout=timedelta(minutes=30), device_id=where if backend == "nccl" else None
         )
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), where)
-    if not world.agree(1.0):  # a self-test: a wrong network set-up shows here, not in the middle
+    if world.sum(1.0) != [world.size]:  # a self-test: a wrong network set-up shows here, not in the middle
         raise UserError("not all processes answer: check the master address, the firewall and NCCL_SOCKET_IFNAME")
     yield world
     torch_dist.destroy_process_group()

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -151,6 +152,14 @@ def check_same(meta: dict, now: dict, where: Path) -> None:
                 f"cannot continue from {where}: {what.get(key, key)} was {then_flat.get(key)} and is now "
                 f"{now_flat[key]}; put it back, or start afresh with another run=name"
             )
+
+
+def check_loss(run: Path, step: int, loss: float) -> None:
+    """UserError if the validation loss after this step is no number: `latest` is that step, which no run can use."""
+    if not math.isfinite(loss):
+        older = [p for p in step_folders(run) if p.name < f"step-{step:08d}"]
+        again = f"go on in another run=name with resume={older[-1]}" if older else "start again with another run=name"
+        raise UserError(f"the validation loss is {loss} at step {step}: lower optim.lr, and {again}")
 
 
 def name_problems(run: str) -> list[str]:

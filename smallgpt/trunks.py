@@ -4,6 +4,7 @@ All become one thing: the fields of a GPTConfig, float32 weights under the names
 are the rows of those weights. Nothing is unpickled (gpt2.torch_load).
 """
 
+import functools
 import glob
 import os
 import re
@@ -57,6 +58,15 @@ def open_trunk(path: str) -> Trunk:
         raise UserError(f"cannot download {name} ({' '.join(str(e).split())[:150]}): put {', '.join(HUB_FILES)} of "
                         f"https://huggingface.co/openai-community/{name} in a folder, and give that folder") from e
     return _gpt2(place, name)
+
+
+@functools.cache
+def digest(path: str) -> str:
+    """A hash of the weights that the trunk at path has now; empty if it is there no more."""
+    try:
+        return checkpoint.digest(open_trunk(path).weights)
+    except UserError:
+        return ""
 
 
 def grow(weights: dict[str, Tensor], rows: int, std: float = 0.02) -> dict[str, Tensor]:

@@ -170,17 +170,21 @@ def test_a_mistake_on_one_machine_only_is_said_too(out, tiny, start):
     assert "/no/such/file.txt" in results[1].err and results[1].status == 2
 
 
-def test_a_folder_that_is_not_shared_is_named(out, tiny, run, start):
-    """Each machine has a disk of its own: on resuming, the second one sees no checkpoint."""
-    args = tiny(out, run="mine", max_steps=4)
-    assert run("train", args).status == 0
+@pytest.mark.parametrize("differs", ["out_dir", "data.path"])
+def test_machines_that_see_different_files_are_told(out, tiny, run, start, chat_file, differs):
+    """Each machine has a disk of its own: on resuming, the second one sees no checkpoint, or another corpus."""
+    args = [*tiny(out, run="mine"), "max_steps=8"]
+    if differs == "out_dir":
+        assert run("train", [*args, "max_steps=4"]).status == 0
+    other = out / "other.txt"
+    other.parent.mkdir(exist_ok=True)
+    other.write_text(chat_file.read_text(encoding="utf-8") + "\none more\nchat\n", encoding="utf-8")
+    elsewhere = {"out_dir": out / "elsewhere", "data.path": other}[differs]
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
-    elsewhere = [*args, "max_steps=8", f"out_dir={out / 'elsewhere'}"]
-    processes = [
-        start("train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(([*args, "max_steps=8"], elsewhere))
-    ]
+    argv = args, [*args, f"{differs}={elsewhere}"]
+    processes = [start("train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)]
     message = one_message(end_of_group(processes))
-    assert re.search("the processes see different files", message)
+    assert re.search("the processes see different files: all machines must share .* and data.path", message)
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_all(out, tiny, start_ranks):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -455,3 +456,8 @@ def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
         assert float(row["largest class"]) == pytest.approx(largest["accuracy"], abs=1e-6)
     message = mistake(run("sentiment_sweep", [*argv, "set.max_steps=3"]))
     assert "mask-true_seed-3: max_steps was 2 and is now 3" in message
+    assert run("train", [*tiny(tmp_path, run="trunk", max_steps=2, prompts="[]"), "max_steps=3"]).status == 0
+    message = mistake(run("sentiment_sweep", argv))  # it would have shown the old trunk's numbers as the new one's
+    assert "its trunk was trained again since: delete" in message
+    shutil.rmtree(tmp_path / "trunk")
+    assert run("sentiment_sweep", argv).status == 0, "the results stand when the trunk is gone"
