@@ -127,7 +127,7 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
             raise UserError(f"{run.folder}: {key} was {then} and is now {now}: put it back, or choose another name=")
         then = (run.result() or {}).get("hashes", {}).get("trunk")
         if then and trunks.digest(str(run.keys.get("trunk", ""))) not in ("", then):
-            raise UserError(f"{run.folder}: its trunk was trained again since: delete {folder}, or choose another name=")
+            raise UserError(f"{run.folder}: its trunk was trained again since: delete {folder}, or choose another name")
     return [*todo.values()]
 
 
