@@ -50,8 +50,9 @@ def below(model: nn.Module, idx: Tensor, lengths: Tensor) -> Tensor:
     """What the frozen part makes of tokens idx (B, T): the hidden states (B, T, C) that go into the first trained
     block, or the pooled one (B, C) if the whole trunk is frozen. The model's forward takes either in place of idx."""
     whole = model.first_block == model.gpt.config.n_layer
-    h = model.gpt.trunk(idx, layers=slice(model.first_block), norm=whole)
-    return model.pooled(h, lengths) if whole else h
+    at = lengths - 1 if whole and model.pool == "last" and model.mask else None
+    h = model.gpt.trunk(idx, layers=slice(model.first_block), norm=whole, at=at)
+    return h if not whole else h[:, 0] if at is not None else model.pooled(h, lengths)
 
 
 @torch.no_grad()
