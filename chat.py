@@ -112,7 +112,8 @@ class Chat:
             return
         try:
             with open(name, "a", encoding="utf-8") as f:
-                f.write("\n".join(" ".join(line.split()) for line in self.lines) + "\n\n")
+                said = [" ".join(line.split()) for line in self.lines]
+                f.write("\n".join(line for line in said if line) + "\n\n")  # a stopped reply may be empty
             print(f"(saved {len(self.lines)} lines in {name})")
         except OSError as e:
             print(f"could not save: {e}")
@@ -136,6 +137,8 @@ def main() -> int:
     def is_setting(word: str) -> bool:
         return "=" in word or word.startswith("-") or word.endswith((".yaml", ".yml"))
 
+    if len(models := [word for word in sys.argv[1:] if not is_setting(word)]) > 1:
+        raise UserError(f"one model at a time, not {' and '.join(models)}")
     argv = [word if is_setting(word) else f"checkpoint={word}" for word in sys.argv[1:]]
     s = settings.load(ChatSettings, argv, doc=__doc__)
     if not s.checkpoint:

@@ -137,7 +137,7 @@ def launch(run: Run, slot: int, workers: int) -> subprocess.Popen:
     keys = {**run.keys, "out_dir": str(run.folder.parent), "run": run.folder.name}
     command = [sys.executable, str(SCRIPT), *(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in keys.items())]
     env = dict(os.environ)
-    if torch.cuda.is_available():
+    if dist.gpus(run.keys.get("device", "auto")):
         gpus = env.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     elif workers > 1:
@@ -198,6 +198,9 @@ def compare(values: pd.Series, reference: pd.Series) -> tuple[float, float]:
 def table(todo: list[Run]) -> list[dict[str, Any]]:
     """One row per combination with a finished run: mean, standard deviation, n, seconds, difference from the first."""
     rows: list[dict[str, Any]] = []
+    data = {found["hashes"].get("data") for run in todo if "hashes" in (found := run.result() or {})}
+    if len(data) > 1 and not any(key.startswith("data.") for key in todo[0].cell):
+        raise UserError("the data have changed between the runs: choose another name=")
     for cell in [run.cell for run in todo if run.seed == todo[0].seed]:
         if not (results := {run.seed: found for run in todo if run.cell is cell and (found := run.result())}):
             continue
@@ -280,7 +283,7 @@ def main() -> int:
     s = settings.load(SweepSettings, doc=__doc__)
     folder = Path(s.out_dir) / s.name
     todo = plan(s, folder)
-    workers = s.workers or max(1, torch.cuda.device_count())
+    workers = s.workers or max(1, dist.gpus(todo[0].keys.get("device", "auto")))
     print(f"{len(todo)} runs, {workers} at once, in {folder}; the log.txt of each is in its folder", flush=True)
     problems, number = run_all(todo, workers)
     if number:

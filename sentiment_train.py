@@ -183,13 +183,17 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     say(f"batch    {s.batch_size} examples, {buckets.steps_per_epoch} steps an epoch, {world.size} process(es)")
     say(f"device   {device.type}, {strategy.name}; {str(dtype)[6:]}: {why}")
 
+    room = s.cache_gb
     for split in ("validation",) if s.token_dropout else ("train", "validation"):  # other tokens at every step
-        if why := frozen.keep(model, inputs[split], ctx, s.micro_tokens, s.cache_gb, trunk.rows):
+        if why := frozen.keep(model, inputs[split], ctx, s.micro_tokens, room, trunk.rows):
             say(f"frozen   {split}: {why}")
+        room -= sum(state.nbytes for state in inputs[split].kept) / 2**30
     metrics = Metrics(run, world, step, max_steps)
 
     def quality(r: dict) -> tuple[float, float]:
         return (-r["loss"] if s.select == "loss" else r[s.select], -r["loss"])
+
+    runs.forget_lost(run, evaluated, quality, world.main)
 
     def save() -> None:
         nonlocal saved
@@ -285,7 +289,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
 
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
-    with dist.start(s.device) as world:
+    with dist.start(s.device) as world, runs.alone(Path(s.out_dir) / s.run, world.main):
         return finetune(s, world)
 
 

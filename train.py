@@ -27,7 +27,7 @@ from smallgpt.metrics import Metrics, flops_per_token, read
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import UserError
-from smallgpt.tokenizer import Tokenizer, TokenizerSettings
+from smallgpt.tokenizer import TokenizerSettings
 
 
 @dataclass
@@ -107,7 +107,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     if s.init_from:  # continued pretraining: another corpus, the same shape
         s.model = replace(runs.shape(begun.meta["model"], begun.path, GPTConfig), dropout=s.model.dropout)
     shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
-    tokenizer = Tokenizer.load(begun.run / "tokenizer.json") if begun else s.tokenizer
+    tokenizer = checkpoint.tokenizer_of(begun) if begun else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
     world.must_agree(f"{s.out_dir} and data.path", step, len(evaluated), int(corpus.fingerprint[:8], 16))
     vocab = corpus.tokenizer.vocab_size
@@ -132,6 +132,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         checkpoint.load_optimizers(resumed, module, optimizers, world)
         scaler.load_state_dict(resumed.meta["scaler"] or scaler.state_dict())  # {}: that run needed none
     strategy = strategy_for(module, world)
+    runs.forget_lost(run, evaluated, lambda loss: -loss, world.main)
     if compiled:
         module.compile_parts()
     if world.main:
@@ -231,7 +232,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
 
 def main() -> int:
     s = settings.load(TrainSettings, doc=__doc__)
-    with dist.start(s.device) as world:
+    with dist.start(s.device) as world, runs.alone(Path(s.out_dir) / s.run, world.main):
         return train(s, world)
 
 

@@ -106,7 +106,7 @@ def _sources(path: Any, cache: Path) -> list[Source]:
         files = [file for file in found if os.path.isfile(file)]
         if not files:
             raise UserError(f"data.path: no file at {pattern!r} (write FOLDER/* for the files of a folder)")
-        weights |= {Path(file).resolve(): weight for file in files}
+        weights |= {Path(os.path.abspath(file)): weight for file in files}  # a link's name says what it is
 
     index_file = cache / "index.json"  # path -> size, time, hash: later starts need not read the files
     index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.exists() else {}
@@ -159,7 +159,8 @@ def _tokens(folder: Path) -> list[np.ndarray] | None:
 def _tokenise(todo: dict[Path, Path], data: DataSettings, tokenizer: Tokenizer, quiet: bool) -> None:
     """Write the token files of `todo` (folder -> text file), the same whatever the number of workers."""
     size, start = sum(path.stat().st_size for path in todo.values()), time.perf_counter()
-    workers = min(os.cpu_count() or 1, size // PER_WORKER)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, size // PER_WORKER)
     shared = Path(data.cache) / f"tokenizer-{tokenizer.hash[:24]}.json"
     tokenizer.save(shared)  # the workers read it from here
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)

@@ -75,7 +75,7 @@ def parse(path: Path, first: int, block: bytes, errors: str) -> Iterator[list[st
     for number, line in enumerate(lines, first):
         try:
             turns = _json_turns(line, errors) if line.strip() else []
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise UserError(f"{path}, line {number}: not a dialogue in JSON: {problem}") from problem
         if turns:
             yield turns

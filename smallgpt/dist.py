@@ -81,6 +81,11 @@ def keep_freed_memory() -> None:
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+def gpus(device: str) -> int:
+    """How many CUDA GPUs programs with this `device` setting may choose from."""
+    return torch.cuda.device_count() if device in ("auto", "cuda") else 0
+
+
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` = CUDA if there is a GPU, else Apple's MPS, else the CPU, for which malloc is prepared. UserError if the
     named device is not there."""
@@ -134,8 +139,10 @@ def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, s
         return False, "not supported here"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return False, "the package triton is missing"
-    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        return False, "there is no C++ compiler"
+    cpu = device.type == "cpu"  # for a GPU, triton builds a small C part of each kernel
+    compilers = (os.environ.get("CXX", "g++"), "clang++") if cpu else (os.environ.get("CC", "gcc"), "clang")
+    if not any(map(shutil.which, compilers)):
+        return False, f"there is no C{'++' if cpu else ''} compiler"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return False, "Python's header files are missing (python3-dev)"
     if device.type == "cpu" and steps < 500:

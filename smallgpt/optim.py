@@ -19,8 +19,8 @@ class OptimSettings:
     lr: float = 1e-3  # peak learning rate, of both optimizers
     min_lr: float = 0.1  # last learning rate, as a fraction of the peak
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd = stay at the peak, then go down linearly
-    warmup: int = 100  # steps of linear warm-up
-    decay: float = 0.2  # last fraction of the run in which wsd goes down
+    warmup: int = 100  # steps of linear warm-up, at most a third of the run
+    decay: float = 0.2  # last fraction of the steps after the warm-up in which wsd goes down
     weight_decay: float = 0.1  # on matrices and embeddings; norms and biases are not decayed
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
@@ -44,9 +44,10 @@ class OptimSettings:
 
 def lr_factor(step: int, max_steps: int, s: OptimSettings) -> float:
     """Learning rate of step (from 0) as a fraction of the peak: linear warm-up, then cosine or warmup-stable-decay."""
-    if step < s.warmup:
-        return (step + 1) / (s.warmup + 1)
-    progress = min(1.0, (step - s.warmup) / max(1, max_steps - 1 - s.warmup))
+    warmup = min(s.warmup, max_steps // 3)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, max_steps - 1 - warmup))
     if s.schedule == "cosine":
         falling = 0.5 * (1 + math.cos(math.pi * progress))
     else:  # Hu et al. 2024 (MiniCPM)
@@ -118,4 +119,7 @@ def update(
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
+    if not math.isfinite(norm) and scaler.get_scale() < 1e-6:
+        raise UserError(f"after step {step} no scale gives finite gradients in float16, the last checkpoint is step "
+                        f"{saved}: use dtype=float32 or bfloat16, or lower optim.lr")  # fmt: skip
     return norm

@@ -9,10 +9,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from smallgpt.settings import UserError
 
@@ -44,12 +47,13 @@ def damage(path: Path) -> str:
         return "it has no meta.json: the save was cut short"
     except (ValueError, KeyError, AttributeError, TypeError):
         return "its meta.json is unreadable"
+    files.setdefault(path / "model.safetensors", -1)
     if meta.get("format") != FORMAT:
         return f"its format is {meta.get('format')}, this program reads {FORMAT}"
     for file, size in files.items():
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
-            return f"{file.relative_to(path)} has {found} bytes instead of {size}"
+            return f"{file.relative_to(path)} has {found} bytes instead of {size}" if size >= 0 else "it has no weights"
     return ""
 
 
@@ -130,6 +134,8 @@ def shape(fields: dict, where: Path | str, config_class: type) -> Any:
 def starting_point(run: Path, resume: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from, as `resume` asks: this run's own, or else the one it is to begin from."""
     own = bool(step_folders(run))
+    if own and Path(resume).resolve() in [p.resolve() for p in step_folders(run) if p != read_pointer(run, "latest")]:
+        raise UserError(f"{run} has gone on from {resume}: to go back to it, choose another run=name as well")
     if resume == "never":
         if own:
             raise UserError(f"{run} already holds checkpoints: choose another run=name, or delete the folder")
@@ -152,6 +158,41 @@ def check_same(meta: dict, now: dict, where: Path) -> None:
                 f"cannot continue from {where}: {what.get(key, key)} was {then_flat.get(key)} and is now "
                 f"{now_flat[key]}; put it back, or start afresh with another run=name"
             )
+
+
+def forget_lost(run: Path, evaluated: dict[int, Any], quality: Callable[[Any], Any], main: bool) -> None:
+    """Make `best` a checkpoint that is there, after a damaged one was passed over: evaluations whose step folder is not
+    whole are dropped, best first (of equally good ones the first), until one remains that has it."""
+    best = 0
+    while evaluated and damage(run / f"step-{(best := max(evaluated, key=lambda k: (quality(evaluated[k]), -k))):08d}"):
+        del evaluated[best]
+    if main and evaluated:
+        point(run, "best", best)
+    elif main:
+        (run / "best").unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(run: Path, main: bool) -> Iterator[None]:
+    """Hold the run folder's lock, on the main process: two programs that train one run would delete each other's
+    checkpoints. UserError if another holds it."""
+    if not main:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        with suppress(NotImplementedError):  # a file system without locks
+            lock.acquire(blocking=False)
+        yield
+    except Timeout:
+        raise UserError(f"another process trains {run} now: end it, wait for it, or choose another run=name") from None
+    finally:
+        lock.release()
+        if [p.name for p in run.iterdir()] in ([".lock"], []):  # nothing came of it
+            with suppress(OSError):
+                (run / ".lock").unlink(missing_ok=True)
+                run.rmdir()
 
 
 def check_loss(run: Path, step: int, loss: float) -> None:

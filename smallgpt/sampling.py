@@ -23,8 +23,8 @@ class SampleSettings:
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature={self.temperature} must not be negative")
+        if self.temperature != 0 and self.temperature < 1e-3:
+            problems.append(f"temperature={self.temperature} must be at least 0.001, or 0: always the likeliest token")
         if self.top_k < 0:
             problems.append(f"top_k={self.top_k} must not be negative")
         if not 0 < self.top_p <= 1:

@@ -17,6 +17,7 @@ import ast
 import functools
 import inspect
 import io
+import math
 import os
 import sys
 import textwrap
@@ -60,26 +61,16 @@ def load(schema: type[T], argv: list[str] | None = None, doc: str | None = None)
     return _build(schema, [arg for arg in argv if "=" not in arg], [arg for arg in argv if "=" in arg])
 
 
-def from_file(schema: type[T], path: str | Path) -> T:
-    """Settings from one YAML file, e.g. the config.yaml of a run folder. Raises UserError as `load` does."""
-    return _build(schema, [path], [])
-
-
-def dump(settings: Any) -> str:
-    """The settings as YAML text that `from_file` reads back unchanged."""
-    return OmegaConf.to_yaml(OmegaConf.structured(settings))
-
-
 def write(settings: Any, path: str | Path) -> None:
-    """Write `dump(settings)` to `path`, in UTF-8."""
-    Path(path).write_text(dump(settings), encoding="utf-8")
+    """Write the settings to `path` as YAML that `load` reads back unchanged, in UTF-8."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)), encoding="utf-8")
 
 
 def cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with the status it returns; a UserError is one message and status 2."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # ? on a console without Chinese, not the end of a run
+        if isinstance(stream, io.TextIOWrapper):  # files and pipes are UTF-8 everywhere, a console may have to show ?
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         status = main()
         sys.stdout.flush()  # a reader that left (`| head`) shows here, not in a traceback at exit
@@ -88,7 +79,11 @@ def cli(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still buffered goes
         status = 141
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        if isinstance(error, RuntimeError):
+            error = UserError("the GPU's memory is full: lower micro_batch (fine-tuning: micro_tokens), or the model")
         if (rank := os.environ.get("RANK", "0")) != "0":
             time.sleep(2)  # mostly all ranks fail alike: then rank 0 says so, and torchrun ends this one meanwhile
         print(f"error: {error}" if rank == "0" else f"(process {rank}: {error})", file=sys.stderr)
@@ -115,14 +110,16 @@ def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
     broken = [key for key, _ in problems]
     try:
         settings = OmegaConf.to_object(config)
+        numbers = ((k, v.default) for k, v in _walk(settings) if isinstance(v.default, int | float))
+        wrong = ((k, v) for k, v in numbers if not abs(v) < (2**63 if isinstance(v, int) else math.inf))  # nan, too
+        problems += ((k, f"{k}={v} is no number to work with") for k, v in wrong)
         for section, message in _checks(settings):
             if not any(key.startswith(section) or section.startswith(key) for key in broken):
                 problems.append((section, message))
     except OmegaConfBaseException as error:  # ${interpolations} are followed once everything is merged
         problems.append((error.full_key, f"{error.full_key}: {_brief(error)}"))
     if problems:
-        heading = ["several problems"] if len(problems) > 1 else []
-        raise UserError("\n  - ".join([*heading, *(message for _, message in problems)]))
+        raise UserError("\n  - ".join(["several problems"][: len(problems) - 1] + [text for _, text in problems]))
     return settings
 
 
@@ -148,6 +145,7 @@ def _assign(config: Any, keys: dict, values: dict, text: str | None, prefix: str
             inside = next(key for key in keys if key.startswith(f"{name}."))
             yield name, f"{name} is a section, not a value: set the keys in it, such as {inside}"
         else:
+            value = "" if (value, text, keys[name].hint) == (None, "", str) else value  # init_from=
             if isinstance(value, bool | int | float) and _is_text(keys[name].hint):
                 # YAML reads `true` and 007 as no text: they keep the spelling if known, a bool in lower case
                 spelling = str(value) if text is None else text
@@ -217,8 +215,8 @@ def _type_name(hint: Any) -> str:
 
 def _show(value: Any) -> str:
     """The value as it would be written in YAML, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
-    return text.removesuffix("...\n").strip()
+    options = dict(default_flow_style=True, allow_unicode=True, width=sys.maxsize)
+    return yaml.safe_dump(value, **options).removesuffix("...\n").strip()
 
 
 def _help(schema: type, doc: str | None) -> str:

@@ -72,7 +72,7 @@ def test_commands(talk, tmp_path):
 @pytest.mark.parametrize(
     "command, says",
     [
-        ("/set temperature=-1", "temperature=-1.0 must not be negative"),
+        ("/set temperature=-1", "temperature=-1.0 must be at least 0.001, or 0"),
         ("/set temprature=1", "did you mean temperature"),
         ("/set top_k=many", "top_k must be int"),
         ("/set warm", "/set KEY=VALUE ..., not warm"),
@@ -116,7 +116,10 @@ def test_settings_in_a_file(run, model, tmp_path):
         (["{empty}/step-00000001"], "step-00000001"),
         (["{model}", "sample.top_p=2"], "top_p=2.0 must be in (0, 1]"),
         (["{model}", "device=cuda"], "GPU"),
-        (["{model}", "{model}", "temperature=1"], "did you mean sample.temperature"),
+        (["{model}", "{model}"], "one model at a time"),
+        (["{model}", "temperature=1"], "did you mean sample.temperature"),
+        (["{model}", "sample.temperature=nan"], "sample.temperature=nan is no number"),
+        (["{model}", "sample.temperature=1e-40"], "must be at least 0.001, or 0"),
     ],
 )
 def test_mistakes(run, model, tmp_path, args, says):
@@ -155,7 +158,7 @@ def test_a_terminal_session(tmp_path_factory, tiny, run, tmp_path):
     """Ctrl-C stops a long reply and the session goes on; Ctrl-D leaves with status 0; history is kept."""
     out = tmp_path_factory.mktemp("long")
     # a model that has not learned to stop, with room for many seconds of talk
-    args = tiny(out, run="r", max_steps=1, model__block_size=4096, batch_tokens=4096, model__n_layer=8)
+    args = tiny(out, run="r", max_steps=1, optim__lr=1e-5, model__block_size=4096, batch_tokens=4096, model__n_layer=8)
     assert run("train", args).status == 0
     tty = Terminal([str(out / "r"), "device=cpu", "sample.max_tokens=2000", "sample.repetition_penalty=1"], tmp_path)
     try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import losses, mistake, same_weights, steps
+from filelock import FileLock
 
 from model import GPT, GPTConfig
 from smallgpt import checkpoint, runs
@@ -90,6 +91,14 @@ def damage_model(step: Path) -> None:
     (step / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def lose_model(step: Path) -> None:
+    """As two programs that saved the same step at the same time once left it."""
+    (step / "model.safetensors").unlink()
+    meta = json.loads((step / "meta.json").read_text(encoding="utf-8"))
+    del meta["files"]["model.safetensors"]
+    (step / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
 def damage_meta(step: Path) -> None:
     text = (step / "meta.json").read_text(encoding="utf-8")
     (step / "meta.json").write_text(text[: len(text) // 2], encoding="utf-8")
@@ -97,6 +106,7 @@ def damage_meta(step: Path) -> None:
 
 DAMAGES = {
     "model cut": (damage_model, "model.safetensors has"),
+    "no model": (lose_model, "it has no weights"),
     "meta cut": (damage_meta, "meta.json is unreadable"),
     "meta a list": (lambda p: (p / "meta.json").write_text("[1]", encoding="utf-8"), "meta.json is unreadable"),
     "meta missing": (lambda p: (p / "meta.json").unlink(), "no meta.json"),
@@ -195,6 +205,41 @@ def test_train_falls_back_and_says_so(copy, trained, run, spoil):
     assert "every checkpoint" in mistake(run("train", args)) and "Traceback" not in result.err
 
 
+def test_when_the_best_checkpoint_is_lost_the_best_of_the_others_is_named(copy, run, trained):
+    """The newest step was the best one and damaged: the run went on, and `best` named what the step had become."""
+    folder, args = copy
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        if record["split"] == "val":  # as if the losses had been these
+            record["loss"] = {4: 9.0, 8: 0.2, 12: 0.1}.get(record["step"], 8.0)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    runs.point(folder, "best", 12)
+    damage_model(folder / "step-00000012")
+    assert run("train", [*args, "max_steps=9", "save_every=1"]).status == 0
+    assert runs.read_pointer(folder, "best").name == "step-00000008"
+
+
+def test_two_programs_do_not_train_one_run(copy, run):
+    folder, args = copy
+    lock = FileLock(folder / ".lock")
+    with lock:
+        assert f"another process trains {folder} now" in mistake(run("train", [*args, "max_steps=13"]))
+    assert run("train", [*args, "max_steps=13"]).status == 0
+
+
+def test_a_mistake_leaves_no_run_behind(copy, run, tmp_path):
+    assert "no file" in mistake(run("train", [*copy[1], "run=other", "data.path=/no/such/file.txt"]))
+    assert not (tmp_path / "other").exists()
+
+
+def test_going_back_in_the_same_run_is_refused(copy, run):
+    """resume=PATH of an older step was ignored, and the run went on from its newest."""
+    folder, args = copy
+    message = mistake(run("train", [*args, "max_steps=13", f"resume={folder / 'step-00000008'}"]))
+    assert "has gone on from" in message and "choose another run=name" in message
+    assert run("train", [*args, "max_steps=13", f"resume={folder / 'step-00000012'}"]).status == 0
+
+
 def test_a_full_disk_while_training(copy, run):
     """No file may grow beyond 40 kB: the first checkpoint that does not fit ends the run, the older ones stay."""
     folder, args = copy
@@ -247,6 +292,8 @@ def test_another_tokenizer_is_refused(copy, run):
     train(TokenizerSettings("char"), ["另一个另一个"]).save(folder / "tokenizer.json")
     assert "is not the tokenizer that" in mistake(run("chat", [folder], stdin="hi\n"))
     assert "tokenizer" in mistake(run("train", args))
+    # continued pretraining used the other ids with these embeddings
+    assert "is not the tokenizer that" in mistake(run("train", [*args, "run=more", f"init_from={folder}"]))
     text["ranks"] = text["ranks"][:-1]
     (folder / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
     assert "tokenizer.json" in mistake(run("chat", [folder], stdin="hi\n"))

@@ -127,7 +127,7 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, gz):
     assert list(read_dialogues(path, "replace"))[-1][0] == "好"
 
 
-@pytest.mark.parametrize("bad", ["{", "3", '"text"', '{"text": "hi"}', "[1]",
+@pytest.mark.parametrize("bad", ["{", "3", "[" * 100_000, '"text"', '{"text": "hi"}', "[1]",
                                  '{"messages": [{"role": "user"}]}', '["half a pair \\ud83d"]'])
 def test_malformed_json_names_the_line(tmp_path, bad):
     path = tmp_path / "a.jsonl"
@@ -333,6 +333,11 @@ def test_paths_globs_and_weights(tmp_path, settings):
     assert found(b, tmp_path / "d" / "*.txt") == [("b@home.txt", 1), ("a.txt", 1)]  # each file once
     assert found(tmp_path / "d" / "*", f"{a}@2.5", f"{b}@1e-1") == [("a.txt", 2.5), ("b@home.txt", 0.1)]
     assert corpus._sources(str(a), tmp_path / "cache")[0].path == a
+    # the Hugging Face cache keeps files without an ending behind links: one was read as plain text
+    (tmp_path / "blob").write_text('["hi", "ho"]\n', encoding="utf-8")
+    (tmp_path / "chat.jsonl").symlink_to(tmp_path / "blob")
+    (link,) = corpus._sources(str(tmp_path / "chat.jsonl"), tmp_path / "cache")
+    assert list(read_dialogues(link.path)) == [["hi", "ho"]]
 
 
 @pytest.mark.parametrize("path, message", [

@@ -79,4 +79,4 @@ def test_every_yaml_is_read_by_its_script(path):
         from train import TrainSettings as Schema
     else:
         pytest.skip(f"{script[1]}: a test beside that script reads it")
-    settings.from_file(Schema, path)
+    settings.load(Schema, [str(path)])

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from model import GPT, GPTClassifier, GPTConfig
-from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr
+from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
 from smallgpt.parallel import Single
+from smallgpt.settings import UserError
 
 torch.set_num_threads(1)  # tensors this small gain nothing from more, and wait for them on a busy machine
 
@@ -63,6 +64,40 @@ def test_wsd_stays_at_the_peak_and_then_goes_down_in_a_line():
 def test_short_runs_have_a_rate_at_every_step(schedule, max_steps, warmup):
     s = OptimSettings(warmup=warmup, schedule=schedule)
     assert all(0 < lr_factor(step, max_steps, s) <= 1 for step in range(max_steps))
+
+
+def test_the_warm_up_is_at_most_a_third_of_the_run():
+    """36 steps, as a CSV of 400 rows gives, ended in a warm-up of 50, at 0.7 of the rate."""
+    s = OptimSettings(warmup=50, min_lr=0.0)
+    factors = [lr_factor(step, 36, s) for step in range(36)]
+    assert factors.index(max(factors)) == 12 and max(factors) == 1.0 and factors[-1] == pytest.approx(0.0)
+
+
+class Scaler:
+    """Of float16, whose gradients are never finite."""
+
+    scale = 65536.0
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def unscale_(self, optimizer) -> None:
+        pass
+
+    def update(self) -> None:
+        self.scale /= 2
+
+    def get_scale(self) -> float:
+        return self.scale
+
+
+def test_float16_that_finds_no_scale_ends():
+    """Such a run made no update to its end, and ended well."""
+    with pytest.raises(UserError, match="no scale gives finite gradients in float16"):
+        scaler = Scaler()
+        for step in range(100):
+            update([], scaler, lambda norm: torch.tensor(math.nan), 1.0, 2.0, step, 0)
+    assert 30 < step < 50
 
 
 def test_set_lr_scales_every_group_and_answers_with_the_rate():

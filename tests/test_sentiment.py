@@ -283,7 +283,7 @@ def test_new_tokens_train_and_what_is_frozen_stays_bit_for_bit(fit, gpt2, freeze
     for part, w in opened.weights.items():
         assert after[f"gpt.{part}"][: len(w)].equal(w) == (f"gpt.{part}" not in trains or part == "wte.weight"), part
     torch.manual_seed(0)
-    before = build(settings.from_file(SentimentSettings, folder / "config.yaml"), ["bad", "good"])[0]
+    before = build(settings.load(SentimentSettings, [str(folder / "config.yaml")]), ["bad", "good"])[0]
     moved = (after["gpt.wte.weight"] != before.gpt.wte.weight).any(1)
     assert moved.nonzero().flatten().tolist() == [pad]
     assert optimized(folder) == trains
@@ -786,7 +786,7 @@ def test_validation_chooses_and_the_test_is_of_what_it_chose(fit, monkeypatch, c
     assert found["step"] == best and found["validation"]["loss"] == VALUES[best - 1][2]
 
     # recomputed from the weights of that checkpoint, each text alone
-    model, data, ids, _ = begun(settings.from_file(SentimentSettings, folder / "config.yaml"))
+    model, data, ids, _ = begun(settings.load(SentimentSettings, [str(folder / "config.yaml")]))
     model.load_state_dict(at(folder, best), strict=False)
     model.eval()
     with torch.no_grad():
@@ -908,6 +908,20 @@ def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(
     assert not (tmp_path / "r" / "best").exists()
     monkeypatch.setattr(report, "evaluate", evaluate)
     assert result_of(fit())["step"] in (4, 8)
+
+
+def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_path):
+    """The newest step was the best and was lost; the best of the others had been pruned, and the report asked for it."""
+    folder = fit(eval_every=2, save_every=2, keep=2)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for record in records:
+        if record["split"] == "val":
+            record["accuracy"] = {2: 0.99, 4: 0.5, 6: 0.4, 8: 1.0}[record["step"]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    for step in (2, 4, 8):
+        shutil.rmtree(folder / f"step-0000000{step}", ignore_errors=True)
+    (folder / "best").write_text("step-00000008", encoding="utf-8")
+    assert result_of(fit(eval_every=2, save_every=2, keep=2))["step"] in (6, 8)
 
 
 def test_a_run_goes_on_where_auto_chooses_float16(fit, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from smallgpt import settings
-from smallgpt.settings import UserError, from_file, load
+from smallgpt.settings import UserError, load
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +83,7 @@ def test_defaults_then_bases_then_file_then_command_line(file):
 
 def test_scientific_notation_is_a_number(file):
     # PyYAML alone reads 1e-4, which has no dot, as text: the learning rate arrived as a str.
-    assert from_file(Settings, file("a.yaml", "optim: {lr: 1e-4}")).optim.lr == 1e-4
+    assert load(Settings, [file("a.yaml", "optim: {lr: 1e-4}")]).optim.lr == 1e-4
     assert load(Settings, ["optim.lr=1e-4"]).optim.lr == 1e-4
 
 
@@ -95,8 +95,18 @@ def test_text_keeps_its_spelling():
 
 
 def test_a_bool_in_yaml_fits_a_text_choice(file):
-    assert from_file(Settings, file("a.yaml", "compile: true")).compile == "true"
-    assert from_file(Settings, file("b.yaml", "compile: off")).compile == "false"
+    assert load(Settings, [file("a.yaml", "compile: true")]).compile == "true"
+    assert load(Settings, [file("b.yaml", "compile: off")]).compile == "false"
+
+
+def test_text_can_be_emptied():
+    assert load(Settings, ["run="]).run == ""  # init_from= undoes what the file says
+    assert "model.n_layer must be int, not null" in fails("model.n_layer=")
+
+
+@pytest.mark.parametrize("typed", ["optim.lr=.nan", "optim.lr=.inf", f"model.n_layer={2**63}"])
+def test_numbers_that_nothing_can_be_done_with(typed):
+    assert "is no number to work with" in fails(typed)
 
 
 def test_null_only_where_optional():
@@ -190,9 +200,9 @@ def test_a_circle_of_bases_is_named(file, tmp_path):
 
 def test_what_is_written_reads_back_unchanged(tmp_path):
     s = load(Settings, ["run='7 你好'", "compile=true", "freeze.all_but_last=2", "optim.lr=1e-5"])
-    settings.write(s, tmp_path / "run=1.yaml")  # run folders may hold an equals sign
-    assert from_file(Settings, tmp_path / "run=1.yaml") == s
-    assert "你好" in settings.dump(s)
+    settings.write(s, tmp_path / "run-1.yaml")
+    assert load(Settings, [str(tmp_path / "run-1.yaml")]) == s
+    assert "你好" in (tmp_path / "run-1.yaml").read_text(encoding="utf-8")
 
 
 def test_help_shows_every_key_with_type_default_and_meaning(capsys):
@@ -234,6 +244,20 @@ def test_cli_turns_the_end_of_main_into_an_exit_status():
     assert (interrupted.returncode, interrupted.stderr) == (130, "")
     assert run("return 3").returncode == 3
     assert run("return None").returncode == 0
+
+
+def test_what_goes_to_a_file_is_utf8_on_every_system():
+    """On Windows every Chinese character of `classify.py ... > file` became a question mark."""
+    command = [sys.executable, "-c", SCRIPT.format("print(input())")]
+    env = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    result = subprocess.run(command, cwd=ROOT, env=env, input="你好\n".encode(), capture_output=True)
+    assert result.stdout.decode().strip() == "你好", result.stderr
+
+
+def test_a_full_gpu_is_one_message():
+    body = "raise type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')"
+    assert "memory is full: lower micro_batch" in (done := run(body)).stderr and done.returncode == 2
+    assert "Traceback" not in done.stderr and "Traceback" in run("raise RuntimeError('a bug')").stderr
 
 
 def test_a_closed_pipe_is_quiet():

@@ -264,7 +264,7 @@ def test_runs_share_the_machine(sweep, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     folder = sweep("grid.mask=[true,false]", "seeds=[0]", "workers=2")
     assert {starts(run.parent)[0]["OMP_NUM_THREADS"] for run in folder.glob("*/result.json")} == {"3"}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     (sentiment_sweep.SCRIPT.parent / "slow").touch()  # so that both run at the same time
     s = sentiment_sweep.SweepSettings(
@@ -391,6 +391,10 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
         file.write_text(json.dumps(result(file.parent) | {"hashes": {"trunk": str(seed)}}), encoding="utf-8")
     with pytest.raises(UserError, match="mask=false: data or trunk have changed between its runs"):
         sweep(*argv)
+    for i, file in enumerate(sorted(folder.glob("*/result.json"))):  # one seed: no cell mixes anything
+        file.write_text(json.dumps(result(file.parent) | {"hashes": {"data": i < 2}}), encoding="utf-8")
+    with pytest.raises(UserError, match="the data have changed between the runs"):
+        sweep("grid.mask=[true,false]", "seeds=[0]")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
