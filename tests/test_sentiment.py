@@ -911,7 +911,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(
 
 
 def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_path):
-    """The newest step was the best and was lost; the best of the others had been pruned, and the report asked for it."""
+    """The newest step was the best and was lost; that of the others had been pruned, and the report asked for it."""
     folder = fit(eval_every=2, save_every=2, keep=2)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for record in records:
