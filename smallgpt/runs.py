@@ -184,13 +184,14 @@ def alone(run: Path, main: bool) -> Iterator[None]:
     try:
         with suppress(NotImplementedError):  # a file system without locks
             lock.acquire(blocking=False)
-        yield
     except Timeout:
         raise UserError(f"another process trains {run} now: end it, wait for it, or choose another run=name") from None
+    try:
+        yield
     finally:
         lock.release()
-        if [p.name for p in run.iterdir()] in ([".lock"], []):  # nothing came of it
-            with suppress(OSError):
+        with suppress(OSError):
+            if {p.name for p in run.iterdir()} <= {".lock"}:  # nothing came of it
                 (run / ".lock").unlink(missing_ok=True)
                 run.rmdir()
 
