@@ -179,6 +179,7 @@ def alone(run: Path, main: bool) -> Iterator[None]:
     if not main:
         yield
         return
+    new = [folder for folder in (run, run.parent) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / ".lock")
     try:
@@ -193,7 +194,8 @@ def alone(run: Path, main: bool) -> Iterator[None]:
         with suppress(OSError):
             if {p.name for p in run.iterdir()} <= {".lock"}:  # nothing came of it
                 (run / ".lock").unlink(missing_ok=True)
-                run.rmdir()
+                for folder in new:
+                    folder.rmdir()
 
 
 def check_loss(run: Path, step: int, loss: float) -> None:

@@ -106,13 +106,13 @@ def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
     config = OmegaConf.structured(schema())
     for where, values, text in layers:
         problems += ((name, where + message) for name, message in _assign(config, keys, values, text))
-    # A refused value left a default in its place: a check that saw it would blame what the user never wrote.
-    broken = [key for key, _ in problems]
     try:
         settings = OmegaConf.to_object(config)
         numbers = ((k, v.default) for k, v in _walk(settings) if isinstance(v.default, int | float))
         wrong = ((k, v) for k, v in numbers if not abs(v) < (2**63 if isinstance(v, int) else math.inf))  # nan, too
         problems += ((k, f"{k}={v} is no number to work with") for k, v in wrong)
+        # A refused value left a default in its place: a check that saw it would blame what the user never wrote.
+        broken = [key for key, _ in problems]
         for section, message in _checks(settings):
             if not any(key.startswith(section) or section.startswith(key) for key in broken):
                 problems.append((section, message))

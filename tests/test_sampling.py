@@ -143,7 +143,7 @@ def test_half_precision_scores_are_compared_in_full_precision():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"temperature": -0.1}, "temperature=-0.1 must not be negative"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be at least 0.001, or 0: always the likeliest token"),
         ({"top_k": -1}, "top_k=-1 must not be negative"),
         ({"top_p": 0.0}, "top_p=0.0 must be in (0, 1]"),
         ({"top_p": 1.1}, "top_p=1.1 must be in (0, 1]"),

@@ -199,7 +199,7 @@ def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
         picture = (folder / f"{name}.png").read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
         assert struct.unpack(">I", picture[16:20])[0] == width
-    names = {"config.yaml", "tokenizer.json", "metrics.jsonl", "tensorboard", "latest", "best", "result.json",
+    names = {"config.yaml", "tokenizer.json", "metrics.jsonl", "tensorboard", "latest", "best", ".lock", "result.json",
              "report.md", "predictions.csv", "curves.png", "confusion.png"}  # fmt: skip
     assert {p.name for p in folder.iterdir()} - names == {f"step-{k:08d}" for k in steps(folder)}
 
@@ -868,7 +868,7 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("block_size=49", "block_size=49 is more than the trunk's 48"),
         ("adversarial=0.1 freeze=trunk", "adversarial=0.1 must be 0, or positive with freeze=none"),
         ("adversarial=-0.1", "adversarial=-0.1 must be 0, or positive"),
-        ("adversarial=nan", "adversarial=nan must be 0, or positive"),
+        ("adversarial=nan", "adversarial=nan is no number to work with"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
         ("label_smoothing=1", "dropout and label_smoothing must be in [0, 1)"),
