@@ -74,9 +74,9 @@ def tokenizer_of(folder: str | Path) -> Tokenizer:
     """From OpenAI's encoder.json and vocab.bpe; from Hugging Face's vocab.json and merges.txt, the same under other
     names, or tokenizer.json, which holds both; without any of them, GPT-2's own, which tiktoken publishes."""
     folder = Path(folder)
-    pairs = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-    files = next((pair for pair in pairs if any((folder / f).exists() for f in pair)), ("tokenizer.json",))
-    if not (folder / files[0]).exists() and len(files) == 1:
+    known = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
+    files = next((group for group in known if any((folder / file).exists() for file in group)), None)
+    if not files:
         return named("gpt2")
     try:
         found, *rest = [(folder / file).read_text(encoding="utf-8") for file in files]

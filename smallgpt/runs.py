@@ -47,13 +47,14 @@ def damage(path: Path) -> str:
         return "it has no meta.json: the save was cut short"
     except (ValueError, KeyError, AttributeError, TypeError):
         return "its meta.json is unreadable"
-    files.setdefault(path / "model.safetensors", -1)
     if meta.get("format") != FORMAT:
         return f"its format is {meta.get('format')}, this program reads {FORMAT}"
+    if path / "model.safetensors" not in files:
+        return "it has no weights"
     for file, size in files.items():
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
-            return f"{file.relative_to(path)} has {found} bytes instead of {size}" if size >= 0 else "it has no weights"
+            return f"{file.relative_to(path)} has {found} bytes instead of {size}"
     return ""
 
 

@@ -80,9 +80,9 @@ def cli(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still buffered goes
         status = 141
     except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
-            raise
         if isinstance(error, RuntimeError):
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
+                raise
             error = UserError("the GPU's memory is full: lower micro_batch (fine-tuning: micro_tokens), or the model")
         if (rank := os.environ.get("RANK", "0")) != "0":
             time.sleep(2)  # mostly all ranks fail alike: then rank 0 says so, and torchrun ends this one meanwhile
@@ -119,7 +119,8 @@ def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
     except OmegaConfBaseException as error:  # ${interpolations} are followed once everything is merged
         problems.append((error.full_key, f"{error.full_key}: {_brief(error)}"))
     if problems:
-        raise UserError("\n  - ".join(["several problems"][: len(problems) - 1] + [text for _, text in problems]))
+        heading = ["several problems"] if len(problems) > 1 else []
+        raise UserError("\n  - ".join([*heading, *(message for _, message in problems)]))
     return settings
 
 
@@ -215,8 +216,8 @@ def _type_name(hint: Any) -> str:
 
 def _show(value: Any) -> str:
     """The value as it would be written in YAML, on one line."""
-    options = dict(default_flow_style=True, allow_unicode=True, width=sys.maxsize)
-    return yaml.safe_dump(value, **options).removesuffix("...\n").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
+    return text.removesuffix("...\n").strip()
 
 
 def _help(schema: type, doc: str | None) -> str:
