@@ -26,6 +26,7 @@ test: $(VENV)/.installed lint
 	$(PY) -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
 clean:

@@ -80,9 +80,10 @@ class Chat:
             self.set(rest.split())
         elif name == "/stats":
             speed = self.talk.reply_tokens / self.reply_seconds if self.reply_seconds else 0.0
-            print(f"context {len(self.talk.ids)} of {self.talk.block_size} tokens, {len(self.talk.turns)} turns; last "
-                  f"reply {self.talk.reply_tokens} tokens, {speed:.0f} tokens/s, first after {self.first_seconds:.3f} s"
-                  )  # fmt: skip
+            print(
+                f"context {len(self.talk.ids)} of {self.talk.block_size} tokens, {len(self.talk.turns)} turns; last "
+                f"reply {self.talk.reply_tokens} tokens, {speed:.0f} tokens/s, first after {self.first_seconds:.3f} s"
+            )
         elif name == "/save":
             self.save(rest.strip())
         else:
@@ -113,7 +114,9 @@ class Chat:
         try:
             with open(name, "a", encoding="utf-8") as f:
                 said = [" ".join(line.split()) for line in self.lines]
-                f.write("\n".join(line for line in said if line) + "\n\n")  # a stopped reply may be empty
+                f.write(
+                    "\n".join(line for line in said if line) + "\n\n"
+                )  # a stopped reply may be empty
             print(f"(saved {len(self.lines)} lines in {name})")
         except OSError as e:
             print(f"could not save: {e}")
@@ -142,7 +145,9 @@ def main() -> int:
     argv = [word if is_setting(word) else f"checkpoint={word}" for word in sys.argv[1:]]
     s = settings.load(ChatSettings, argv, doc=__doc__)
     if not s.checkpoint:
-        raise UserError("which model? python chat.py checkpoints/<run>, a folder that train.py has written")
+        raise UserError(
+            "which model? python chat.py checkpoints/<run>, a folder that train.py has written"
+        )
     device = dist.choose_device(s.device)
     dtype, _ = dist.choose_dtype(s.dtype, device)
     found, module, tokenizer = checkpoint.open_model(s.checkpoint, GPT, GPTConfig)
@@ -151,7 +156,9 @@ def main() -> int:
     tty = sys.stdin.isatty()
     if tty:
         n = sum(p.numel() for p in module.parameters())
-        print(f"{found.path}: {n / 1e6:.1f}M parameters on {device.type}, {str(dtype)[6:]}. /help lists the commands.")
+        print(
+            f"{found.path}: {n / 1e6:.1f}M parameters on {device.type}, {str(dtype)[6:]}. /help lists the commands."
+        )
         line_editing(Path.home() / ".small_gpt_history")
     while True:
         try:

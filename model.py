@@ -20,7 +20,9 @@ IGNORE = -1  # target of a position that has nothing to predict
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 0  # rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 64
+    vocab_size: int = (
+        0  # rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 64
+    )
     block_size: int = 256  # longest sequence, in tokens
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
@@ -39,10 +41,14 @@ class GPTConfig:
         """Problems with these settings, in plain words; empty when there are none."""
         heads, kv = max(1, self.n_head), self.n_kv_head or max(1, self.n_head)
         sizes, size = ("block_size", "n_layer", "n_head", "n_embd"), self.n_embd // heads
-        wrong = {f"{name}={getattr(self, name)} must be at least 1": getattr(self, name) < 1 for name in sizes} | {
+        wrong = {
+            f"{name}={getattr(self, name)} must be at least 1": getattr(self, name) < 1
+            for name in sizes
+        } | {
             f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}": self.n_embd % heads,
             f"n_head={self.n_head} is not divisible by n_kv_head={kv}": kv < 1 or heads % kv,
-            f"rotary positions need an even head size, n_embd/n_head is {size}": size % 2 and self.pos == "rope",
+            f"rotary positions need an even head size, n_embd/n_head is {size}": size % 2
+            and self.pos == "rope",
             f"dropout={self.dropout} must be in [0, 1)": not 0.0 <= self.dropout < 1.0,
         }
         return [problem for problem, found in wrong.items() if found]
@@ -71,12 +77,16 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(c: GPTConfig) -> nn.Module:
-    return RMSNorm(c.n_embd, eps=1e-6) if c.norm == "rmsnorm" else nn.LayerNorm(c.n_embd, bias=c.bias)
+    return (
+        RMSNorm(c.n_embd, eps=1e-6) if c.norm == "rmsnorm" else nn.LayerNorm(c.n_embd, bias=c.bias)
+    )
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (..., T, D) of rotary positions (..., T) (Su et al. 2021), float32: bf16 has no 257."""
-    exponent = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    exponent = (
+        torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size
+    )
     angle = (positions[..., None].float() * base**-exponent).repeat(*[1] * positions.dim(), 2)
     return angle.cos(), angle.sin()
 
@@ -99,11 +109,16 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.n_embd, self.n_kv_head * self.head_size, bias=config.bias)
         self.v = nn.Linear(config.n_embd, self.n_kv_head * self.head_size, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None for _ in range(2))
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None for _ in range(2)
+        )
 
     def forward(self, x: Tensor, ctx: "Context") -> Tensor:
         # q (B, H, T, D); k, v (B, K, T, D)
-        q, k, v = (f(x).unflatten(2, (-1, self.head_size)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(x).unflatten(2, (-1, self.head_size)).transpose(1, 2)
+            for f in (self.q, self.k, self.v)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if ctx.rotary is not None:
@@ -111,9 +126,14 @@ class Attention(nn.Module):
         if ctx.cache is not None:
             k, v = ctx.cache.write(ctx.layer, ctx.start, k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None and x.size(1) > 1,
-            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.n_kv_head != self.n_head,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            attn_mask=ctx.mask,
+            is_causal=ctx.mask is None and x.size(1) > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -126,21 +146,27 @@ class MLP(nn.Module):
         self.kind, C = config.mlp, config.n_embd
         hidden = 64 * math.ceil(C / 24) if self.kind == "swiglu" else 4 * C
         self.fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        self.gate = (
+            nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        )
         self.proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc(x)
         if self.kind == "swiglu":
             return self.proj(F.silu(self.gate(x)) * h)
-        return self.proj(F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh"))
+        return self.proj(
+            F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh")
+        )
 
 
 @dataclass
 class Context:
     """What all blocks of one forward pass share."""
 
-    rotary: tuple[Tensor, Tensor] | None  # cosines and sines (1 or B, 1, T, D) of this pass's positions
+    rotary: (
+        tuple[Tensor, Tensor] | None
+    )  # cosines and sines (1 or B, 1, T, D) of this pass's positions
     mask: Tensor | None  # (B or 1, 1, T, keys) True = may look; None = plain causal
     cache: KVCache | None
     start: int  # position of the first token of this pass
@@ -177,13 +203,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     h (N, C), weight (V, C), targets (N,); returns a float32 (or float64) scalar."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax) -> Tensor:
+    def forward(
+        ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, softmax
+    ) -> Tensor:
         rows = max(64, (2**22 if h.device.type == "cpu" else 2**25) // weight.size(0))
         acc = torch.float64 if h.dtype == torch.float64 else torch.float32
         w, total = weight.to(dtype), torch.zeros((), device=h.device, dtype=acc)
         grad_h, grad_w = torch.empty_like(h), torch.zeros_like(weight, dtype=acc)
         with torch.autocast(h.device.type, enabled=False):
-            for x, t, grad_x in zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True):
+            for x, t, grad_x in zip(
+                h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True
+            ):
                 loss, grad = softmax(x @ w.T, t, acc)
                 total += loss
                 if any(ctx.needs_input_grad):
@@ -203,7 +233,9 @@ class GPT(nn.Module):
         assert config.vocab_size > 0, "GPTConfig.vocab_size must be set before the model is built"
         self.config, self.softmax_slice = config, softmax_slice
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
+        self.wpe = (
+            nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else None
+        )
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
@@ -218,7 +250,11 @@ class GPT(nn.Module):
         stream (attn.proj, mlp.proj) normal(0, 0.02 / sqrt(2 n_layer)); biases 0; norms 1."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer if name.endswith("proj.weight") else 1))
+                nn.init.normal_(
+                    p,
+                    std=0.02
+                    / math.sqrt(2 * self.config.n_layer if name.endswith("proj.weight") else 1),
+                )
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
@@ -227,9 +263,15 @@ class GPT(nn.Module):
         return KVCache(self.config, batch, self.wte.weight.detach())
 
     def trunk(
-        self, x: Tensor, segments: Tensor | None = None, cache: KVCache | None = None, start: int = 0,
-        layers: slice = slice(None), norm: bool = True, at: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x: Tensor,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+        layers: slice = slice(None),
+        norm: bool = True,
+        at: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, C) after the final norm, of tokens x (B, T) at positions start..start+T. segments
         (B, T): numbers of the texts packed into a row; a position sees only its own text and counts from its beginning.
         cache: keys and values of positions 0..start, to which these are added. layers, norm: only some blocks, without
@@ -243,10 +285,16 @@ class GPT(nn.Module):
             position = position - torch.where(begins, position, 0).cummax(dim=1).values  # (B, T)
             mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]
         elif cache is not None and start > 0 and T > 1:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[None, None]
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[
+                None, None
+            ]
         if x.dim() == 2:
             x = self.drop(self.wte(x) if self.wpe is None else self.wte(x) + self.wpe(position))
-        turn = rotary(position.view(-1, 1, T), c.n_embd // c.n_head, c.rope_base) if self.wpe is None else None
+        turn = (
+            rotary(position.view(-1, 1, T), c.n_embd // c.n_head, c.rope_base)
+            if self.wpe is None
+            else None
+        )
         ctx = Context(turn, mask, cache, start)
         for ctx.layer in range(c.n_layer)[layers]:
             x = self.blocks[ctx.layer](x, ctx, at if ctx.layer == c.n_layer - 1 else None)
@@ -256,11 +304,18 @@ class GPT(nn.Module):
         """SUM of the token losses in nats of targets (B, T), IGNORE where there is none, given the hidden states h. The
         caller divides once by the valid targets of the whole step, so that padding, packing, accumulation and the
         number of processes cannot bias the mean."""
-        kind, weight = h.device.type, self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        kind, weight = (
+            h.device.type,
+            self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach(),
+        )
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return LinearCrossEntropy.apply(h.flatten(0, 1), weight, targets.flatten(), dtype, self.softmax_slice)
+        return LinearCrossEntropy.apply(
+            h.flatten(0, 1), weight, targets.flatten(), dtype, self.softmax_slice
+        )
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, T, V); or, given targets (B, T), their summed loss."""
         h = self.trunk(idx, segments)
         return self.lm_head(h) if targets is None else self.loss(h, targets)
@@ -276,19 +331,31 @@ class GPTClassifier(nn.Module):
     """A GPT's trunk and a linear head on one hidden state per text: that of the last token, or the mean of all. mask:
     of the real tokens; else padding is read like text to the end of the row, which must be block_size long."""
 
-    def __init__(self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last", mask: bool = True):
+    def __init__(
+        self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last", mask: bool = True
+    ):
         super().__init__()
-        self.gpt, self.pool, self.mask, self.first_block = gpt, pool, mask, 0  # trained from block 0 on
+        self.gpt, self.pool, self.mask, self.first_block = (
+            gpt,
+            pool,
+            mask,
+            0,
+        )  # trained from block 0 on
         self.head = nn.Linear(gpt.config.n_embd, n_classes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def pooled(self, h: Tensor, lengths: Tensor) -> Tensor:
         """The last real one of hidden states h (B, T, C), or their mean (B, C). What is padded changes neither."""
-        at, end = torch.arange(h.size(1), device=h.device), lengths[:, None] if self.mask else h.size(1)
+        at, end = (
+            torch.arange(h.size(1), device=h.device),
+            lengths[:, None] if self.mask else h.size(1),
+        )
         keep = (at == end - 1 if self.pool == "last" else at < end).expand(h.shape[:2])  # (B, T)
         return (h * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
 
-    def forward(self, x: Tensor, lengths: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, lengths: Tensor, targets: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Scores (B, n_classes) of texts x (B, T), padded on the right, of which lengths (B,) are real; given targets
         (B, T), also the summed language-model loss (Radford et al. 2018). x may be what the blocks below first_block
         made of the texts, hidden states (B, T, C), or what is pooled of the last ones (B, C)."""

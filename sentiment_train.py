@@ -37,8 +37,12 @@ class SentimentSettings:
     out_dir: str = "checkpoints"  # where run folders live
     seed: int = 0  # of the head, the order of the batches and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix products
-    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = no: every batch has a new shape
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = (
+        "auto"  # precision of matrix products
+    )
+    compile: Literal["auto", "true", "false"] = (
+        "auto"  # torch.compile; auto = no: every batch has a new shape
+    )
     epochs: float = 3.0  # passes over the training examples
     max_steps: int = 0  # optimisation steps instead of epochs; 0 = by epochs
     batch_size: int = 32  # examples per step, over all processes
@@ -47,25 +51,45 @@ class SentimentSettings:
     save_every: int = 0  # steps between checkpoints; 0 = at evaluations
     log_every: int = 10  # steps between records of the training loss
     patience: int = 0  # stop after so many evaluations without a better one; 0 = never
-    select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # of the validation split: what chooses the checkpoint
+    select: Literal["accuracy", "macro_f1", "loss"] = (
+        "accuracy"  # of the validation split: what chooses the checkpoint
+    )
     keep: int = 1  # newest checkpoints kept, besides the best
-    resume: str = "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
+    resume: str = (
+        "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
+    )
     trunk: str = ""  # run or step folder of train.py | gpt2, gpt2-medium, ... or its folder | small-gpt's .pth
-    allow_leaks: bool = False  # go on although the trunk has read test texts (the result is then worth nothing)
-    mask: bool = True  # pool real tokens only; false = pad to block_size and read the padding like text
+    allow_leaks: bool = (
+        False  # go on although the trunk has read test texts (the result is then worth nothing)
+    )
+    mask: bool = (
+        True  # pool real tokens only; false = pad to block_size and read the padding like text
+    )
     freeze: str = "none"  # none | trunk (train the head) | all_but_last:2 (train the last 2 blocks, norm and head)
-    pool: Literal["last", "mean"] = "last"  # hidden state that the head reads: the last token's, or the mean
+    pool: Literal["last", "mean"] = (
+        "last"  # hidden state that the head reads: the last token's, or the mean
+    )
     block_size: int = 0  # longest text in tokens, longer ones lose their middle; 0 = the trunk's
     dropout: float = 0.1  # in the trained part of the trunk
-    token_dropout: float = 0.0  # share of the tokens left out of each training text, others at every step
-    adversarial: float = 0.0  # length of a text's perturbation, in typical token embeddings, such as 0.1; 0 = off
-    class_weights: Literal["none", "balanced"] = "none"  # balanced = each class counts the same in the loss
+    token_dropout: float = (
+        0.0  # share of the tokens left out of each training text, others at every step
+    )
+    adversarial: float = (
+        0.0  # length of a text's perturbation, in typical token embeddings, such as 0.1; 0 = off
+    )
+    class_weights: Literal["none", "balanced"] = (
+        "none"  # balanced = each class counts the same in the loss
+    )
     label_smoothing: float = 0.0  # share of the target spread over all classes
     layer_decay: float = 1.0  # learning rate of a layer, as a fraction of the one above it
     lm_weight: float = 0.0  # weight of the language-model loss beside the classification loss
-    cache_gb: float = 4.0  # memory for what the frozen part says of each example, computed once; 0 = every time
+    cache_gb: float = (
+        4.0  # memory for what the frozen part says of each example, computed once; 0 = every time
+    )
     data: ReviewSettings = field(default_factory=ReviewSettings)  # the labelled set
-    optim: OptimSettings = field(default_factory=lambda: OptimSettings(lr=3e-4, warmup=50, min_lr=0.0))  # optimizer
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
+    )  # optimizer
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
@@ -73,17 +97,31 @@ class SentimentSettings:
         for name in ("batch_size", "micro_tokens", "log_every", "keep"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_steps", "eval_every", "save_every", "patience", "block_size", "lm_weight", "cache_gb"):
+        for name in (
+            "max_steps",
+            "eval_every",
+            "save_every",
+            "patience",
+            "block_size",
+            "lm_weight",
+            "cache_gb",
+        ):
             if getattr(self, name) < 0:
                 problems.append(f"{name}={getattr(self, name)} must not be negative")
         if not frozen.is_valid(self.freeze):
-            problems.append(f"freeze={self.freeze!r} must be none, trunk or all_but_last:K, such as all_but_last:2")
+            problems.append(
+                f"freeze={self.freeze!r} must be none, trunk or all_but_last:K, such as all_but_last:2"
+            )
         if self.freeze == "trunk" and self.lm_weight:
             problems.append("lm_weight trains the trunk, and freeze=trunk forbids it: choose one")
         if not 0 <= self.token_dropout < 1 or (self.token_dropout and self.lm_weight):
-            problems.append("token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap")
+            problems.append(
+                "token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap"
+            )
         if not 0 <= self.adversarial < math.inf or (self.adversarial and self.freeze != "none"):
-            problems.append(f"adversarial={self.adversarial} must be 0, or positive with freeze=none")
+            problems.append(
+                f"adversarial={self.adversarial} must be 0, or positive with freeze=none"
+            )
         if not (0 < self.epochs < math.inf and 0 < self.layer_decay <= 1):
             problems.append("epochs must be positive, layer_decay in (0, 1]")
         if not (0 <= self.dropout < 1 and 0 <= self.label_smoothing < 1):
@@ -94,7 +132,9 @@ class SentimentSettings:
 def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk]:
     """The classifier that the settings ask for, its trunk's weights loaded; and the trunk."""
     if not s.trunk:
-        raise UserError("trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder or a small-gpt .pth")
+        raise UserError(
+            "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder or a small-gpt .pth"
+        )
     trunk = open_trunk(s.trunk)
     config = runs.shape(trunk.fields, trunk.name, GPTConfig)
     if s.block_size > config.block_size:
@@ -124,17 +164,29 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     model, trunk = build(s, data.labels)
     model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32).train()
     tests = [text for e in data.splits["test"] for text in e[:2] if text]
-    notes = [*data.notes, *leaks.check(tests, trunk.name, trunk.corpora, cache, world, s.allow_leaks)]
+    notes = [
+        *data.notes,
+        *leaks.check(tests, trunk.name, trunk.corpora, cache, world, s.allow_leaks),
+    ]
 
     tokenizer, config = trunk.tokenizer, model.gpt.config
     block_size = s.block_size or config.block_size
     width = 0 if s.mask else block_size
     prefix = [tokenizer.bos] if tokenizer.bos < trunk.rows else []  # GPT-2 never saw ours
-    splits = {k: encode(v, data.labels, tokenizer, block_size, prefix) for k, v in data.splits.items()}
-    notes += [f"{k}: {v.cut} texts have over {block_size} tokens and lose their middle" for k, v in splits.items()]
+    splits = {
+        k: encode(v, data.labels, tokenizer, block_size, prefix) for k, v in data.splits.items()
+    }
+    notes += [
+        f"{k}: {v.cut} texts have over {block_size} tokens and lose their middle"
+        for k, v in splits.items()
+    ]
     inputs = {k: Inputs(v, tokenizer.pad, width, device) for k, v in splits.items()}
     train, buckets = inputs["train"], Buckets(splits["train"].lengths, s.batch_size, s.seed)
-    if s.freeze != "none" and train.largest < trunk.rows and not (s.lm_weight and config.tie_weights):
+    if (
+        s.freeze != "none"
+        and train.largest < trunk.rows
+        and not (s.lm_weight and config.tie_weights)
+    ):
         model.gpt.wte.requires_grad_(False)  # no text has a new token: nothing to learn down there
     max_steps = s.max_steps or max(1, round(s.epochs * buckets.steps_per_epoch))
     eval_every = s.eval_every or buckets.steps_per_epoch
@@ -144,26 +196,49 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         weights = len(labels) / len(weights) / labels.bincount().to(weights.dtype)
 
     identity = {
-        "model": asdict(config), "tokenizer": tokenizer.hash, "data": data.fingerprint, "seed": s.seed,
-        "trunk": trunk.name, "pairs": any(e.pair for e in data.splits["train"]),
-        "head": {"labels": data.labels, "pool": s.pool, "mask": s.mask, "block_size": block_size, "prefix": prefix,
-                 "rows": trunk.rows},
-        "freeze": s.freeze, "batch_size": s.batch_size, "optim.name": s.optim.name, "lm_weight": s.lm_weight,
-        "token_dropout": s.token_dropout, "adversarial": s.adversarial, "class_weights": s.class_weights,
-        "select": s.select, "label_smoothing": s.label_smoothing, "layer_decay": s.layer_decay,
-    }  # fmt: skip
+        "model": asdict(config),
+        "tokenizer": tokenizer.hash,
+        "data": data.fingerprint,
+        "seed": s.seed,
+        "trunk": trunk.name,
+        "pairs": any(e.pair for e in data.splits["train"]),
+        "head": {
+            "labels": data.labels,
+            "pool": s.pool,
+            "mask": s.mask,
+            "block_size": block_size,
+            "prefix": prefix,
+            "rows": trunk.rows,
+        },
+        "freeze": s.freeze,
+        "batch_size": s.batch_size,
+        "optim.name": s.optim.name,
+        "lm_weight": s.lm_weight,
+        "token_dropout": s.token_dropout,
+        "adversarial": s.adversarial,
+        "class_weights": s.class_weights,
+        "select": s.select,
+        "label_smoothing": s.label_smoothing,
+        "layer_decay": s.layer_decay,
+    }
     adversary = Adversary(model.gpt.wte, s.adversarial)
-    optimizers = make_optimizers(model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay))
+    optimizers = make_optimizers(
+        model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay)
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     resumed = runs.starting_point(run, s.resume, say)
     step = resumed.step if resumed else 0
     evaluated = {r["step"]: r for r in read(run, "val") if r["step"] <= step}
-    world.must_agree(f"{s.out_dir} and data.path", step, len(evaluated), int(data.fingerprint[:8], 16))
+    world.must_agree(
+        f"{s.out_dir} and data.path", step, len(evaluated), int(data.fingerprint[:8], 16)
+    )
     if resumed:
         runs.check_same(resumed.meta, identity, resumed.path)
         checkpoint.load_weights(resumed, model)
         checkpoint.load_optimizers(resumed, model, optimizers, world)
-        scaler.load_state_dict(resumed.meta["scaler"] or scaler.state_dict())  # {}: that run needed none
+        scaler.load_state_dict(
+            resumed.meta["scaler"] or scaler.state_dict()
+        )  # {}: that run needed none
         started -= resumed.meta.get("seconds", 0)
     strategy = parallel.choose(model, world)
     if s.compile == "true":
@@ -175,16 +250,25 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
 
     trainable = frozen.trainable(model)
     total = sum(p.numel() for p in model.parameters())
-    say(f"run      {run}: " + (f"continuing from step {step} of {max_steps}" if step else f"{max_steps} steps"))
-    say(f"model    {trunk.name}, {total / 1e6:.1f}M parameters, {trainable:,} of them trained (freeze={s.freeze})")
+    say(
+        f"run      {run}: "
+        + (f"continuing from step {step} of {max_steps}" if step else f"{max_steps} steps")
+    )
+    say(
+        f"model    {trunk.name}, {total / 1e6:.1f}M parameters, {trainable:,} of them trained (freeze={s.freeze})"
+    )
     counts = ", ".join(f"{len(data.splits[k]):,} {k}" for k in reviews.SPLITS)
     say(f"data     {s.data.set}: {counts}; {', '.join(data.labels)}")
     say(*(f"         {note}" for note in notes), sep="\n")
-    say(f"batch    {s.batch_size} examples, {buckets.steps_per_epoch} steps an epoch, {world.size} process(es)")
+    say(
+        f"batch    {s.batch_size} examples, {buckets.steps_per_epoch} steps an epoch, {world.size} process(es)"
+    )
     say(f"device   {device.type}, {strategy.name}; {str(dtype)[6:]}: {why}")
 
     room = s.cache_gb
-    for split in ("validation",) if s.token_dropout else ("train", "validation"):  # other tokens at every step
+    for split in (
+        ("validation",) if s.token_dropout else ("train", "validation")
+    ):  # other tokens at every step
         if why := frozen.keep(model, inputs[split], ctx, s.micro_tokens, room, trunk.rows):
             say(f"frozen   {split}: {why}")
         room -= sum(state.nbytes for state in inputs[split].kept) / 2**30
@@ -198,12 +282,19 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     def save() -> None:
         nonlocal saved
         if saved != step:
-            meta = {"step": step, "seconds": time.time() - started, **identity, "scaler": scaler.state_dict(),
-                    "versions": {"torch": torch.__version__, "python": platform.python_version()}}  # fmt: skip
+            meta = {
+                "step": step,
+                "seconds": time.time() - started,
+                **identity,
+                "scaler": scaler.state_dict(),
+                "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            }
             checkpoint.save(run, model, optimizers, meta, world, s.keep)
             saved = step
 
-    saved = step if resumed and resumed.run == run else 0  # the last step of which this run has a checkpoint
+    saved = (
+        step if resumed and resumed.run == run else 0
+    )  # the last step of which this run has a checkpoint
     fresh, began = 0, time.perf_counter()
     with dist.StopRequest() as stop:
         while True:
@@ -212,7 +303,9 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                 save()
             if step and step not in evaluated and (last or step % eval_every == 0):
                 val = splits["validation"].labels
-                result = report.evaluate(score(model, inputs["validation"], world, ctx, s.micro_tokens), val)
+                result = report.evaluate(
+                    score(model, inputs["validation"], world, ctx, s.micro_tokens), val
+                )
                 runs.check_loss(run, step, result["loss"])
                 if quality(result) > max(map(quality, evaluated.values()), default=(-math.inf,)):
                     save()
@@ -224,7 +317,9 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                 fresh, began = 0, time.perf_counter()
             best = max(evaluated, key=lambda k: (*quality(evaluated[k]), -k), default=0)
             if s.patience and sum(k > best for k in evaluated) >= s.patience:
-                say(f"no better validation {s.select} in {s.patience} evaluations: stopping after step {step}")
+                say(
+                    f"no better validation {s.select} in {s.patience} evaluations: stopping after step {step}"
+                )
                 last = True
             if last:
                 break
@@ -232,27 +327,43 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             lr = set_lr(optimizers, lr_factor(step, max_steps, s.optim))
             world.seed(s.seed, step)  # dropout
             rows = buckets.of(step)
-            share_of = 1 / weights[labels[rows]].sum()  # examples of this step over all ranks, weighted
+            share_of = (
+                1 / weights[labels[rows]].sum()
+            )  # examples of this step over all ranks, weighted
             lm_share = s.lm_weight / max(1, int((buckets.lengths[rows] - 1).sum()))
             parts = share(rows, width or int(buckets.lengths[rows].max()), world, s.micro_tokens)
             nats, hits = 0.0, 0
             for i, part in enumerate(parts):
-                here = 1.0 if len(part) else 0.0  # a rank without examples takes part in the collectives all the same
+                here = (
+                    1.0 if len(part) else 0.0
+                )  # a rank without examples takes part in the collectives all the same
                 part = part if len(part) else rows[:1]
                 x, lengths = train.of(part)
                 if s.token_dropout:
-                    x, lengths = drop_tokens(x, lengths, s.token_dropout, tokenizer.pad, tokenizer.sep, width)
+                    x, lengths = drop_tokens(
+                        x, lengths, s.token_dropout, tokenizer.pad, tokenizer.sep, width
+                    )
                 targets = train.targets(part) if s.lm_weight else None
-                y, loss_of = labels[part], functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing)
+                y, loss_of = (
+                    labels[part],
+                    functools.partial(F.cross_entropy, label_smoothing=s.label_smoothing),
+                )
                 for perturbed, final in adversary.passes():
                     with strategy.accumulate(last=final and i == len(parts) - 1):
                         with ctx:
                             out = strategy.model(x, lengths, targets)
                         scores, lm = out if s.lm_weight else (out, 0.0)
-                        loss = here * share_of * loss_of(scores.to(weights.dtype), y, weights, reduction="sum")
+                        loss = (
+                            here
+                            * share_of
+                            * loss_of(scores.to(weights.dtype), y, weights, reduction="sum")
+                        )
                         scaler.scale((loss + here * lm_share * lm) * strategy.loss_scale).backward()
                     if not perturbed:
-                        nats, hits = nats + float(loss.detach()), hits + here * int((scores.argmax(1) == y).sum())
+                        nats, hits = (
+                            nats + float(loss.detach()),
+                            hits + here * int((scores.argmax(1) == y).sum()),
+                        )
             nats, hits, stopping = world.sum(nats, hits, stop.signal > 0)
             if stopping:
                 break
@@ -261,8 +372,17 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             metrics.step(nats, len(rows), "examples")
             if step % s.log_every == 0 or step == max_steps:
                 speed = fresh / (time.perf_counter() - began)
-                metrics.log({"step": step, "split": "train", "loss": nats, "accuracy": hits / len(rows), "lr": lr,
-                             "grad_norm": norm, "examples_per_second": speed})  # fmt: skip
+                metrics.log(
+                    {
+                        "step": step,
+                        "split": "train",
+                        "loss": nats,
+                        "accuracy": hits / len(rows),
+                        "lr": lr,
+                        "grad_norm": norm,
+                        "examples_per_second": speed,
+                    }
+                )
                 fresh, began = 0, time.perf_counter()
         if not last:
             save()
@@ -271,19 +391,38 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         say(f"stopped by a signal after step {step}, saved in {run}; the same command continues")
         return 128 + (stop.signal or signal.SIGTERM)
 
-    checkpoint.load_weights(runs.required(run / f"step-{best:08d}"), model)  # other ranks may see an older `best`
+    checkpoint.load_weights(
+        runs.required(run / f"step-{best:08d}"), model
+    )  # other ranks may see an older `best`
     scores = score(model, inputs["test"], world, ctx, s.micro_tokens)
     if world.main:
         result = {
-            "set": s.data.set, "trunk": trunk.name, "mask": s.mask, "freeze": s.freeze, "pool": s.pool, "seed": s.seed,
-            "step": best, "select": s.select, "validation": evaluated[best],
-            "test": report.evaluate(scores, splits["test"].labels), "baselines": report.baselines(data, cache),
-            "examples": {k: len(v) for k, v in data.splits.items()}, "trainable": trainable,
-            "seconds": round(time.time() - started, 1), "notes": notes,
+            "set": s.data.set,
+            "trunk": trunk.name,
+            "mask": s.mask,
+            "freeze": s.freeze,
+            "pool": s.pool,
+            "seed": s.seed,
+            "step": best,
+            "select": s.select,
+            "validation": evaluated[best],
+            "test": report.evaluate(scores, splits["test"].labels),
+            "baselines": report.baselines(data, cache),
+            "examples": {k: len(v) for k, v in data.splits.items()},
+            "trainable": trainable,
+            "seconds": round(time.time() - started, 1),
+            "notes": notes,
             "hashes": {"data": data.fingerprint, "trunk": checkpoint.digest(trunk.weights)},
-        }  # fmt: skip
-        say("\n" + report.write(run, data.splits["test"], scores, splits["test"].labels, data.labels, result))
-        say(f"the report, its pictures and predictions.csv are in {run}; to use it: python classify.py {run} TEXT")
+        }
+        say(
+            "\n"
+            + report.write(
+                run, data.splits["test"], scores, splits["test"].labels, data.labels, result
+            )
+        )
+        say(
+            f"the report, its pictures and predictions.csv are in {run}; to use it: python classify.py {run} TEXT"
+        )
     return 0
 
 

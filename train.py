@@ -36,8 +36,12 @@ class TrainSettings:
     out_dir: str = "checkpoints"  # where run folders live
     seed: int = 0  # of the weights, the order of the batches and dropout
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix products
-    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = where it works and pays
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = (
+        "auto"  # precision of matrix products
+    )
+    compile: Literal["auto", "true", "false"] = (
+        "auto"  # torch.compile; auto = where it works and pays
+    )
     max_steps: int = 1000  # optimisation steps of the whole run
     batch_tokens: int = 16384  # tokens per step, over all processes; the rest is derived from it
     micro_batch: int = 16  # at most this many sequences per forward pass and process (memory)
@@ -45,11 +49,19 @@ class TrainSettings:
     save_every: int = 100  # steps between checkpoints
     log_every: int = 10  # steps between records of the training loss
     keep: int = 2  # newest checkpoints kept, besides the best
-    resume: str = "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
-    init_from: str = ""  # run or step folder whose weights, shape and tokenizer a new run begins with
-    prompts: list[str] = field(default_factory=lambda: ["你好", "How are you?"])  # answered at evaluation
+    resume: str = (
+        "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
+    )
+    init_from: str = (
+        ""  # run or step folder whose weights, shape and tokenizer a new run begins with
+    )
+    prompts: list[str] = field(
+        default_factory=lambda: ["你好", "How are you?"]
+    )  # answered at evaluation
     data: DataSettings = field(default_factory=DataSettings)  # the corpus
-    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)  # how text becomes tokens
+    tokenizer: TokenizerSettings = field(
+        default_factory=TokenizerSettings
+    )  # how text becomes tokens
     model: GPTConfig = field(default_factory=GPTConfig)  # the shape of the model
     optim: OptimSettings = field(default_factory=OptimSettings)  # optimizer and learning rate
     sample: SampleSettings = field(default_factory=SampleSettings)  # sample replies
@@ -57,14 +69,24 @@ class TrainSettings:
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
         problems = runs.name_problems(self.run)
-        for name in ("max_steps", "batch_tokens", "micro_batch", "eval_every", "save_every", "log_every", "keep"):
+        for name in (
+            "max_steps",
+            "batch_tokens",
+            "micro_batch",
+            "eval_every",
+            "save_every",
+            "log_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
         return problems
 
 
 @torch.no_grad()
-def evaluate(model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: dist.World, ctx: torch.autocast) -> dict:
+def evaluate(
+    model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: dist.World, ctx: torch.autocast
+) -> dict:
     """Mean loss per target token in nats, and bits per byte, over the fixed validation blocks, shared by all ranks.
 
     Every rank makes the same number of forward passes (rows past the end have no target), so that a strategy whose
@@ -72,7 +94,9 @@ def evaluate(model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: dis
     """
     model.eval()
     nats = tokens = n_bytes = 0.0
-    for first in range(world.rank * rows, corpus.n_val_blocks + world.rank * rows, rows * world.size):
+    for first in range(
+        world.rank * rows, corpus.n_val_blocks + world.rank * rows, rows * world.size
+    ):
         x, y = corpus.val_batch(range(first, first + rows))
         with ctx:
             nats += float(forward(model, x, y, corpus, s, world.device))
@@ -84,7 +108,12 @@ def evaluate(model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: dis
 
 
 def forward(
-    model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, corpus: Corpus, s: TrainSettings, device: torch.device
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    corpus: Corpus,
+    s: TrainSettings,
+    device: torch.device,
 ) -> torch.Tensor:
     """Summed loss of a micro-batch; with data.isolate each packed dialogue (each bos begins one) sees only itself."""
     x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
@@ -102,23 +131,36 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     resumed = runs.starting_point(run, s.resume, say)
     step, tokens = (resumed.step, resumed.meta["tokens"]) if resumed else (0, 0)
     evaluated = {r["step"]: r["loss"] for r in read(run, "val") if r["step"] <= step}
-    s.init_from = s.init_from or (resumed.meta.get("init_from", "") if resumed else "")  # on record for the leak check
+    s.init_from = s.init_from or (
+        resumed.meta.get("init_from", "") if resumed else ""
+    )  # on record for the leak check
     begun = resumed or (runs.required(s.init_from) if s.init_from else None)
     if s.init_from:  # continued pretraining: another corpus, the same shape
-        s.model = replace(runs.shape(begun.meta["model"], begun.path, GPTConfig), dropout=s.model.dropout)
+        s.model = replace(
+            runs.shape(begun.meta["model"], begun.path, GPTConfig), dropout=s.model.dropout
+        )
     shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
     tokenizer = checkpoint.tokenizer_of(begun) if begun else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
-    world.must_agree(f"{s.out_dir} and data.path", step, len(evaluated), int(corpus.fingerprint[:8], 16))
+    world.must_agree(
+        f"{s.out_dir} and data.path", step, len(evaluated), int(corpus.fingerprint[:8], 16)
+    )
     vocab = corpus.tokenizer.vocab_size
     s.model.vocab_size = s.model.vocab_size or 64 * math.ceil(vocab / 64)
     if s.model.vocab_size < vocab:
-        raise UserError(f"model.vocab_size={s.model.vocab_size} is less than the tokenizer's {vocab}: use 0")
+        raise UserError(
+            f"model.vocab_size={s.model.vocab_size} is less than the tokenizer's {vocab}: use 0"
+        )
     identity = {
-        "model": asdict(s.model), "tokenizer": corpus.tokenizer.hash, "data": corpus.fingerprint,
-        "seed": s.seed, "batch_tokens": s.batch_tokens, "data.isolate": s.data.isolate, "optim.name": s.optim.name,
+        "model": asdict(s.model),
+        "tokenizer": corpus.tokenizer.hash,
+        "data": corpus.fingerprint,
+        "seed": s.seed,
+        "batch_tokens": s.batch_tokens,
+        "data.isolate": s.data.isolate,
+        "optim.name": s.optim.name,
         **{f"tokenizer.{key}": value for key, value in asdict(s.tokenizer).items()},
-    }  # fmt: skip
+    }
 
     torch.manual_seed(s.seed)  # the same weights on every rank
     module = GPT(s.model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
@@ -130,7 +172,9 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         checkpoint.load_weights(begun, module)
     if resumed:
         checkpoint.load_optimizers(resumed, module, optimizers, world)
-        scaler.load_state_dict(resumed.meta["scaler"] or scaler.state_dict())  # {}: that run needed none
+        scaler.load_state_dict(
+            resumed.meta["scaler"] or scaler.state_dict()
+        )  # {}: that run needed none
     strategy = strategy_for(module, world)
     runs.forget_lost(run, evaluated, lambda loss: -loss, world.main)
     if compiled:
@@ -141,14 +185,25 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         corpus.tokenizer.save(run / "tokenizer.json")
 
     n_params = sum(p.numel() for p in module.parameters())
-    say(f"run      {run}: " + (f"continuing from step {step} of {s.max_steps}" if step else f"{s.max_steps} steps"))
-    say(f"model    {n_params / 1e6:.1f}M parameters, vocabulary {vocab:,} ({corpus.tokenizer.kind})")
-    say(f"data     {corpus.n_train_tokens:,} training tokens, {corpus.n_val_tokens:,} held out; "
-        f"this run reads them {s.max_steps * shares.rows / corpus.blocks_per_epoch:.2f} times")  # fmt: skip
-    say(f"batch    {s.batch_tokens:,} tokens = {shares.rows} sequences of {s.model.block_size} = "
-        f"{world.size} process(es) x {shares.accum} accumulation x {shares.micro} sequences")  # fmt: skip
-    say(f"device   {device.type}, {strategy.name}; {str(dtype)[6:]}: {why_dtype}; "
-        f"torch.compile {'on' if compiled else 'off'}: {why_compiled}")  # fmt: skip
+    say(
+        f"run      {run}: "
+        + (f"continuing from step {step} of {s.max_steps}" if step else f"{s.max_steps} steps")
+    )
+    say(
+        f"model    {n_params / 1e6:.1f}M parameters, vocabulary {vocab:,} ({corpus.tokenizer.kind})"
+    )
+    say(
+        f"data     {corpus.n_train_tokens:,} training tokens, {corpus.n_val_tokens:,} held out; "
+        f"this run reads them {s.max_steps * shares.rows / corpus.blocks_per_epoch:.2f} times"
+    )
+    say(
+        f"batch    {s.batch_tokens:,} tokens = {shares.rows} sequences of {s.model.block_size} = "
+        f"{world.size} process(es) x {shares.accum} accumulation x {shares.micro} sequences"
+    )
+    say(
+        f"device   {device.type}, {strategy.name}; {str(dtype)[6:]}: {why_dtype}; "
+        f"torch.compile {'on' if compiled else 'off'}: {why_compiled}"
+    )
 
     ctx = dist.autocast(device, dtype)
     peak = dist.peak_flops(device) if dtype in (torch.bfloat16, torch.float16) else 0.0
@@ -159,16 +214,28 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         if saved == step:
             return
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        meta = {"step": step, "tokens": tokens, **identity, "scaler": scaler.state_dict(), "versions": versions,
-                "init_from": s.init_from}  # fmt: skip
+        meta = {
+            "step": step,
+            "tokens": tokens,
+            **identity,
+            "scaler": scaler.state_dict(),
+            "versions": versions,
+            "init_from": s.init_from,
+        }
         checkpoint.save(run, module, optimizers, meta, world, s.keep)
         saved = step
 
     def load(step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         batches = [corpus.train_batch(rows, s.seed) for rows in shares.of(step, world.rank)]
-        return [(x.pin_memory(), y.pin_memory()) for x, y in batches] if device.type == "cuda" else batches
+        return (
+            [(x.pin_memory(), y.pin_memory()) for x, y in batches]
+            if device.type == "cuda"
+            else batches
+        )
 
-    saved = step if resumed and resumed.run == run else 0  # the last step of which this run has a checkpoint
+    saved = (
+        step if resumed and resumed.run == run else 0
+    )  # the last step of which this run has a checkpoint
     fresh_tokens, began, batches = 0, time.perf_counter(), load(step)
     with dist.StopRequest() as stop:
         while True:
@@ -197,7 +264,9 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             world.seed(s.seed, step)  # dropout
-            targets, stopping = world.sum(sum(int((y != IGNORE).sum()) for _, y in batches), stop.signal > 0)
+            targets, stopping = world.sum(
+                sum(int((y != IGNORE).sum()) for _, y in batches), stop.signal > 0
+            )
             if stopping:  # one rank got a signal: all stop here, together
                 break
 
@@ -212,21 +281,37 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
             loss = world.sum(float(total))[0] / targets
             norm = update(optimizers, scaler, strategy.clip, s.optim.clip, loss, step, saved)
 
-            step, tokens, fresh_tokens = step + 1, tokens + s.batch_tokens, fresh_tokens + s.batch_tokens
+            step, tokens, fresh_tokens = (
+                step + 1,
+                tokens + s.batch_tokens,
+                fresh_tokens + s.batch_tokens,
+            )
             metrics.step(loss, s.batch_tokens)
             if step % s.log_every == 0 or step == s.max_steps:
                 speed = fresh_tokens / (time.perf_counter() - began)
                 mfu = {"mfu": speed / world.size * flops_per_token(module) / peak} if peak else {}
-                metrics.log({"step": step, "split": "train", "loss": loss, "tokens": tokens, "lr": lr,
-                             "grad_norm": norm, "tokens_per_second": speed, **mfu})  # fmt: skip
+                metrics.log(
+                    {
+                        "step": step,
+                        "split": "train",
+                        "loss": loss,
+                        "tokens": tokens,
+                        "lr": lr,
+                        "grad_norm": norm,
+                        "tokens_per_second": speed,
+                        **mfu,
+                    }
+                )
                 fresh_tokens, began = 0, time.perf_counter()
         save()
     metrics.close()
     if step < s.max_steps:
         say(f"stopped by a signal after step {step}, saved in {run}; the same command continues")
         return 128 + (stop.signal or signal.SIGTERM)
-    say(f"finished {step} steps, best validation loss {min(evaluated.values()):.4f}; "
-        f"to talk to it: python chat.py {run}")  # fmt: skip
+    say(
+        f"finished {step} steps, best validation loss {min(evaluated.values()):.4f}; "
+        f"to talk to it: python chat.py {run}"
+    )
     return 0
 
 

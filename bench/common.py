@@ -43,14 +43,21 @@ class Contender:
 
 def arguments(doc: str) -> argparse.ArgumentParser:
     """The options every benchmark has."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--n-layer", type=int, default=6)
     p.add_argument("--n-head", type=int, default=6)
     p.add_argument("--n-embd", type=int, default=384)
     p.add_argument("--block-size", type=int, default=256)
     p.add_argument("--vocab-size", type=int, default=8000)
     p.add_argument("--rounds", type=int, default=5, help="timed rounds of each contender")
-    p.add_argument("--threads", type=int, default=0, help="torch threads of each contender (0 = torch's default)")
+    p.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="torch threads of each contender (0 = torch's default)",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
     p.add_argument("--json", metavar="FILE", help="write every sample and the machine here")
@@ -61,7 +68,9 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 def shape(args: argparse.Namespace) -> dict[str, int]:
     """The shape under the names that this project and nanoGPT share."""
-    return {k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    return {
+        k: getattr(args, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    }
 
 
 def import_nanogpt(path: str):
@@ -77,16 +86,26 @@ def gpt2_of_hugging_face(args: argparse.Namespace):
     """GPT2LMHeadModel of the same shape, without dropout and with fused attention. Its biases cannot be turned off."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    names = {"n_positions": args.block_size, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    names = {
+        "n_positions": args.block_size,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
     config = {k: v for k, v in shape(args).items() if k != "block_size"} | names
-    return GPT2LMHeadModel(GPT2Config(**config, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None))
+    return GPT2LMHeadModel(
+        GPT2Config(**config, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None)
+    )
 
 
 def cpu_name() -> str:
     """The processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.processor())
+    return next(
+        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")),
+        platform.processor(),
+    )
 
 
 # --- in the process of a contender
@@ -116,22 +135,40 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
     if cuda:
         torch.cuda.synchronize()
     machine = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu", "cpu": cpu_name(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
-    }  # fmt: skip
-    say(tokens=c.tokens, precision=c.precision, compiled=c.compiled, why=c.why, machine=machine,
-        warmup_seconds=time.perf_counter() - began)  # fmt: skip
+    }
+    say(
+        tokens=c.tokens,
+        precision=c.precision,
+        compiled=c.compiled,
+        why=c.why,
+        machine=machine,
+        warmup_seconds=time.perf_counter() - began,
+    )
     for _ in sys.stdin:
         began, cpu = time.perf_counter(), time.process_time()
         c.round()
         if cuda:
             torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        unit = (
+            1 if sys.platform == "darwin" else 1024
+        )  # ru_maxrss is in bytes on macOS, in KiB on Linux
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        say(seconds=seconds, cpu_seconds=cpu, peak_rss=rss, peak_cuda=torch.cuda.max_memory_allocated() if cuda else 0)
+        say(
+            seconds=seconds,
+            cpu_seconds=cpu,
+            peak_rss=rss,
+            peak_cuda=torch.cuda.max_memory_allocated() if cuda else 0,
+        )
 
 
 # --- in the parent
@@ -144,9 +181,12 @@ class Worker:
         self.name = name
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
-            [sys.executable, *sys.argv, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.log, encoding="utf-8",
-        )  # fmt: skip
+            [sys.executable, *sys.argv, "--worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            encoding="utf-8",
+        )
         self.about = self.answer()
         self.samples: list[dict] = []
 
@@ -187,7 +227,9 @@ def table(workers: list[Worker], cuda: bool, unit: str) -> str:
     return "\n".join(rows)
 
 
-def compete(args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Namespace], Contender]]) -> None:
+def compete(
+    args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Namespace], Contender]]
+) -> None:
     """As the parent: start all, alternate, print a table for each group, write the JSON. As a worker: serve."""
     contenders = {name: build for group in groups for name, build in group.items()}
     if args.worker:
@@ -210,21 +252,36 @@ def compete(args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Name
             w.timed_round()
     load.append(os.getloadavg())
     m = workers[0].about["machine"]
-    print(f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['cpu_capability']}; torch "
-          f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds; load average "
-          f"{load[0][0]:.1f} before, {load[1][0]:.1f} after (above the threads: others used the machine)")  # fmt: skip
+    print(
+        f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['cpu_capability']}; torch "
+        f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds; load average "
+        f"{load[0][0]:.1f} before, {load[1][0]:.1f} after (above the threads: others used the machine)"
+    )
     for group in groups:
         if members := [w for w in workers if w.name in group]:
             print(f"\n{table(members, args.device == 'cuda', args.unit)}")
     for name, why in skipped.items():
         print(f"\n{name}: skipped, {why}")
     if args.json:
-        found = {w.name: {**{k: v for k, v in w.about.items() if k != "machine"}, "tokens_per_second": w.speeds(),
-                          "samples": w.samples} for w in workers}  # fmt: skip
+        found = {
+            w.name: {
+                **{k: v for k, v in w.about.items() if k != "machine"},
+                "tokens_per_second": w.speeds(),
+                "samples": w.samples,
+            }
+            for w in workers
+        }
         # the path of someone's checkout is nobody's business
         options = {k: v for k, v in vars(args).items() if k not in ("worker", "json", "nanogpt")}
-        record = {"benchmark": Path(sys.argv[0]).stem, "time": time.time(), "options": options, "machine": m,
-                  "load_before_and_after": load, "contenders": found, "skipped": skipped}  # fmt: skip
+        record = {
+            "benchmark": Path(sys.argv[0]).stem,
+            "time": time.time(),
+            "options": options,
+            "machine": m,
+            "load_before_and_after": load,
+            "contenders": found,
+            "skipped": skipped,
+        }
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for w in workers:
         w.process.stdin.close()  # the end of its input ends a worker; all of them at once, as it can take seconds

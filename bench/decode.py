@@ -22,11 +22,15 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
     from smallgpt.sampling import Conversation, SampleSettings
     from smallgpt.tokenizer import TokenizerSettings, train
 
-    alphabet = "".join(chr(0x4E00 + i) for i in range(args.vocab_size - 256 - 6))  # beside the bytes and the marks
+    alphabet = "".join(
+        chr(0x4E00 + i) for i in range(args.vocab_size - 256 - 6)
+    )  # beside the bytes and the marks
     tokenizer = train(TokenizerSettings("char", args.vocab_size, min_count=1), [alphabet])
     model = GPT(GPTConfig(**shape(args), **form))
     with torch.no_grad():
-        model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = 0  # score 0 of thousands: never the likeliest
+        model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = (
+            0  # score 0 of thousands: never the likeliest
+        )
     model = model.to(dist.choose_device(args.device), getattr(torch, dtype)).eval()
     greedy = SampleSettings(temperature=0, repetition_penalty=1.0, max_tokens=args.new)
     talk = Conversation(model, tokenizer, greedy)
@@ -51,9 +55,14 @@ def hugging_face(args: argparse.Namespace, dtype: str) -> Contender:
 
     def generate() -> None:
         out = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, use_cache=True,
-            min_new_tokens=args.new, max_new_tokens=args.new, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            use_cache=True,
+            min_new_tokens=args.new,
+            max_new_tokens=args.new,
+            pad_token_id=0,
+        )
         assert out.shape[1] == args.prompt + args.new
 
     return Contender(generate, args.new, dtype, False, WHY[dtype] + "; generate() with its cache")
@@ -63,25 +72,43 @@ def nanogpt(args: argparse.Namespace, dtype: str) -> Contender:
     import torch
 
     m = import_nanogpt(args.nanogpt)
-    model = m.GPT(m.GPTConfig(**shape(args), dropout=0.0, bias=False)).to(args.device, getattr(torch, dtype)).eval()
+    model = (
+        m.GPT(m.GPTConfig(**shape(args), dropout=0.0, bias=False))
+        .to(args.device, getattr(torch, dtype))
+        .eval()
+    )
     prompt = torch.randint(args.vocab_size, (1, args.prompt)).to(args.device)
 
     def generate() -> None:
         out = model.generate(prompt, args.new, top_k=1)
         assert out.shape[1] == args.prompt + args.new
 
-    return Contender(generate, args.new, dtype, False, WHY[dtype] + "; generate(), which has no cache")
+    return Contender(
+        generate, args.new, dtype, False, WHY[dtype] + "; generate(), which has no cache"
+    )
 
 
 def main() -> None:
     p = arguments(__doc__)
     p.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
     p.add_argument("--new", type=int, default=200, help="tokens of the reply")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 = that as well")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16 = that as well",
+    )
     args = p.parse_args()
     if args.prompt + args.new >= args.block_size:
         p.error(f"--prompt and --new together must be less than --block-size={args.block_size}")
-    gpt2 = {"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "bias": False, "tie_weights": True}
+    gpt2 = {
+        "pos": "learned",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "qk_norm": False,
+        "bias": False,
+        "tie_weights": True,
+    }
     kinds: dict[str, Callable] = {
         "ours, GPT-2 form": lambda a, d: ours(a, d, gpt2),
         "ours, default form": lambda a, d: ours(a, d, {}),
@@ -91,7 +118,10 @@ def main() -> None:
         kinds["nanoGPT"] = nanogpt
     dtypes = ("float32", "bfloat16") if args.dtype == "bfloat16" else ("float32",)
     groups = [
-        {f"{name}, {dtype}": lambda a, build=build, dtype=dtype: build(a, dtype) for name, build in kinds.items()}
+        {
+            f"{name}, {dtype}": lambda a, build=build, dtype=dtype: build(a, dtype)
+            for name, build in kinds.items()
+        }
         for dtype in dtypes
     ]
     compete(args, *groups)

@@ -54,7 +54,10 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
     frozen.freeze(model, freeze, model.gpt.config.vocab_size)
     if model.gpt.config.tie_weights is False:
         model.gpt.lm_head.requires_grad_(False)
-    buckets, labels = Buckets(encoded.lengths, 32, seed=0), torch.from_numpy(encoded.labels).to(device)
+    buckets, labels = (
+        Buckets(encoded.lengths, 32, seed=0),
+        torch.from_numpy(encoded.labels).to(device),
+    )
     optimizers, strategy = make_optimizers(model, OptimSettings(lr=1e-4)), Single(model, world)
 
     def train() -> None:
@@ -82,26 +85,49 @@ def hugging_face(args: argparse.Namespace, freeze: str, epochs: int) -> Contende
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
     dtype, why = precision(args)
-    names = {k: v for k, v in shape(args).items() if k != "block_size"} | {"n_positions": args.block_size}
-    config = GPT2Config(**names, num_labels=2, pad_token_id=tokenizer.pad, bos_token_id=0, eos_token_id=None,
-                        attn_implementation="sdpa")  # fmt: skip
+    names = {k: v for k, v in shape(args).items() if k != "block_size"} | {
+        "n_positions": args.block_size
+    }
+    config = GPT2Config(
+        **names,
+        num_labels=2,
+        pad_token_id=tokenizer.pad,
+        bos_token_id=0,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
     model = GPT2ForSequenceClassification(config)
     if freeze == "trunk":
         model.transformer.requires_grad_(False)
-    rows = [{"input_ids": i, "label": y} for i, y in zip(encoded.ids, encoded.labels.tolist(), strict=True)]
+    rows = [
+        {"input_ids": i, "label": y}
+        for i, y in zip(encoded.ids, encoded.labels.tolist(), strict=True)
+    ]
 
     def collate(batch: list[dict]) -> dict:  # what DataCollatorWithPadding does, for our tokenizer
         ids = [torch.from_numpy(row["input_ids"]) for row in batch]
         pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
         mask = pad([torch.ones_like(i) for i in ids])
         labels = torch.tensor([row["label"] for row in batch])
-        return {"input_ids": pad(ids, padding_value=tokenizer.pad), "attention_mask": mask, "labels": labels}
+        return {
+            "input_ids": pad(ids, padding_value=tokenizer.pad),
+            "attention_mask": mask,
+            "labels": labels,
+        }
 
     options = TrainingArguments(
-        tempfile.mkdtemp(), per_device_train_batch_size=32, num_train_epochs=epochs, learning_rate=1e-4, report_to=[],
-        bf16=dtype == torch.bfloat16, use_cpu=args.device == "cpu", save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False,
-    )  # fmt: skip
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=32,
+        num_train_epochs=epochs,
+        learning_rate=1e-4,
+        report_to=[],
+        bf16=dtype == torch.bfloat16,
+        use_cpu=args.device == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
 
     def train() -> None:
         Trainer(model, options, train_dataset=rows, data_collator=collate).train()
@@ -116,11 +142,16 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=10, help="passes over them with the trunk frozen")
     p.set_defaults(unit="examples", block_size=128)
     args = p.parse_args()
-    full = {"ours, whole model": partial(ours, freeze="none", epochs=1),
-            "Hugging Face Trainer, whole model": partial(hugging_face, freeze="none", epochs=1)}  # fmt: skip
-    head = {"ours, frozen trunk": partial(ours, freeze="trunk", epochs=args.epochs),
-            "Hugging Face Trainer, frozen trunk": partial(hugging_face, freeze="trunk", epochs=args.epochs),
-    }  # fmt: skip
+    full = {
+        "ours, whole model": partial(ours, freeze="none", epochs=1),
+        "Hugging Face Trainer, whole model": partial(hugging_face, freeze="none", epochs=1),
+    }
+    head = {
+        "ours, frozen trunk": partial(ours, freeze="trunk", epochs=args.epochs),
+        "Hugging Face Trainer, frozen trunk": partial(
+            hugging_face, freeze="trunk", epochs=args.epochs
+        ),
+    }
     compete(args, full, head)
 
 

@@ -61,10 +61,23 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
         update(optimizers, scaler, strategy.clip, s.clip, float(loss), at, 0)
         at += 1
 
-    return Contender(**rounds_of(step, args), precision=str(dtype)[6:], compiled=True, why=f"{why}; as in a long run")
+    return Contender(
+        **rounds_of(step, args),
+        precision=str(dtype)[6:],
+        compiled=True,
+        why=f"{why}; as in a long run",
+    )
 
 
-def peer(model, optimizer, loss_of: Callable, args: argparse.Namespace, bf16: bool, compiled: bool, why: str):
+def peer(
+    model,
+    optimizer,
+    loss_of: Callable,
+    args: argparse.Namespace,
+    bf16: bool,
+    compiled: bool,
+    why: str,
+):
     """The training step that the other two projects share."""
     import torch
 
@@ -80,7 +93,12 @@ def peer(model, optimizer, loss_of: Callable, args: argparse.Namespace, bf16: bo
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Contender(**rounds_of(step, args), precision="bfloat16" if bf16 else "float32", compiled=compiled, why=why)
+    return Contender(
+        **rounds_of(step, args),
+        precision="bfloat16" if bf16 else "float32",
+        compiled=compiled,
+        why=why,
+    )
 
 
 def has_bf16(args: argparse.Namespace) -> bool:
@@ -93,7 +111,9 @@ def hugging_face(args: argparse.Namespace, compiled: bool) -> Contender:
     import torch
 
     model, bf16 = gpt2_of_hugging_face(args).to(args.device).train(), has_bf16(args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
 
     def loss_of(run, x, y):
         return run(input_ids=x, labels=x, use_cache=False).loss  # it shifts the labels itself
@@ -111,7 +131,9 @@ def nanogpt(args: argparse.Namespace, patched: bool) -> Contender:
         raise Skip("as it ships it is already bf16 on a GPU")
     if patched and not has_bf16(args):
         raise Skip(CPU_WITHOUT_BF16)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py does
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+        True  # as its train.py does
+    )
     m = import_nanogpt(args.nanogpt)
     model = m.GPT(m.GPTConfig(**shape(args), dropout=0.0, bias=False)).to(args.device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), args.device)
@@ -119,17 +141,40 @@ def nanogpt(args: argparse.Namespace, patched: bool) -> Contender:
     def loss_of(run, x, y):
         return run(x, y)[1]
 
-    why = "patched: bf16 autocast" if patched else "as it ships: bf16 on a GPU" if cuda else "as it ships: fp32 on CPU"
-    return peer(model, optimizer, loss_of, args, cuda or patched, True, why + ", compile=True is its default")
+    why = (
+        "patched: bf16 autocast"
+        if patched
+        else "as it ships: bf16 on a GPU"
+        if cuda
+        else "as it ships: fp32 on CPU"
+    )
+    return peer(
+        model,
+        optimizer,
+        loss_of,
+        args,
+        cuda or patched,
+        True,
+        why + ", compile=True is its default",
+    )
 
 
 def main() -> None:
     p = arguments(__doc__)
     p.add_argument("--batch", type=int, default=16, help="sequences per step")
     p.add_argument("--steps", type=int, default=3, help="optimizer steps per round")
-    p.add_argument("--hf-compile", action="store_true", help="also Hugging Face under torch.compile")
+    p.add_argument(
+        "--hf-compile", action="store_true", help="also Hugging Face under torch.compile"
+    )
     args = p.parse_args()
-    gpt2 = {"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "bias": False, "tie_weights": True}
+    gpt2 = {
+        "pos": "learned",
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "qk_norm": False,
+        "bias": False,
+        "tie_weights": True,
+    }
     contenders = {
         "ours, GPT-2 form": lambda a: ours(a, gpt2),
         "ours, default form": lambda a: ours(a, {}),

@@ -40,9 +40,13 @@ def run(command: list[str], cwd: Path, log: Path, half: int) -> float:
     start = time.perf_counter()
     with open(log, "w", encoding="utf-8") as out:
         process = subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, cores)), *command], cwd=cwd, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(len(cores)), "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+            ["taskset", "-c", ",".join(map(str, cores)), *command],
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(len(cores)), "PYTHONUNBUFFERED": "1"},
+        )
         for line in process.stdout:
             out.write(f"{time.perf_counter() - start:.1f}\t{line}")
             out.flush()
@@ -55,11 +59,26 @@ def ours(config: str, changes: list[str], minutes: float, out: Path) -> dict:
     """Time 30 steps, then the run: wall time, steps, and held-out bits per byte at every evaluation."""
 
     def train(name: str, steps: int, *more: str) -> float:
-        command = [sys.executable, "train.py", config, *changes, f"out_dir={out}", f"run={name}", f"max_steps={steps}"]
+        command = [
+            sys.executable,
+            "train.py",
+            config,
+            *changes,
+            f"out_dir={out}",
+            f"run={name}",
+            f"max_steps={steps}",
+        ]
         return run([*command, *more], ROOT, out / f"{name}.log", half=0)
 
     shutil.rmtree(out / "timing", ignore_errors=True)
-    train("timing", 30, "eval_every=1000000", "save_every=1000000", "data.eval_blocks=8", "compile=true")
+    train(
+        "timing",
+        30,
+        "eval_every=1000000",
+        "save_every=1000000",
+        "data.eval_blocks=8",
+        "compile=true",
+    )
     # the middle of the records: the first pays for the compiler
     speeds = sorted(r["tokens_per_second"] for r in metrics.read(out / "timing", "train"))
     s = settings.load(TrainSettings, [config, *changes])
@@ -69,7 +88,12 @@ def ours(config: str, changes: list[str], minutes: float, out: Path) -> dict:
     val = metrics.read(out / "ours", "val")
     start = val[-1]["time"] - seconds  # the last evaluation ends the run
     curve = [{"seconds": r["time"] - start, "bits_per_byte": r["bits_per_byte"]} for r in val]
-    return {"seconds": seconds, "steps": steps, "bits_per_byte": curve[-1]["bits_per_byte"], "curve": curve}
+    return {
+        "seconds": seconds,
+        "steps": steps,
+        "bits_per_byte": curve[-1]["bits_per_byte"],
+        "curve": curve,
+    }
 
 
 def nanogpt(s: TrainSettings, checkout: Path, minutes: float, out: Path) -> dict:
@@ -88,18 +112,42 @@ def nanogpt(s: TrainSettings, checkout: Path, minutes: float, out: Path) -> dict
     folder.mkdir()
     for name, side in (("train", train), ("val", val)):
         np.fromiter((table[c] for c in side), np.uint16, len(side)).tofile(folder / f"{name}.bin")
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": chars, "stoi": table}))
+    (folder / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(chars), "itos": chars, "stoi": table})
+    )
     m = s.model
     options = {
-        "dataset": "chat", "device": "cpu", "compile": True, "block_size": m.block_size, "n_layer": m.n_layer,
-        "n_head": m.n_head, "n_embd": m.n_embd, "batch_size": s.batch_tokens // m.block_size,
-        "gradient_accumulation_steps": 1, "dropout": 0.0, "learning_rate": 1e-3, "min_lr": 1e-4, "beta2": 0.99,
-        "warmup_iters": 100, "eval_iters": 10, "log_interval": 10, "always_save_checkpoint": True,
-    }  # fmt: skip
+        "dataset": "chat",
+        "device": "cpu",
+        "compile": True,
+        "block_size": m.block_size,
+        "n_layer": m.n_layer,
+        "n_head": m.n_head,
+        "n_embd": m.n_embd,
+        "batch_size": s.batch_tokens // m.block_size,
+        "gradient_accumulation_steps": 1,
+        "dropout": 0.0,
+        "learning_rate": 1e-3,
+        "min_lr": 1e-4,
+        "beta2": 0.99,
+        "warmup_iters": 100,
+        "eval_iters": 10,
+        "log_interval": 10,
+        "always_save_checkpoint": True,
+    }
 
     def train_it(name: str, iters: int, eval_interval: int) -> float:
-        arguments = {"max_iters": iters, "lr_decay_iters": iters, "out_dir": name, "eval_interval": eval_interval}
-        command = [sys.executable, "train.py", *(f"--{k}={v}" for k, v in {**options, **arguments}.items())]
+        arguments = {
+            "max_iters": iters,
+            "lr_decay_iters": iters,
+            "out_dir": name,
+            "eval_interval": eval_interval,
+        }
+        command = [
+            sys.executable,
+            "train.py",
+            *(f"--{k}={v}" for k, v in {**options, **arguments}.items()),
+        ]
         return run(command, copy, out / f"nanogpt-{name}.log", half=1)
 
     train_it("timing", 30, 10**6)
@@ -127,10 +175,17 @@ def nanogpt(s: TrainSettings, checkout: Path, minutes: float, out: Path) -> dict
     per_char = len(val) / n_bytes / math.log(2)
     curve = [
         {"seconds": float(t), "bits_per_byte": float(v) * per_char}
-        for t, v in re.findall(r"([\d.]+)\tstep \d+: train loss [\d.]+, val loss ([\d.]+)",
-                               (out / "nanogpt-final.log").read_text(encoding="utf-8"))
-    ]  # fmt: skip
-    return {"seconds": seconds, "steps": iters, "bits_per_byte": nats / math.log(2) / n_bytes, "curve": curve}
+        for t, v in re.findall(
+            r"([\d.]+)\tstep \d+: train loss [\d.]+, val loss ([\d.]+)",
+            (out / "nanogpt-final.log").read_text(encoding="utf-8"),
+        )
+    ]
+    return {
+        "seconds": seconds,
+        "steps": iters,
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "curve": curve,
+    }
 
 
 def draw(result: dict, out: Path) -> None:
@@ -140,7 +195,10 @@ def draw(result: dict, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, points in (("small-gpt", result["ours"]["curve"]), ("nanoGPT", result["nanogpt"]["curve"])):
+    for name, points in (
+        ("small-gpt", result["ours"]["curve"]),
+        ("nanoGPT", result["nanogpt"]["curve"]),
+    ):
         final = result["ours" if name == "small-gpt" else "nanogpt"]["bits_per_byte"]
         x, y = [p["seconds"] / 60 for p in points], [p["bits_per_byte"] for p in points]
         ax.plot(x, y, marker="o", ms=3, label=f"{name}: {final:.3f} at the end")
@@ -152,7 +210,9 @@ def draw(result: dict, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("changes", nargs="*", help="key=value")
     parser.add_argument("--nanogpt", type=Path, required=True)
@@ -171,7 +231,9 @@ def main() -> None:
     draw(result, out / "real_run.png")
     for name in ("ours", "nanogpt"):
         r = result[name]
-        print(f"{name:8} {r['steps']:6} steps {r['seconds']:6.0f} s  {r['bits_per_byte']:.4f} bits/byte held out")
+        print(
+            f"{name:8} {r['steps']:6} steps {r['seconds']:6.0f} s  {r['bits_per_byte']:.4f} bits/byte held out"
+        )
 
 
 if __name__ == "__main__":

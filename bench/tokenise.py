@@ -37,7 +37,9 @@ def repeat(files: list[Path], size: int, out: Path) -> None:
 
 def one(corpus: Path, tokenizer: Path, cache: Path) -> None:
     """In a process of its own, so that the peak memory is this run's: print seconds and MiB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak inherited from the parent
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="ascii"
+    )  # forget the peak inherited from the parent
     ready = Tokenizer.load(tokenizer)
     start = time.perf_counter()
     prepare(DataSettings(path=str(corpus), cache=str(cache)), ready, 256, quiet=True)
@@ -51,7 +53,9 @@ def one(corpus: Path, tokenizer: Path, cache: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--megabytes", nargs="+", type=int, default=[10, 100])
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -59,12 +63,16 @@ def main() -> None:
     if args.one:
         one(*args.files)
         return
-    print(f"{os.cpu_count()} cores\n\n| text | tokenizer | MB/s | later start, s | peak MiB: main, largest worker |")
+    print(
+        f"{os.cpu_count()} cores\n\n| text | tokenizer | MB/s | later start, s | peak MiB: main, largest worker |"
+    )
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("char", "bpe"):
             tokenizer = Path(folder) / f"{kind}.json"
-            texts = (turn for file in args.files for turns in read_dialogues(file) for turn in turns)
+            texts = (
+                turn for file in args.files for turns in read_dialogues(file) for turn in turns
+            )
             train(TokenizerSettings(kind), texts).save(tokenizer)
             for megabytes in args.megabytes:
                 corpus = Path(folder) / f"{megabytes}.txt"
@@ -72,11 +80,20 @@ def main() -> None:
                     repeat(args.files, megabytes * 10**6, corpus)
                 arguments = [str(corpus), str(tokenizer), f"{folder}/cache-{kind}-{megabytes}"]
                 out = subprocess.run(
-                    [sys.executable, __file__, "--one", *arguments], capture_output=True, text=True, check=True
+                    [sys.executable, __file__, "--one", *arguments],
+                    capture_output=True,
+                    text=True,
+                    check=True,
                 ).stdout
                 seconds, again, main_peak, worker_peak = map(float, out.split())
                 speed = corpus.stat().st_size / 1e6 / seconds
-                row = (f"{megabytes} MB", kind, f"{speed:.1f}", f"{again:.3f}", f"{main_peak:.0f}, {worker_peak:.0f}")
+                row = (
+                    f"{megabytes} MB",
+                    kind,
+                    f"{speed:.1f}",
+                    f"{again:.3f}",
+                    f"{main_peak:.0f}, {worker_peak:.0f}",
+                )
                 print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -41,7 +41,9 @@ class Adversary:
         if self.epsilon:
             grad = self.output.grad
             # of a text that is learnt already the gradient is tiny, and its squares would vanish
-            grad = grad / grad.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(grad.dtype).tiny)
+            grad = grad / grad.abs().amax((1, 2), keepdim=True).clamp(
+                min=torch.finfo(grad.dtype).tiny
+            )
             self.perturbation = self.norm * F.normalize(grad.flatten(1)).view_as(grad)
             self.output = None
             yield True, True

@@ -43,7 +43,10 @@ def permute(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     while len(todo):
         left, right = x[todo] >> half, x[todo] & (2**half - 1)
         for turn in range(6):
-            left, right = right, left ^ (mix(right ^ mix(key[todo] + np.uint64(turn))) & (2**half - 1))
+            left, right = (
+                right,
+                left ^ (mix(right ^ mix(key[todo] + np.uint64(turn))) & (2**half - 1)),
+            )
         x[todo] = (left << half) | right
         todo = todo[x[todo] >= n]
     return x.astype(np.int64)
@@ -56,27 +59,46 @@ class Corpus:
     starts the first dialogue, so nothing special happens there.
     """
 
-    def __init__(self, tokenizer: Tokenizer, tokens: list[list[np.ndarray]], weights: list[float],
-                 fingerprint: str, block_size: int, eval_blocks: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tokens: list[list[np.ndarray]],
+        weights: list[float],
+        fingerprint: str,
+        block_size: int,
+        eval_blocks: int,
+    ) -> None:
         self.tokenizer, self.fingerprint, self.block_size = tokenizer, fingerprint, block_size
-        trains = [(train, weight) for (train, _), weight in zip(tokens, weights, strict=True) if len(train)]
+        trains = [
+            (train, weight)
+            for (train, _), weight in zip(tokens, weights, strict=True)
+            if len(train)
+        ]
         self._train = [train for train, _ in trains]
         self._val = [val for _, val in tokens]
-        self.n_train_tokens, self.n_val_tokens = (sum(map(len, side)) for side in (self._train, self._val))
+        self.n_train_tokens, self.n_val_tokens = (
+            sum(map(len, side)) for side in (self._train, self._val)
+        )
         if not self.n_train_tokens + self.n_val_tokens:
             raise UserError("the corpus is empty: the files of data.path hold no dialogue")
         if self.n_train_tokens <= block_size:
-            raise UserError(f"the corpus has {self.n_train_tokens:,} training tokens, shorter than one block "
-                            f"of block_size={block_size}: use a smaller block_size or more text")
+            raise UserError(
+                f"the corpus has {self.n_train_tokens:,} training tokens, shorter than one block "
+                f"of block_size={block_size}: use a smaller block_size or more text"
+            )
         if not self.n_val_tokens:
-            raise UserError("the validation split is empty: raise data.val_fraction, change data.split_seed "
-                            "or add dialogues")
+            raise UserError(
+                "the validation split is empty: raise data.val_fraction, change data.split_seed "
+                "or add dialogues"
+            )
         self._n_blocks = [max(1, len(train) // block_size) for train in self._train]
         draws = [max(1, round(w * n)) for n, (_, w) in zip(self._n_blocks, trains, strict=True)]
         self._ends = np.cumsum(draws)  # of each source among the draws of an epoch
         self._draws = np.array(draws)
         self.blocks_per_epoch = int(self._ends[-1])
-        self._val_starts = np.cumsum([0, *map(len, self._val)])[:-1].tolist()  # read one after the other
+        self._val_starts = np.cumsum([0, *map(len, self._val)])[
+            :-1
+        ].tolist()  # read one after the other
         self._all_val_blocks = -(-(self.n_val_tokens - 1) // block_size)
         self.n_val_blocks = min(eval_blocks or self._all_val_blocks, self._all_val_blocks)
         self._bytes = tokenizer.token_bytes()
@@ -86,7 +108,9 @@ class Corpus:
 
         An epoch visits its blocks in an order of its own, and every pass over a source shifts the block grid.
         """
-        epoch, place = np.divmod(np.arange(indices.start, indices.stop, indices.step), self.blocks_per_epoch)
+        epoch, place = np.divmod(
+            np.arange(indices.start, indices.stop, indices.step), self.blocks_per_epoch
+        )
         slot = permute(place, self.blocks_per_epoch, key_of(seed, 0, epoch))
         source = np.searchsorted(self._ends, slot, side="right")
         rows = np.empty((len(slot), self.block_size + 1), np.int64)
@@ -95,7 +119,9 @@ class Corpus:
             # the c-th draw ever from this source is block c % n of pass c // n: a weight of 0.5 takes turns
             passes, block = np.divmod(epoch[mine] * draws + slot[mine] - (self._ends[s] - draws), n)
             key = key_of(seed, 1 + s, passes)
-            start = permute(block, n, key) * self.block_size + (key % self.block_size).astype(np.int64)
+            start = permute(block, n, key) * self.block_size + (key % self.block_size).astype(
+                np.int64
+            )
             rows[mine] = tokens[(start[:, None] + np.arange(self.block_size + 1)) % len(tokens)]
         return self._inputs_and_targets(rows)
 
@@ -108,8 +134,12 @@ class Corpus:
         for row, i in zip(rows, indices, strict=True):
             left = i * self._all_val_blocks // self.n_val_blocks * self.block_size  # evenly spaced
             right = left + self.block_size + 1
-            found = np.concatenate([tokens[max(left - at, 0) : max(right - at, 0)]
-                                    for tokens, at in zip(self._val, self._val_starts, strict=True)])
+            found = np.concatenate(
+                [
+                    tokens[max(left - at, 0) : max(right - at, 0)]
+                    for tokens, at in zip(self._val, self._val_starts, strict=True)
+                ]
+            )
             row[: len(found)] = found
         return self._inputs_and_targets(rows)
 

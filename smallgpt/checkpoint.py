@@ -23,7 +23,11 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.optim import Optimizer
 
 from smallgpt.dist import World
@@ -48,11 +52,15 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
     """A hash of weights by name: whether two are the same, wherever they lie."""
     found = hashlib.blake2b(digest_size=12)
     for name in sorted(weights):
-        found.update(name.encode() + weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(
+            name.encode() + weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 
-def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, world: World, keep: int) -> None:
+def save(
+    run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, world: World, keep: int
+) -> None:
     """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank must call it.
 
     If anything fails (a full disk) every rank raises UserError, and the older checkpoints are untouched."""
@@ -69,24 +77,33 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
     if not error and not (tmp / "state").is_dir():
         error = f"process {world.rank} does not see {run}, a folder that all machines must share"
     failed = world.sum(bool(error))[0]  # all or none enter the collectives below
-    full = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    full = get_model_state_dict(
+        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     try:
         if not failed:
             state = optimizer_tensors(module, optimizers)
             writer = dcp.HuggingFaceStorageWriter(str(tmp / "state"), save_distributed=True)
-            with warnings.catch_warnings(action="ignore"):  # "assuming the intent is to save in a single process"
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # "assuming the intent is to save in a single process"
                 dcp.save(state, storage_writer=writer, no_dist=world.size == 1)
         if world.main and not failed:
             # named_parameters lists a tied matrix once, and safetensors wants each tensor once
-            save_file({n: full[n].contiguous() for n, _ in module.named_parameters()}, tmp / "model.safetensors")
+            save_file(
+                {n: full[n].contiguous() for n, _ in module.named_parameters()},
+                tmp / "model.safetensors",
+            )
             publish(tmp, final, meta)
             point(run, "latest", meta["step"])
     except (OSError, SafetensorError, CheckpointException) as e:
         error = " ".join(str(e).split())[-300:]
     if world.sum(bool(error))[0]:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"could not save {final} ({error or 'another process failed'}); is the disk full? The older "
-                        "checkpoints are intact: make room, then the same command continues from the last")  # fmt: skip
+        raise UserError(
+            f"could not save {final} ({error or 'another process failed'}); is the disk full? The older "
+            "checkpoints are intact: make room, then the same command continues from the last"
+        )
     if world.main:
         prune(run, keep)
 
@@ -94,7 +111,11 @@ def save(run: Path, module: nn.Module, optimizers: list[Optimizer], meta: dict, 
 def publish(tmp: Path, final: Path, meta: dict) -> None:
     """Flush every file of tmp to the disk, write meta.json last, give the folder its real name."""
     files = sorted(p for p in tmp.rglob("*") if p.is_file())
-    meta = {"format": FORMAT, **meta, "files": {p.relative_to(tmp).as_posix(): p.stat().st_size for p in files}}
+    meta = {
+        "format": FORMAT,
+        **meta,
+        "files": {p.relative_to(tmp).as_posix(): p.stat().st_size for p in files},
+    }
     (tmp / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
     for file in [*files, tmp / "meta.json", tmp / "state", tmp]:
         flush(file)
@@ -119,7 +140,9 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, CheckpointException) as e:
-        raise UserError(f"{file} does not hold valid safetensors: {' '.join(str(e).split())[-300:]}") from None
+        raise UserError(
+            f"{file} does not hold valid safetensors: {' '.join(str(e).split())[-300:]}"
+        ) from None
 
 
 def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
@@ -136,10 +159,14 @@ def load_weights(checkpoint: Checkpoint, module: nn.Module) -> None:
             f"{n} is {found.get(n, 'absent')} in the file and {wanted.get(n, 'absent')} in the model"
         )
     # strict=False only for the second name of a tied matrix; all names were compared above
-    set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+    set_model_state_dict(
+        module, weights, options=StateDictOptions(full_state_dict=True, strict=False)
+    )
 
 
-def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimizer], world: World) -> None:
+def load_optimizers(
+    checkpoint: Checkpoint, module: nn.Module, optimizers: list[Optimizer], world: World
+) -> None:
     """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
     with reading(folder := checkpoint.path / "state"):
         reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -152,7 +179,9 @@ def load_optimizers(checkpoint: Checkpoint, module: nn.Module, optimizers: list[
                 like = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
                 targets[f"{names[p]}/{key}"] = o.state[p][key] = like
     if targets.keys() != saved:
-        raise UserError(f"the optimizer state in {checkpoint.path} belongs to another optimizer or other parameters")
+        raise UserError(
+            f"the optimizer state in {checkpoint.path} belongs to another optimizer or other parameters"
+        )
     with reading(folder), warnings.catch_warnings(action="ignore"):
         dcp.load(targets, storage_reader=reader, no_dist=world.size == 1)
 
@@ -161,17 +190,23 @@ def tokenizer_of(found: Checkpoint) -> Tokenizer:
     """The tokenizer saved with a checkpoint. UserError if it is not the one the model was trained with."""
     tokenizer = Tokenizer.load(found.run / "tokenizer.json")
     if tokenizer.hash != found.meta["tokenizer"]:
-        raise UserError(f"{found.run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with")
+        raise UserError(
+            f"{found.run / 'tokenizer.json'} is not the tokenizer that {found.path} was trained with"
+        )
     return tokenizer
 
 
-def open_model(path: Path | str, model_class: type, config_class: type) -> tuple[Checkpoint, nn.Module, Tokenizer]:
+def open_model(
+    path: Path | str, model_class: type, config_class: type
+) -> tuple[Checkpoint, nn.Module, Tokenizer]:
     """The best (or the given) checkpoint at path as (checkpoint, model on the CPU, tokenizer); needs nothing else.
 
     model_class(config_class(**fields)) must build the model; the fields come from the checkpoint."""
     found = required(path)
     if "head" in found.meta:
-        raise UserError(f"{path} is a classifier: use it with python classify.py {path} TEXT, or as a trunk")
+        raise UserError(
+            f"{path} is a classifier: use it with python classify.py {path} TEXT, or as a trunk"
+        )
     tokenizer = tokenizer_of(found)
     load_weights(found, module := model_class(shape(found.meta["model"], found.path, config_class)))
     return found, module, tokenizer

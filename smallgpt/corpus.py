@@ -41,7 +41,9 @@ PER_WORKER = 4 << 20  # bytes of text that are worth starting a process for
 
 @dataclass
 class DataSettings:
-    path: Any = None  # a file, a glob, or a list of them; "file@0.5" weighs it (times seen per epoch)
+    path: Any = (
+        None  # a file, a glob, or a list of them; "file@0.5" weighs it (times seen per epoch)
+    )
     val_fraction: float = 0.01  # share of the dialogues held out for validation
     split_seed: int = 0  # another seed holds out other dialogues
     isolate: bool = False  # no attention across dialogues in a packed block
@@ -62,7 +64,10 @@ class Source(NamedTuple):
 
 
 def prepare(
-    data: DataSettings, tokenizer: TokenizerSettings | Tokenizer, block_size: int, quiet: bool = False
+    data: DataSettings,
+    tokenizer: TokenizerSettings | Tokenizer,
+    block_size: int,
+    quiet: bool = False,
 ) -> Corpus:
     """Tokenise what is not in the cache yet and open it. Every rank calls this; a lock lets one do the work.
 
@@ -92,23 +97,33 @@ def _digest(*parts: Any) -> str:
 def _sources(path: Any, cache: Path) -> list[Source]:
     """Expand `data.path` in its order, each file once (its last weight counts), and hash the contents."""
     if not path:
-        raise UserError("data.path is not set: give a chat text file, for example the one that "
-                        "`python -m smallgpt.corpus embedded` writes")
+        raise UserError(
+            "data.path is not set: give a chat text file, for example the one that "
+            "`python -m smallgpt.corpus embedded` writes"
+        )
     weights: dict[Path, float] = {}
     for entry in path if isinstance(path, list | tuple) else [path]:
         pattern, weight = os.path.expanduser(str(entry)), 1.0
-        with contextlib.suppress(ValueError):  # an @ that is not followed by a number belongs to the name
-            weight = float(pattern[pattern.rindex("@") + 1:])
-            pattern = pattern[:pattern.rindex("@")]
+        with contextlib.suppress(
+            ValueError
+        ):  # an @ that is not followed by a number belongs to the name
+            weight = float(pattern[pattern.rindex("@") + 1 :])
+            pattern = pattern[: pattern.rindex("@")]
         if not 0 < weight < float("inf"):
             raise UserError(f"data.path: the weight in {str(entry)!r} must be a positive number")
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [file for file in found if os.path.isfile(file)]
         if not files:
-            raise UserError(f"data.path: no file at {pattern!r} (write FOLDER/* for the files of a folder)")
-        weights |= {Path(os.path.abspath(file)): weight for file in files}  # a link's name says what it is
+            raise UserError(
+                f"data.path: no file at {pattern!r} (write FOLDER/* for the files of a folder)"
+            )
+        weights |= {
+            Path(os.path.abspath(file)): weight for file in files
+        }  # a link's name says what it is
 
-    index_file = cache / "index.json"  # path -> size, time, hash: later starts need not read the files
+    index_file = (
+        cache / "index.json"
+    )  # path -> size, time, hash: later starts need not read the files
     index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.exists() else {}
     for file in weights:
         stamp = [file.stat().st_size, file.stat().st_mtime_ns]
@@ -121,26 +136,40 @@ def _sources(path: Any, cache: Path) -> list[Source]:
     temporary = index_file.with_suffix(".tmp")
     temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
     temporary.replace(index_file)
-    return [Source(file, weight, f"{index[str(file)][2]} {is_json(file)} {file.suffix.lower() == '.gz'}")
-            for file, weight in weights.items()]
+    return [
+        Source(
+            file, weight, f"{index[str(file)][2]} {is_json(file)} {file.suffix.lower() == '.gz'}"
+        )
+        for file, weight in weights.items()
+    ]
 
 
-def _tokenizer(wanted: TokenizerSettings, data: DataSettings, sources: list[Source], split: list,
-               cache: Path) -> Tokenizer:
+def _tokenizer(
+    wanted: TokenizerSettings, data: DataSettings, sources: list[Source], split: list, cache: Path
+) -> Tokenizer:
     """Get the tokenizer that the settings ask for; a trained one is kept, keyed by what it was trained on."""
     if wanted.kind not in ("char", "bpe"):
         return named(wanted.kind)
     path = cache / f"tokenizer-{_digest(asdict(wanted), [s.hash for s in sources], split)}.json"
     if not path.exists():
-        train(wanted, lambda: (turn for source in sources
-                               for turns in read_dialogues(source.path, data.errors)
-                               if not held_out(turns, data) for turn in turns)).save(path)
+        train(
+            wanted,
+            lambda: (
+                turn
+                for source in sources
+                for turns in read_dialogues(source.path, data.errors)
+                if not held_out(turns, data)
+                for turn in turns
+            ),
+        ).save(path)
     return Tokenizer.load(path)
 
 
 def held_out(turns: list[str], data: DataSettings) -> bool:
     """In the validation split? A function of the text alone, so duplicates are never on both sides."""
-    digest = hashlib.blake2b("\n".join(turns).encode(), digest_size=8, key=str(data.split_seed).encode())
+    digest = hashlib.blake2b(
+        "\n".join(turns).encode(), digest_size=8, key=str(data.split_seed).encode()
+    )
     return int.from_bytes(digest.digest(), "big") < data.val_fraction * 2**64
 
 
@@ -150,25 +179,38 @@ def _tokens(folder: Path) -> list[np.ndarray] | None:
         return None
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     files = [(folder / f"{side}.bin", meta[side]) for side in ("train", "val")]
-    if any(not f.exists() or f.stat().st_size != n * np.dtype(meta["dtype"]).itemsize for f, n in files):
+    if any(
+        not f.exists() or f.stat().st_size != n * np.dtype(meta["dtype"]).itemsize for f, n in files
+    ):
         return None
     # an empty file cannot be mapped
     return [np.memmap(f, meta["dtype"], "r") if n else np.empty(0, meta["dtype"]) for f, n in files]
 
 
-def _tokenise(todo: dict[Path, Path], data: DataSettings, tokenizer: Tokenizer, quiet: bool) -> None:
+def _tokenise(
+    todo: dict[Path, Path], data: DataSettings, tokenizer: Tokenizer, quiet: bool
+) -> None:
     """Write the token files of `todo` (folder -> text file), the same whatever the number of workers."""
     size, start = sum(path.stat().st_size for path in todo.values()), time.perf_counter()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     workers = min(cores, size // PER_WORKER)
     shared = Path(data.cache) / f"tokenizer-{tokenizer.hash[:24]}.json"
     tokenizer.save(shared)  # the workers read it from here
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has threads (torch, CUDA) may hang
+    spawn = multiprocessing.get_context(
+        "spawn"
+    )  # forking a process that has threads (torch, CUDA) may hang
     with (
-        (ProcessPoolExecutor(workers, spawn, _follow_parent) if workers > 1
-         else contextlib.nullcontext()) as pool,
-        tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=quiet or None) as bar,
+        (
+            ProcessPoolExecutor(workers, spawn, _follow_parent)
+            if workers > 1
+            else contextlib.nullcontext()
+        ) as pool,
+        tqdm(
+            total=size, unit="B", unit_scale=True, desc="tokenising", disable=quiet or None
+        ) as bar,
     ):
         for folder, path in todo.items():
             temporary = folder.with_suffix(".tmp")
@@ -177,7 +219,9 @@ def _tokenise(todo: dict[Path, Path], data: DataSettings, tokenizer: Tokenizer, 
             lengths, before = {"train": 0, "val": 0}, bar.n
             work = functools.partial(_encode, shared, data, dtype, path)
             with contextlib.ExitStack() as stack:
-                files = [stack.enter_context(open(temporary / f"{side}.bin", "wb")) for side in lengths]
+                files = [
+                    stack.enter_context(open(temporary / f"{side}.bin", "wb")) for side in lengths
+                ]
                 for position, *both in _in_order(pool, work, blocks(path), 2 * workers):
                     for side, file, tokens in zip(lengths, files, both, strict=True):
                         file.write(tokens.data)
@@ -189,11 +233,15 @@ def _tokenise(todo: dict[Path, Path], data: DataSettings, tokenizer: Tokenizer, 
             temporary.rename(folder)  # from here on it is trusted
     if bar.disable and not quiet:
         seconds = time.perf_counter() - start
-        print(f"tokenised {size / 1e6:.1f} MB of {len(todo)} file(s) in {seconds:.1f} s", file=sys.stderr)
+        print(
+            f"tokenised {size / 1e6:.1f} MB of {len(todo)} file(s) in {seconds:.1f} s",
+            file=sys.stderr,
+        )
 
 
 def _follow_parent() -> None:
     """Run in each worker: without this, the workers of a killed run would wait for work forever."""
+
     def follow() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -217,7 +265,9 @@ def _in_order(pool: Executor | None, work: Callable, items: Iterable, ahead: int
 _load = functools.cache(Tokenizer.load)  # once per worker
 
 
-def _encode(tokenizer: Path, data: DataSettings, dtype: np.dtype, path: Path, block: tuple) -> tuple:
+def _encode(
+    tokenizer: Path, data: DataSettings, dtype: np.dtype, path: Path, block: tuple
+) -> tuple:
     """One of `blocks` -> (bytes of disk read so far, train tokens, val tokens)."""
     first, text, position = block
     sides: tuple[list, list] = [], []

@@ -1,6 +1,6 @@
 """Loss curves of one or several runs, as a picture and in the terminal.
 
-    python -m smallgpt.curves checkpoints/a checkpoints/b [--x tokens] [--out curves.png]
+python -m smallgpt.curves checkpoints/a checkpoints/b [--x tokens] [--out curves.png]
 """
 
 import argparse
@@ -16,7 +16,9 @@ from smallgpt.settings import UserError, cli
 if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.figure import Figure
 
-CHINESE = re.compile("CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode")  # fonts that have it
+CHINESE = re.compile(
+    "CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode"
+)  # fonts that have it
 UNITS = {"step": "optimisation step", "tokens": "training tokens"}
 
 
@@ -26,7 +28,10 @@ def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any
     from matplotlib import font_manager, rcParams
     from matplotlib.figure import Figure
 
-    rcParams["font.family"] = ["DejaVu Sans", *sorted(set(filter(CHINESE.search, font_manager.get_font_names())))]
+    rcParams["font.family"] = [
+        "DejaVu Sans",
+        *sorted(set(filter(CHINESE.search, font_manager.get_font_names()))),
+    ]
     rcParams["text.parse_math"] = False
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(1, columns)
@@ -34,7 +39,9 @@ def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any
 
 def save(fig: "Figure", file: Path) -> None:
     """Write it as a PNG."""
-    with warnings.catch_warnings(action="ignore"):  # Chinese where no font has it: a warning for each character
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # Chinese where no font has it: a warning for each character
         fig.savefig(file, dpi=150)
 
 
@@ -46,7 +53,14 @@ def draw(runs: list[Path], x: str, out: Path) -> None:
         ax.plot([r[x] for r in train], [r["loss"] for r in train], color=f"C{i}", lw=0.8, alpha=0.5)
         best = min((r["bits_per_byte"] for r in val), default=float("nan"))
         label = f"{run.name}: best validation {best:.3f} bits/byte"
-        ax.plot([r[x] for r in val], [r["loss"] for r in val], color=f"C{i}", marker="o", ms=3, label=label)
+        ax.plot(
+            [r[x] for r in val],
+            [r["loss"] for r in val],
+            color=f"C{i}",
+            marker="o",
+            ms=3,
+            label=label,
+        )
     ax.set(xlabel=UNITS[x], ylabel="loss, nats per token")
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
@@ -62,7 +76,9 @@ def show(runs: list[Path], x: str) -> None:
         for split, marker in (("train", "braille"), ("val", "dot")):
             if records := read(run, split):  # plotext fails on a line without a point
                 name = f"{run.name} {split}"
-                plotext.plot([r[x] for r in records], [r["loss"] for r in records], label=name, marker=marker)
+                plotext.plot(
+                    [r[x] for r in records], [r["loss"] for r in records], label=name, marker=marker
+                )
     plotext.plotsize(90, 20)
     plotext.theme("clear")
     plotext.xlabel(UNITS[x])
@@ -72,16 +88,24 @@ def show(runs: list[Path], x: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--x", choices=list(UNITS), default="step", help="horizontal axis")
-    parser.add_argument("--out", type=Path, help="the PNG (default: curve.png in the first run folder)")
+    parser.add_argument(
+        "--out", type=Path, help="the PNG (default: curve.png in the first run folder)"
+    )
     args = parser.parse_args()
     for run in args.runs:
         if not read(run, "train"):
-            raise UserError(f"{run} has no metrics.jsonl with training records; give a run folder of train.py")
+            raise UserError(
+                f"{run} has no metrics.jsonl with training records; give a run folder of train.py"
+            )
         if any("bits_per_byte" not in r for r in read(run, "val")):
-            raise UserError(f"{run} is a fine-tuning, whose curves are in its folder; give a run folder of train.py")
+            raise UserError(
+                f"{run} is a fine-tuning, whose curves are in its folder; give a run folder of train.py"
+            )
     out = args.out or args.runs[0] / "curve.png"
     show(args.runs, args.x)
     draw(args.runs, args.x, out)

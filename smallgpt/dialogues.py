@@ -18,7 +18,9 @@ from pathlib import Path
 from smallgpt.settings import UserError
 
 BLOCK = 1 << 20  # bytes read at once
-MAX_LINES = 1 << 12  # read beyond BLOCK to finish a dialogue; a longer one is cut, so that memory stays flat
+MAX_LINES = (
+    1 << 12
+)  # read beyond BLOCK to finish a dialogue; a longer one is cut, so that memory stays flat
 JSON_KEYS = ("messages", "conversations", "dialog", "dialogue")
 HUB = {  # name -> (dataset, file) on the Hugging Face hub
     "lccc": ("silver/lccc", "lccc_base_train.jsonl.gz"),
@@ -64,19 +66,25 @@ def blocks(path: Path) -> Iterator[tuple[int, bytes, int]]:
 def parse(path: Path, first: int, block: bytes, errors: str) -> Iterator[list[str]]:
     """The dialogues of one of `blocks`. Utterances are stripped; whitespace-only lines are blank lines."""
     try:
-        lines = block.decode("utf-8-sig", errors).split("\n")  # splitlines() would cut at U+2028 as well
+        lines = block.decode("utf-8-sig", errors).split(
+            "\n"
+        )  # splitlines() would cut at U+2028 as well
     except UnicodeDecodeError as e:
         line = first + e.object.count(b"\n", 0, e.start)
         fix = "convert the file or set data.errors=replace"
         raise UserError(f"{path}, line {line}: not UTF-8; {fix}") from None
     if not is_json(path):
-        yield from (list(group) for text, group in itertools.groupby(map(str.strip, lines), bool) if text)
+        yield from (
+            list(group) for text, group in itertools.groupby(map(str.strip, lines), bool) if text
+        )
         return
     for number, line in enumerate(lines, first):
         try:
             turns = _json_turns(line, errors) if line.strip() else []
         except (ValueError, RecursionError) as problem:
-            raise UserError(f"{path}, line {number}: not a dialogue in JSON: {problem}") from problem
+            raise UserError(
+                f"{path}, line {number}: not a dialogue in JSON: {problem}"
+            ) from problem
         if turns:
             yield turns
 
@@ -135,15 +143,23 @@ def embedded(to: Path) -> Path:
 
 def main() -> None:
     """The command line of `python -m smallgpt.corpus`."""
-    parser = argparse.ArgumentParser(prog="python -m smallgpt.corpus", description="Get and count chat text.")
+    parser = argparse.ArgumentParser(
+        prog="python -m smallgpt.corpus", description="Get and count chat text."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, meaning in (("embedded", "write the chats of the package chatterbot-corpus (no network)"),
-                             ("fetch", "download a public corpus from the Hugging Face hub")):
+    for command, meaning in (
+        ("embedded", "write the chats of the package chatterbot-corpus (no network)"),
+        ("fetch", "download a public corpus from the Hugging Face hub"),
+    ):
         sub = commands.add_parser(command, help=meaning)
         if command == "fetch":
             sub.add_argument("name", choices=HUB)
-        sub.add_argument("--to", type=Path, default=Path("data"), help="folder to write into (data)")
-    commands.add_parser("stats", help="count dialogues, utterances and bytes").add_argument("path", nargs="+")
+        sub.add_argument(
+            "--to", type=Path, default=Path("data"), help="folder to write into (data)"
+        )
+    commands.add_parser("stats", help="count dialogues, utterances and bytes").add_argument(
+        "path", nargs="+"
+    )
     args = parser.parse_args()
     if args.command == "embedded":
         print(embedded(args.to))
@@ -154,6 +170,10 @@ def main() -> None:
         for path in args.path:
             counts = [0, 0, 0]
             for turns in read_dialogues(path):
-                size = sum(len(turn.encode()) + 1 for turn in turns) + 1  # a newline each, and the blank line
-                counts = [have + more for have, more in zip(counts, (1, len(turns), size), strict=True)]
+                size = (
+                    sum(len(turn.encode()) + 1 for turn in turns) + 1
+                )  # a newline each, and the blank line
+                counts = [
+                    have + more for have, more in zip(counts, (1, len(turns), size), strict=True)
+                ]
             print("{:>12,} {:>12,} {:>14,}  {}".format(*counts, path), flush=True)

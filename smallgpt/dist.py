@@ -32,9 +32,20 @@ DTYPES = {
 
 # dense bf16 tensor-core peaks, vendors' data sheets
 PEAK_FLOPS = {
-    "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "GH200": 989e12, "H20": 148e12, "B200": 2250e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12,
-}  # fmt: skip
+    "H200": 989e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "GH200": 989e12,
+    "H20": 148e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` = CUDA if there is a GPU, else Apple's MPS, else the CPU, for which malloc is prepared. UserError if the
     named device is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -140,7 +157,9 @@ def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, s
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return False, "the package triton is missing"
     cpu = device.type == "cpu"  # for a GPU, triton builds a small C part of each kernel
-    compilers = (os.environ.get("CXX", "g++"), "clang++") if cpu else (os.environ.get("CC", "gcc"), "clang")
+    compilers = (
+        (os.environ.get("CXX", "g++"), "clang++") if cpu else (os.environ.get("CC", "gcc"), "clang")
+    )
     if not any(map(shutil.which, compilers)):
         return False, f"there is no C{'++' if cpu else ''} compiler"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -173,15 +192,23 @@ def start(device: str) -> Iterator[World]:
     enter, and torchrun ends them all when this process exits.
     """
     env = os.environ
-    missing = [k for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k not in env]
+    missing = [
+        k
+        for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if k not in env
+    ]
     if "RANK" not in env:
         yield World(0, 1, choose_device(device))
         return
     if missing:
-        raise UserError(f"RANK is set but {', '.join(missing)} is not: start the script with torchrun")
+        raise UserError(
+            f"RANK is set but {', '.join(missing)} is not: start the script with torchrun"
+        )
     local_rank = int(env["LOCAL_RANK"])
     if device == "mps":
-        raise UserError("device=mps works in one process only: start without torchrun, or use device=cpu")
+        raise UserError(
+            "device=mps works in one process only: start without torchrun, or use device=cpu"
+        )
     if device == "auto" and not torch.cuda.is_available():
         device = "cpu"
     where = choose_device(device, local_rank)
@@ -189,13 +216,19 @@ def start(device: str) -> Iterator[World]:
         torch.cuda.set_device(where)
     backend = "nccl" if where.type == "cuda" else "gloo"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the group warns about a device id that we set on the line above
+        warnings.simplefilter(
+            "ignore"
+        )  # the group warns about a device id that we set on the line above
         torch_dist.init_process_group(
             backend, timeout=timedelta(minutes=30), device_id=where if backend == "nccl" else None
         )
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), where)
-    if world.sum(1.0) != [world.size]:  # a self-test: a wrong network set-up shows here, not in the middle
-        raise UserError("not all processes answer: check the master address, the firewall and NCCL_SOCKET_IFNAME")
+    if world.sum(1.0) != [
+        world.size
+    ]:  # a self-test: a wrong network set-up shows here, not in the middle
+        raise UserError(
+            "not all processes answer: check the master address, the firewall and NCCL_SOCKET_IFNAME"
+        )
     yield world
     torch_dist.destroy_process_group()
 
@@ -208,7 +241,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self.signal, self.time = 0, 0.0
-        self.before = {sig: signal.signal(sig, self.request) for sig in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            sig: signal.signal(sig, self.request) for sig in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def request(self, number: int, frame: object) -> None:

@@ -19,7 +19,9 @@ from smallgpt.dist import World
 from smallgpt.sets import Example
 from smallgpt.tokenizer import Tokenizer
 
-SORTED = 32  # batches whose examples are sorted by length together: less padding, and still a mixture
+SORTED = (
+    32  # batches whose examples are sorted by length together: less padding, and still a mixture
+)
 
 
 class Encoded(NamedTuple):
@@ -42,7 +44,9 @@ def shorten(ids: list[int], room: int) -> list[int]:
 def lead(text: str, tokenizer: Tokenizer) -> str:
     """The text, after a space if it begins with a word: so "good" is the token first that it is later on, where in BPE
     the space before a word belongs to it (as add_prefix_space of RoBERTa, Liu et al. 2019)."""
-    word = text[:1].isalpha() and text[0] < "\u2e80"  # Chinese and its like set no spaces between words
+    word = (
+        text[:1].isalpha() and text[0] < "\u2e80"
+    )  # Chinese and its like set no spaces between words
     return f" {text}" if word and tokenizer.kind != "char" else text
 
 
@@ -60,13 +64,19 @@ def encode_text(
 
 
 def encode(
-    examples: list[Example], labels: list[str], tokenizer: Tokenizer, block_size: int, prefix: list[int]
+    examples: list[Example],
+    labels: list[str],
+    tokenizer: Tokenizer,
+    block_size: int,
+    prefix: list[int],
 ) -> Encoded:
     """Token ids of every example."""
     both = [encode_text(tokenizer, e.text, e.pair, block_size, prefix) for e in examples]
     index = {label: i for i, label in enumerate(labels)}
     ids = [np.array(ids, np.int64) for ids, _ in both]
-    return Encoded(ids, np.array([index[e.label] for e in examples], np.int64), sum(cut for _, cut in both))
+    return Encoded(
+        ids, np.array([index[e.label] for e in examples], np.int64), sum(cut for _, cut in both)
+    )
 
 
 class Buckets:
@@ -90,18 +100,25 @@ class Buckets:
             window = order[first : first + SORTED * size]
             window = window[np.argsort(self.lengths[window], kind="stable")]
             batches += [window[i : i + size] for i in range(0, len(window), size)]
-        shuffled = permute(np.arange(len(batches)), len(batches), key_of(self.seed, 1, np.uint64(epoch)))
+        shuffled = permute(
+            np.arange(len(batches)), len(batches), key_of(self.seed, 1, np.uint64(epoch))
+        )
         return [batches[i] for i in shuffled]
 
 
 def share(rows: np.ndarray, longest: int, world: World, max_tokens: int) -> list[np.ndarray]:
     """This rank's part of a global batch, cut into micro-batches of at most max_tokens (padding counted). Every rank
     gets the same number of micro-batches, if need be empty ones: each of them is a collective."""
-    most, fit = -(-len(rows) // world.size), max(1, max_tokens // longest)  # examples of rank 0, of a micro-batch
+    most, fit = (
+        -(-len(rows) // world.size),
+        max(1, max_tokens // longest),
+    )  # examples of rank 0, of a micro-batch
     return np.array_split(rows[world.rank :: world.size], -(-most // fit))
 
 
-def pad(ids: Sequence[Sequence[int] | np.ndarray], fill: int, width: int = 0) -> tuple[Tensor, Tensor]:
+def pad(
+    ids: Sequence[Sequence[int] | np.ndarray], fill: int, width: int = 0
+) -> tuple[Tensor, Tensor]:
     """idx int64 (B, T), padded on the right with `fill` to the longest, or to `width`; lengths (B,)."""
     lengths = torch.tensor([len(i) for i in ids])
     idx = torch.full((len(ids), width or int(lengths.max())), fill)
@@ -131,7 +148,9 @@ class Inputs:
         if not self.kept:
             return self.tokens(rows)
         lengths = torch.tensor([len(self.data.ids[i]) for i in rows], device=self.device)
-        return torch.nn.utils.rnn.pad_sequence([self.kept[i] for i in rows], batch_first=True), lengths
+        return torch.nn.utils.rnn.pad_sequence(
+            [self.kept[i] for i in rows], batch_first=True
+        ), lengths
 
     def targets(self, rows: np.ndarray) -> Tensor:
         """The next token of each position (B, T); -1 where there is none."""
@@ -151,7 +170,9 @@ def drop_tokens(
     position = torch.arange(idx.size(1), device=idx.device)
     real = position < lengths[:, None]
     kept &= real
-    kept |= real & ((kept & (idx != sep)).sum(1, keepdim=True) < 2)  # a label of nothing but [bos] teaches nothing
+    kept |= real & (
+        (kept & (idx != sep)).sum(1, keepdim=True) < 2
+    )  # a label of nothing but [bos] teaches nothing
     order, lengths = torch.sort(~kept, dim=1, stable=True).indices, kept.sum(1)
     idx = idx.gather(1, order)[:, : width or int(lengths.max())]
     return idx.where(position[: idx.size(1)] < lengths[:, None], fill), lengths
@@ -173,11 +194,15 @@ def in_order(
 
 
 @torch.no_grad()
-def score(model: nn.Module, inputs: Inputs, world: World, ctx: torch.autocast, max_tokens: int) -> np.ndarray:
+def score(
+    model: nn.Module, inputs: Inputs, world: World, ctx: torch.autocast, max_tokens: int
+) -> np.ndarray:
     """Scores (N, n_classes) of a split, its batches shared by all ranks."""
     model.eval()
     found = np.zeros((len(inputs.data.ids), model.head.out_features))
-    for rows in in_order(inputs.data.lengths, max_tokens, inputs.width, inputs.device)[world.rank :: world.size]:
+    for rows in in_order(inputs.data.lengths, max_tokens, inputs.width, inputs.device)[
+        world.rank :: world.size
+    ]:
         with ctx:
             found[rows] = model(*inputs.of(rows)).cpu().double().numpy()  # MPS has no float64
     model.train()

@@ -22,15 +22,25 @@ def freeze(model: nn.Module, how: str, rows: int) -> None:
         return
     count = int(how.partition(":")[2] or 0)
     if count >= n_layer:
-        raise UserError(f"freeze={how}: the trunk has {n_layer} blocks; train fewer of them, or use freeze=none")
+        raise UserError(
+            f"freeze={how}: the trunk has {n_layer} blocks; train fewer of them, or use freeze=none"
+        )
     model.first_block = n_layer - count
-    for part in [gpt.wte, gpt.wpe, gpt.lm_head, *gpt.blocks[: model.first_block], *([] if count else [gpt.norm])]:
+    for part in [
+        gpt.wte,
+        gpt.wpe,
+        gpt.lm_head,
+        *gpt.blocks[: model.first_block],
+        *([] if count else [gpt.norm]),
+    ]:
         if part is not None:
             part.requires_grad_(False)
     gpt.drop.p = 0.0
     for block in gpt.blocks[: model.first_block]:
         block.drop.p = block.attn.dropout = 0.0
-    if rows < gpt.config.vocab_size:  # the old rows get no gradient, and AdamW leaves alone what has none and no decay
+    if (
+        rows < gpt.config.vocab_size
+    ):  # the old rows get no gradient, and AdamW leaves alone what has none and no decay
         weight = gpt.wte.weight.requires_grad_(True)
         weight.no_decay, weight.first_row = True, rows
         weight.register_hook(lambda g: g * (torch.arange(len(g), device=g.device) >= rows)[:, None])
@@ -38,7 +48,9 @@ def freeze(model: nn.Module, how: str, rows: int) -> None:
 
 def trainable(model: nn.Module) -> int:
     """How many numbers train; of an embedding that is frozen up to its new rows, only those."""
-    return sum(p[getattr(p, "first_row", 0) :].numel() for p in model.parameters() if p.requires_grad)
+    return sum(
+        p[getattr(p, "first_row", 0) :].numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def is_valid(how: str) -> bool:
@@ -56,7 +68,14 @@ def below(model: nn.Module, idx: Tensor, lengths: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def keep(model: nn.Module, inputs: Inputs, ctx: torch.autocast, max_tokens: int, gigabytes: float, rows: int) -> str:
+def keep(
+    model: nn.Module,
+    inputs: Inputs,
+    ctx: torch.autocast,
+    max_tokens: int,
+    gigabytes: float,
+    rows: int,
+) -> str:
     """Let the frozen part read every example once; `inputs` gives what it said from now on. Returns why not, in words,
     if it is no use or takes more than so many GiB."""
     config, first = model.gpt.config, model.first_block

@@ -84,6 +84,6 @@ def _chunks(texts: Iterable[str], size: int = 1 << 20) -> Iterator[str]:
         part.append(text)
         length += len(text)
         if length > size:
-            yield "\U0003134A".join(part)
+            yield "\U0003134a".join(part)
             part, length = [], 0
-    yield "\U0003134A".join(part)
+    yield "\U0003134a".join(part)

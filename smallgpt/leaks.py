@@ -14,7 +14,9 @@ from smallgpt.runs import write_atomic
 from smallgpt.sets import ReviewSettings
 from smallgpt.settings import UserError
 
-Corpora = list[str | ReviewSettings]  # text files, and labelled sets of which the training split was read
+Corpora = list[
+    str | ReviewSettings
+]  # text files, and labelled sets of which the training split was read
 
 
 def search(texts: list[str], corpora: Corpora, cache: Path) -> tuple[int, list[str]]:
@@ -28,7 +30,9 @@ def search(texts: list[str], corpora: Corpora, cache: Path) -> tuple[int, list[s
             sets.append(reviews.load(s))
         except UserError:
             missing.append(f"{s.set} in {s.path}")
-    stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files] + [r.fingerprint for r in sets]
+    stamps = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files] + [
+        r.fingerprint for r in sets
+    ]
     asked = repr((WINDOW, sorted(texts), stamps)).encode("utf-8", "replace")
     kept = cache / f"leaks-{hashlib.blake2b(asked, digest_size=12).hexdigest()}.json"
     if not kept.exists():
@@ -42,7 +46,9 @@ def search(texts: list[str], corpora: Corpora, cache: Path) -> tuple[int, list[s
     return json.loads(kept.read_text(encoding="utf-8")), missing
 
 
-def check(texts: list[str], trunk: str, corpora: Corpora, cache: Path, world: World, allowed: bool) -> list[str]:
+def check(
+    texts: list[str], trunk: str, corpora: Corpora, cache: Path, world: World, allowed: bool
+) -> list[str]:
     """What `search` finds in the corpora of a trunk, in words for a report; rank 0 searches. UserError on every rank if
     anything is found and that is not `allowed`."""
     found, absent = search(texts, corpora, cache) if world.main else (0, [])

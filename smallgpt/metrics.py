@@ -30,7 +30,12 @@ class Metrics:
         self.file = open(path, "a", encoding="utf-8")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self.bar = tqdm(
-            total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True, leave=True
+            total=max_steps,
+            initial=step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            leave=True,
         )
         self.began, self.first = time.monotonic(), step
 
@@ -47,7 +52,10 @@ class Metrics:
             return
         record = {**record, "time": time.time()}
         # JSON knows no infinity: the norm of a skipped float16 step is written as null
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
         self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         for key, value in record.items():
@@ -66,7 +74,11 @@ class Metrics:
             parts.append(f"macro F1 {r['macro_f1']:.2%}")
         if "lr" in r:
             unit = "examples" if "examples_per_second" in r else "tokens"
-            parts += [f"lr {r['lr']:.2e}", f"norm {r['grad_norm']:.2f}", f"{r[f'{unit}_per_second']:,.0f} {unit}/s"]
+            parts += [
+                f"lr {r['lr']:.2e}",
+                f"norm {r['grad_norm']:.2f}",
+                f"{r[f'{unit}_per_second']:,.0f} {unit}/s",
+            ]
             if r.get("mfu"):
                 parts.append(f"mfu {r['mfu']:.1%}")
             done = r["step"] - self.first
@@ -97,7 +109,12 @@ class Metrics:
 def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
     c = model.config
-    matrices = sum(p.numel() for part in (model.blocks, model.lm_head) for p in part.parameters() if p.dim() == 2)
+    matrices = sum(
+        p.numel()
+        for part in (model.blocks, model.lm_head)
+        for p in part.parameters()
+        if p.dim() == 2
+    )
     return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
 

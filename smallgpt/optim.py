@@ -15,10 +15,14 @@ from smallgpt.settings import UserError
 
 @dataclass
 class OptimSettings:
-    name: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the blocks by Muon, everything else by AdamW
+    name: Literal["adamw", "muon"] = (
+        "adamw"  # muon: matrices of the blocks by Muon, everything else by AdamW
+    )
     lr: float = 1e-3  # peak learning rate, of both optimizers
     min_lr: float = 0.1  # last learning rate, as a fraction of the peak
-    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warm-up; wsd = stay at the peak, then go down linearly
+    schedule: Literal["cosine", "wsd"] = (
+        "cosine"  # after the warm-up; wsd = stay at the peak, then go down linearly
+    )
     warmup: int = 100  # steps of linear warm-up, at most a third of the run
     decay: float = 0.2  # last fraction of the steps after the warm-up in which wsd goes down
     weight_decay: float = 0.1  # on matrices and embeddings; norms and biases are not decayed
@@ -77,10 +81,19 @@ def make_optimizers(
             muon = s.name == "muon" and p.dim() == 2 and "blocks." in name
             decayed = p.dim() >= 2 and not hasattr(p, "no_decay")
             groups.setdefault((muon, s.lr * scale(name), decayed), []).append(p)
-    adamw, muon = ([
-        {"params": params, "lr": lr, "peak_lr": lr, "weight_decay": s.weight_decay if decayed else 0.0}
-        for (is_muon, lr, decayed), params in groups.items() if is_muon == wanted
-    ] for wanted in (False, True))  # fmt: skip
+    adamw, muon = (
+        [
+            {
+                "params": params,
+                "lr": lr,
+                "peak_lr": lr,
+                "weight_decay": s.weight_decay if decayed else 0.0,
+            }
+            for (is_muon, lr, decayed), params in groups.items()
+            if is_muon == wanted
+        ]
+        for wanted in (False, True)
+    )
     optimizers: list[Optimizer] = []
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, lr=s.lr, betas=(s.beta1, s.beta2), fused=True))
@@ -99,9 +112,14 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> float:
 
 
 def update(
-    optimizers: list[Optimizer], scaler: torch.amp.GradScaler, clip: Callable[[float], torch.Tensor], max_norm: float,
-    loss: float, step: int, saved: int
-) -> float:  # fmt: skip
+    optimizers: list[Optimizer],
+    scaler: torch.amp.GradScaler,
+    clip: Callable[[float], torch.Tensor],
+    max_norm: float,
+    loss: float,
+    step: int,
+    saved: int,
+) -> float:
     """One update of the weights from their gradients, clipped to max_norm and then cleared; returns the norm before.
 
     A loss or norm that is not finite raises UserError, which names the step (from 0) and the last one saved, before
@@ -120,6 +138,8 @@ def update(
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     if not math.isfinite(norm) and scaler.get_scale() < 1e-6:
-        raise UserError(f"after step {step} no scale gives finite gradients in float16, the last checkpoint is step "
-                        f"{saved}: use dtype=float32 or bfloat16, or lower optim.lr")  # fmt: skip
+        raise UserError(
+            f"after step {step} no scale gives finite gradients in float16, the last checkpoint is step "
+            f"{saved}: use dtype=float32 or bfloat16, or lower optim.lr"
+        )
     return norm

@@ -28,7 +28,10 @@ class Shares:
     def of(self, step: int, rank: int) -> list[range]:
         """The global sample indices of each micro-batch of this rank at this step."""
         first = step * self.rows + rank * self.accum * self.micro
-        return [range(i, i + self.micro) for i in range(first, first + self.accum * self.micro, self.micro)]
+        return [
+            range(i, i + self.micro)
+            for i in range(first, first + self.accum * self.micro, self.micro)
+        ]
 
 
 def share_batch(batch_tokens: int, block_size: int, micro_batch: int, world: World) -> Shares:
@@ -74,7 +77,9 @@ class DDP(Single):
     def __init__(self, module: nn.Module, world: World):
         super().__init__(module, world)
         self.loss_scale = float(world.size)  # DDP averages over processes, the step wants the sum
-        torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in two at the edge of a bucket
+        torch._dynamo.config.optimize_ddp = (
+            False  # it would cut each compiled block in two at the edge of a bucket
+        )
         ids = [world.device.index] if world.device.type == "cuda" else None
         self.model = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -86,4 +91,3 @@ class DDP(Single):
 def choose(module: nn.Module, world: World) -> Single:
     """DDP when there are several processes, otherwise Single."""
     return (DDP if world.size > 1 else Single)(module, world)
-

@@ -37,7 +37,9 @@ class Reviews:
     @property
     def fingerprint(self) -> str:
         """A hash of every example in its place."""
-        return hashlib.blake2b(repr((self.splits, self.labels)).encode(), digest_size=12).hexdigest()
+        return hashlib.blake2b(
+            repr((self.splits, self.labels)).encode(), digest_size=12
+        ).hexdigest()
 
 
 def load(s: ReviewSettings) -> Reviews:
@@ -46,10 +48,16 @@ def load(s: ReviewSettings) -> Reviews:
     splits = READERS[s.set](s)
     for split, examples in splits.items():
         # "none" and "null" may be names of labels; a table has nothing in a cell without a value, or pandas' nan
-        missing = [i for i, e in enumerate(examples, 1) if e.text.strip() and e.label.lower() in ("", "nan")]
+        missing = [
+            i
+            for i, e in enumerate(examples, 1)
+            if e.text.strip() and e.label.lower() in ("", "nan")
+        ]
         if missing:
-            raise UserError(f"{len(missing)} example(s) of the {split} split have no label, the first is row "
-                            f"{missing[0]}: fill them in or remove them")  # fmt: skip
+            raise UserError(
+                f"{len(missing)} example(s) of the {split} split have no label, the first is row "
+                f"{missing[0]}: fill them in or remove them"
+            )
         splits[split] = [e for e in examples if e.text.strip()]
         if empty := len(examples) - len(splits[split]):
             notes.append(f"{split}: dropped {empty} with an empty text")
@@ -64,32 +72,48 @@ def load(s: ReviewSettings) -> Reviews:
         taken = {e.key for other in others for e in splits[other]}
         kept = [e for e in splits[split] if e.key not in taken]
         if len(kept) < len(splits[split]):
-            notes.append(f"{split}: dropped {len(splits[split]) - len(kept)} that are also in {' or '.join(others)}")
+            notes.append(
+                f"{split}: dropped {len(splits[split]) - len(kept)} that are also in {' or '.join(others)}"
+            )
         splits[split] = kept
     splits["train"] = once(splits["train"], notes)
     for split in SPLITS:
         if not splits[split]:
-            raise UserError(f"the {split} split of {s.set} is empty ({'; '.join(notes) or 'too few rows'}): add some")
+            raise UserError(
+                f"the {split} split of {s.set} is empty ({'; '.join(notes) or 'too few rows'}): add some"
+            )
     labels = label_names(splits)
     if s.train_size:
         if s.train_size > len(splits["train"]):
-            notes.append(f"train: there are {len(splits['train'])}, fewer than data.train_size={s.train_size}")
-        splits["train"] = sorted(splits["train"], key=lambda e: place(e, s.split_seed + 2))[: s.train_size]
+            notes.append(
+                f"train: there are {len(splits['train'])}, fewer than data.train_size={s.train_size}"
+            )
+        splits["train"] = sorted(splits["train"], key=lambda e: place(e, s.split_seed + 2))[
+            : s.train_size
+        ]
         if absent := set(labels) - {e.label for e in splits["train"]}:
-            raise UserError(f"data.train_size={s.train_size} leaves no example of the label {min(absent)!r}: raise it")
+            raise UserError(
+                f"data.train_size={s.train_size} leaves no example of the label {min(absent)!r}: raise it"
+            )
     return Reviews(splits, labels, notes)
 
 
 def label_names(splits: Splits) -> list[str]:
     """The labels of the training split, in the order of their numbers or names; the other splits must know no more."""
     names = {e.label for e in splits["train"]}
-    labels = sorted(names, key=(lambda name: (float(name), name)) if all(map(is_number, names)) else None)
+    labels = sorted(
+        names, key=(lambda name: (float(name), name)) if all(map(is_number, names)) else None
+    )
     if len(labels) < 2:
-        raise UserError(f"all {len(splits['train'])} training examples have the label {labels[0]!r}: add others")
+        raise UserError(
+            f"all {len(splits['train'])} training examples have the label {labels[0]!r}: add others"
+        )
     for split in SPLITS:
         if unknown := sorted({e.label for e in splits[split]} - names):
-            raise UserError(f"the {split} split has the label {unknown[0]!r}, which no training example has "
-                            f"(they have {show(labels)}): correct it, or add examples of it")  # fmt: skip
+            raise UserError(
+                f"the {split} split has the label {unknown[0]!r}, which no training example has "
+                f"(they have {show(labels)}): correct it, or add examples of it"
+            )
     return labels
 
 
@@ -99,7 +123,9 @@ def is_number(name: str) -> bool:
 
 def place(example: Example, seed: int) -> float:
     """A number in [0, 1) that depends on the text and the seed alone."""
-    digest = hashlib.blake2b(example.key.encode("utf-8", "replace"), digest_size=8, key=str(seed).encode())
+    digest = hashlib.blake2b(
+        example.key.encode("utf-8", "replace"), digest_size=8, key=str(seed).encode()
+    )
     return int.from_bytes(digest.digest(), "big") / 2**64
 
 
@@ -135,12 +161,18 @@ def spaced(text: str) -> str:
 def inner(candidates: set[str], texts: set[str]) -> set[str]:
     """Those of the candidates that are a part of another of the texts, all `spaced`."""
     around: dict[tuple[str, ...], list[str]] = {tuple(c.split()[:3]): [] for c in candidates}
-    for text in texts:  # compare a candidate with the texts that hold its first three words, or all it has
+    for (
+        text
+    ) in texts:  # compare a candidate with the texts that hold its first three words, or all it has
         words = text.split()
         for n in (1, 2, 3):
             for gram in {*zip(*(words[i:] for i in range(n)), strict=False)} & around.keys():
                 around[gram].append(text)
-    return {c for c in candidates if any(c in text and c != text for text in around[tuple(c.split()[:3])])}
+    return {
+        c
+        for c in candidates
+        if any(c in text and c != text for text in around[tuple(c.split()[:3])])
+    }
 
 
 def whole_sentences(splits: Splits, notes: list[str]) -> None:
@@ -152,12 +184,18 @@ def whole_sentences(splits: Splits, notes: list[str]) -> None:
     wholes = [e for e in splits["validation"] if spaced(e.text) in whole]
     parts = set()  # of three words or more
     for words in (e.text.split() for e in wholes):
-        parts |= {f" {' '.join(words[i:j])} " for i in range(len(words)) for j in range(i + 3, len(words) + 1)}
+        parts |= {
+            f" {' '.join(words[i:j])} "
+            for i in range(len(words))
+            for j in range(i + 3, len(words) + 1)
+        }
     held = set(wholes)
     back = [e for e in splits["validation"] if e not in held]
     train = [e for e in splits["train"] + back if spaced(e.text) not in parts]
     dropped = len(splits["train"]) + len(back) - len(train)
-    notes.append(f"validation: {len(wholes)} whole sentences, held out with {dropped} training phrases, parts of them")
+    notes.append(
+        f"validation: {len(wholes)} whole sentences, held out with {dropped} training phrases, parts of them"
+    )
     splits["train"], splits["validation"] = train, wholes
 
 
@@ -169,7 +207,11 @@ def training_texts(sets: list[Reviews], to: Path) -> tuple[int, int]:
     out = [e for r in sets for split in ("validation", "test") for e in r.splits[split]]
     held, keys = HeldOut(text for e in out for text in (e.text, e.pair)), {e.key for e in out}
     examples = {e[:2]: e for r in sets for e in r.splits["train"]}.values()
-    kept = [e for e in examples if e.key not in keys and not held.touches(e.text) and not held.touches(e.pair)]
+    kept = [
+        e
+        for e in examples
+        if e.key not in keys and not held.touches(e.text) and not held.touches(e.pair)
+    ]
     texts = {spaced(text) for e in kept for text in (e.text, e.pair) if text}
     parts = inner(texts, texts)
     kept = [e for e in kept if e.pair or spaced(e.text) not in parts]
@@ -182,14 +224,23 @@ def training_texts(sets: list[Reviews], to: Path) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m smallgpt.reviews", description="Labelled sets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m smallgpt.reviews", description="Labelled sets."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     get = commands.add_parser("fetch", help="download a public set, checksummed")
     get.add_argument("name", choices=SOURCES)
     get.add_argument("--to", type=Path, default=Path("data"), help="folder to write into (data)")
-    known = "SET=PATH[,KEY=VALUE...], such as sst2=data or csv=my.csv,text_column=review; of: " + ", ".join(READERS)
-    stats = commands.add_parser("stats", help="count the examples of each split and label, and say what was dropped")
-    text = commands.add_parser("text", help="write the training texts of sets, without what their test splits hold")
+    known = (
+        "SET=PATH[,KEY=VALUE...], such as sst2=data or csv=my.csv,text_column=review; of: "
+        + ", ".join(READERS)
+    )
+    stats = commands.add_parser(
+        "stats", help="count the examples of each split and label, and say what was dropped"
+    )
+    text = commands.add_parser(
+        "text", help="write the training texts of sets, without what their test splits hold"
+    )
     for sub in (stats, text):
         sub.add_argument("sets", nargs="+", metavar="SET=PATH", help=known)
     text.add_argument("--to", type=Path, required=True, help="the chat text file to write")
@@ -201,7 +252,11 @@ def main() -> None:
     for entry in args.sets:
         first, *more = re.split(r",(?=\w+=)", entry)
         name, _, path = first.partition("=")
-        r = load(load_settings(ReviewSettings, [f"set={name}", *([f"path={path}"] if path else []), *more]))
+        r = load(
+            load_settings(
+                ReviewSettings, [f"set={name}", *([f"path={path}"] if path else []), *more]
+            )
+        )
         sets.append(r)
         for split in SPLITS:
             counts = Counter(e.label for e in r.splits[split])
@@ -211,8 +266,10 @@ def main() -> None:
             print(f"  {note}")
     if args.command == "text":
         written, left = training_texts(sets, args.to)
-        print(f"wrote {written:,} texts to {args.to}; left out {left:,} that are parts of others or share text with a "
-              "held-out example")  # fmt: skip
+        print(
+            f"wrote {written:,} texts to {args.to}; left out {left:,} that are parts of others or share text with a "
+            "held-out example"
+        )
 
 
 if __name__ == "__main__":

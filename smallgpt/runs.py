@@ -1,7 +1,7 @@
 """Run folders: which checkpoints a run has, which of them are whole, which to begin or continue from.
 
-    checkpoints/<run>/step-00001000/    a checkpoint (checkpoint.py) if it has a meta.json and all that this lists
-    checkpoints/<run>/latest, best      names of step folders
+checkpoints/<run>/step-00001000/    a checkpoint (checkpoint.py) if it has a meta.json and all that this lists
+checkpoints/<run>/latest, best      names of step folders
 """
 
 import json
@@ -58,7 +58,9 @@ def damage(path: Path) -> str:
     return ""
 
 
-def find(path: Path | str, say: Callable[[str], None] = print, prefer: str = "latest") -> Checkpoint | None:
+def find(
+    path: Path | str, say: Callable[[str], None] = print, prefer: str = "latest"
+) -> Checkpoint | None:
     """The checkpoint at path: a step folder, or a run folder's `latest` (or `best`), else its newest whole one.
 
     Damaged folders are named through say and passed over. None if the run has no checkpoint yet; UserError if it has
@@ -70,7 +72,9 @@ def find(path: Path | str, say: Callable[[str], None] = print, prefer: str = "la
         return Checkpoint(path, json.loads((path / "meta.json").read_text(encoding="utf-8")))
     steps = step_folders(path)[::-1]
     pointed = read_pointer(path, prefer) or read_pointer(path, "latest")
-    for step in sorted(steps, key=lambda p: p != pointed):  # the one pointed to first, then newest to oldest
+    for step in sorted(
+        steps, key=lambda p: p != pointed
+    ):  # the one pointed to first, then newest to oldest
         if not (problem := damage(step)):
             return find(step)
         say(f"passing over the damaged checkpoint {step}: {problem}")
@@ -117,7 +121,9 @@ def prune(run: Path, keep: int) -> None:
 def required(path: Path | str) -> Checkpoint:
     """The best (or the given) checkpoint at path; UserError if there is none."""
     if not Path(path).is_dir() or not (found := find(path, prefer="best")):
-        raise UserError(f"there is no checkpoint (no step-... folder) in {path}: has a training run saved there yet?")
+        raise UserError(
+            f"there is no checkpoint (no step-... folder) in {path}: has a training run saved there yet?"
+        )
     return found
 
 
@@ -126,7 +132,9 @@ def shape(fields: dict, where: Path | str, config_class: type) -> Any:
     try:
         config = config_class(**fields)
     except TypeError as e:
-        raise UserError(f"{where} is of another kind, or another version of this program: {e}") from None
+        raise UserError(
+            f"{where} is of another kind, or another version of this program: {e}"
+        ) from None
     if problems := config.check():
         raise UserError(f"the model settings in {where} are not valid: {'; '.join(problems)}")
     return config
@@ -135,11 +143,17 @@ def shape(fields: dict, where: Path | str, config_class: type) -> Any:
 def starting_point(run: Path, resume: str, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from, as `resume` asks: this run's own, or else the one it is to begin from."""
     own = bool(step_folders(run))
-    if own and Path(resume).resolve() in [p.resolve() for p in step_folders(run) if p != read_pointer(run, "latest")]:
-        raise UserError(f"{run} has gone on from {resume}: to go back to it, choose another run=name as well")
+    if own and Path(resume).resolve() in [
+        p.resolve() for p in step_folders(run) if p != read_pointer(run, "latest")
+    ]:
+        raise UserError(
+            f"{run} has gone on from {resume}: to go back to it, choose another run=name as well"
+        )
     if resume == "never":
         if own:
-            raise UserError(f"{run} already holds checkpoints: choose another run=name, or delete the folder")
+            raise UserError(
+                f"{run} already holds checkpoints: choose another run=name, or delete the folder"
+            )
         return None
     where = run if resume == "auto" or own else Path(resume)
     found = find(where, say)
@@ -150,8 +164,13 @@ def starting_point(run: Path, resume: str, say: Callable[[str], None]) -> Checkp
 
 def check_same(meta: dict, now: dict, where: Path) -> None:
     """A resumed run must be the same optimisation; the first difference is named."""
-    what = {"data": "the corpus (or its split) has changed: its fingerprint", "tokenizer": "the tokenizer's hash"}
-    then_flat, now_flat = ({**m, **{f"model.{k}": v for k, v in m["model"].items()}} for m in (meta, now))
+    what = {
+        "data": "the corpus (or its split) has changed: its fingerprint",
+        "tokenizer": "the tokenizer's hash",
+    }
+    then_flat, now_flat = (
+        {**m, **{f"model.{k}": v for k, v in m["model"].items()}} for m in (meta, now)
+    )
     for key in now_flat:
         # a setting that an older version did not have was off
         if key != "model" and (then_flat.get(key) or 0) != (now_flat[key] or 0):
@@ -161,11 +180,15 @@ def check_same(meta: dict, now: dict, where: Path) -> None:
             )
 
 
-def forget_lost(run: Path, evaluated: dict[int, Any], quality: Callable[[Any], Any], main: bool) -> None:
+def forget_lost(
+    run: Path, evaluated: dict[int, Any], quality: Callable[[Any], Any], main: bool
+) -> None:
     """Make `best` a checkpoint that is there, after a damaged one was passed over: evaluations whose step folder is not
     whole are dropped, best first (of equally good ones the first), until one remains that has it."""
     best = 0
-    while evaluated and damage(run / f"step-{(best := max(evaluated, key=lambda k: (quality(evaluated[k]), -k))):08d}"):
+    while evaluated and damage(
+        run / f"step-{(best := max(evaluated, key=lambda k: (quality(evaluated[k]), -k))):08d}"
+    ):
         del evaluated[best]
     if main and evaluated:
         point(run, "best", best)
@@ -187,7 +210,9 @@ def alone(run: Path, main: bool) -> Iterator[None]:
         with suppress(NotImplementedError):  # a file system without locks
             lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"another process trains {run} now: end it, wait for it, or choose another run=name") from None
+        raise UserError(
+            f"another process trains {run} now: end it, wait for it, or choose another run=name"
+        ) from None
     try:
         yield
     finally:
@@ -203,12 +228,20 @@ def check_loss(run: Path, step: int, loss: float) -> None:
     """UserError if the validation loss after this step is no number: `latest` is that step, which no run can use."""
     if not math.isfinite(loss):
         older = [p for p in step_folders(run) if p.name < f"step-{step:08d}"]
-        again = f"go on in another run=name with resume={older[-1]}" if older else "start again with another run=name"
-        raise UserError(f"the validation loss is {loss} at step {step}: lower optim.lr, and {again}")
+        again = (
+            f"go on in another run=name with resume={older[-1]}"
+            if older
+            else "start again with another run=name"
+        )
+        raise UserError(
+            f"the validation loss is {loss} at step {step}: lower optim.lr, and {again}"
+        )
 
 
 def name_problems(run: str) -> list[str]:
     """What is wrong with the name of a run, in plain words."""
     if Path(run).name != run or run in ("", "..", ".") or run.startswith("step-"):
-        return [f"run={run!r} must be a plain folder name (not step-...); out_dir says where it lives"]
+        return [
+            f"run={run!r} must be a plain folder name (not step-...); out_dir says where it lives"
+        ]
     return []

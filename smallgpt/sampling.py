@@ -24,7 +24,9 @@ class SampleSettings:
         """Problems with these settings, in plain words."""
         problems = []
         if self.temperature != 0 and self.temperature < 1e-3:
-            problems.append(f"temperature={self.temperature} must be at least 0.001, or 0: always the likeliest token")
+            problems.append(
+                f"temperature={self.temperature} must be at least 0.001, or 0: always the likeliest token"
+            )
         if self.top_k < 0:
             problems.append(f"top_k={self.top_k} must not be negative")
         if not 0 < self.top_p <= 1:
@@ -36,7 +38,9 @@ class SampleSettings:
         return problems
 
 
-def pick(logits: Tensor, seen: list[int], s: SampleSettings, generator: torch.Generator | None = None) -> int:
+def pick(
+    logits: Tensor, seen: list[int], s: SampleSettings, generator: torch.Generator | None = None
+) -> int:
     """Choose the next token from logits (V,). The order is that of the field: penalty, temperature, top-k, top-p."""
     logits = logits.float()
     if s.repetition_penalty != 1.0 and seen:  # Keskar et al. 2019 (CTRL)
@@ -50,7 +54,9 @@ def pick(logits: Tensor, seen: list[int], s: SampleSettings, generator: torch.Ge
     if 0 < s.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(s.top_k).values[-1], -torch.inf)
     probs = logits.softmax(-1)
-    if s.top_p < 1:  # Holtzman et al. 2019: keep a token if those before it have not reached top_p yet
+    if (
+        s.top_p < 1
+    ):  # Holtzman et al. 2019: keep a token if those before it have not reached top_p yet
         ordered, order = probs.sort(descending=True)
         ordered[ordered.cumsum(-1) - ordered >= s.top_p] = 0
         probs = torch.zeros_like(probs).scatter(0, order, ordered)
@@ -78,7 +84,10 @@ class Conversation:
         t = tokenizer
         # what no reply may hold: ids that stand for no text, and the rows that only round the vocabulary up; and,
         # an empty reply being no reply, what it may not begin with
-        never = [*(t.token_bytes() == 0).nonzero()[0].tolist(), *range(t.vocab_size, model.config.vocab_size)]
+        never = [
+            *(t.token_bytes() == 0).nonzero()[0].tolist(),
+            *range(t.vocab_size, model.config.vocab_size),
+        ]
         self.never = torch.tensor(never, device=self.cache.k.device)
         self.never_first = torch.tensor([*never, t.sep, t.end], device=self.cache.k.device)
         self.reset()
@@ -138,7 +147,9 @@ class Conversation:
         self.reply_tokens = 0
         stream = t.stream()
         try:
-            while self.reply_tokens < s.max_tokens and len(self.ids) < self.block_size - 1:  # room for the end
+            while (
+                self.reply_tokens < s.max_tokens and len(self.ids) < self.block_size - 1
+            ):  # room for the end
                 banned = self.never if self.reply_tokens else self.never_first
                 logits = self.next_logits().index_fill(0, banned, -torch.inf)
                 token = pick(logits, self.ids[begin:], s, self.generator)
@@ -154,7 +165,9 @@ class Conversation:
             self.ids.append(t.sep)
 
 
-def replies(model: nn.Module, tokenizer: Tokenizer, prompts: list[str], settings: SampleSettings) -> list[str]:
+def replies(
+    model: nn.Module, tokenizer: Tokenizer, prompts: list[str], settings: SampleSettings
+) -> list[str]:
     """One reply to each prompt, each in a conversation of its own."""
     answers = []
     was_training = model.training

@@ -26,16 +26,30 @@ class ReviewSettings:
     text_column: str = "Text"  # csv: column of the text
     pair_column: str = ""  # csv: column of a second text, for sentence pairs
     label_column: str = "Sentiment"  # csv: column of the label
-    encoding: str = "auto"  # auto = UTF-8, UTF-16 or GB18030; or a name Python knows, such as latin-1
-    separator: Literal["auto", "comma", "tab", "semicolon", "pipe"] = "auto"  # csv: auto = the header's most frequent
-    quoting: Literal["auto", "true", "false"] = "auto"  # csv: do quotes enclose cells? auto = not between tabs
+    encoding: str = (
+        "auto"  # auto = UTF-8, UTF-16 or GB18030; or a name Python knows, such as latin-1
+    )
+    separator: Literal["auto", "comma", "tab", "semicolon", "pipe"] = (
+        "auto"  # csv: auto = the header's most frequent
+    )
+    quoting: Literal["auto", "true", "false"] = (
+        "auto"  # csv: do quotes enclose cells? auto = not between tabs
+    )
     test_fraction: float = 0.2  # share cut off for the test where the set has no test split
-    val_fraction: float = 0.1  # share of the rest cut off for validation where the set has no validation split
+    val_fraction: float = (
+        0.1  # share of the rest cut off for validation where the set has no validation split
+    )
     split_seed: int = 0  # another seed cuts off other examples
-    train_size: int = 0  # use only so many training examples; 0 = all; those of fewer are among those of more
+    train_size: int = (
+        0  # use only so many training examples; 0 = all; those of fewer are among those of more
+    )
 
     def check(self) -> list[str]:
-        problems = [] if self.set in READERS else [f"there is no set {self.set!r}: choose one of {', '.join(READERS)}"]
+        problems = (
+            []
+            if self.set in READERS
+            else [f"there is no set {self.set!r}: choose one of {', '.join(READERS)}"]
+        )
         for name in ("test_fraction", "val_fraction"):
             if not 0 < getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must lie between 0 and 1")
@@ -44,8 +58,17 @@ class ReviewSettings:
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name]
         if len({*columns}) < len(columns):
             problems.append("text_column, pair_column and label_column must name different columns")
-        for name in ("text_column", "pair_column", "label_column", "separator", "quoting", "test_path"):
-            if getattr(self, name) != getattr(ReviewSettings, name) and self.set in READERS.keys() - {"csv"}:
+        for name in (
+            "text_column",
+            "pair_column",
+            "label_column",
+            "separator",
+            "quoting",
+            "test_path",
+        ):
+            if getattr(self, name) != getattr(
+                ReviewSettings, name
+            ) and self.set in READERS.keys() - {"csv"}:
                 if (self.set, name) != ("mrpc", "test_path"):
                     problems.append(f"{name} is for set=csv: the files of {self.set} are known")
         return problems
@@ -76,13 +99,21 @@ def reader(function: Callable[[ReviewSettings], Splits]) -> Callable[[ReviewSett
 def find(s: ReviewSettings, *names: str, lone: bool = False) -> Path:
     """The first of these files that is in the folder data.path; lone: the set is one file, data.path may name it."""
     where = Path(s.path).expanduser()
-    hint = f"; `python -m smallgpt.reviews fetch {s.set} --to data` gets it" if s.set in SOURCES else ""
+    hint = (
+        f"; `python -m smallgpt.reviews fetch {s.set} --to data` gets it"
+        if s.set in SOURCES
+        else ""
+    )
     if not s.path:
-        raise UserError(f"data.path is not set: give {'the file' if lone else 'the folder'} of the set {s.set}{hint}")
+        raise UserError(
+            f"data.path is not set: give {'the file' if lone else 'the folder'} of the set {s.set}{hint}"
+        )
     if where.is_file():
         if lone:
             return where
-        raise UserError(f"data.path={where} is a file: the set {s.set} is a folder with {names[0]} and more")
+        raise UserError(
+            f"data.path={where} is a file: the set {s.set} is a folder with {names[0]} and more"
+        )
     if where.is_dir() and not names:
         raise UserError(f"data.path={where} is a folder: name the file in it")
     there = [where / name for name in names if (where / name).is_file()]
@@ -93,18 +124,30 @@ def find(s: ReviewSettings, *names: str, lone: bool = False) -> Path:
 
 
 def examples(
-    table: Table, file: Path, text: str, label: str, pair: str = "", names: dict[str, str] | None = None
+    table: Table,
+    file: Path,
+    text: str,
+    label: str,
+    pair: str = "",
+    names: dict[str, str] | None = None,
 ) -> list[Example]:
     """The rows of a table; names: label as written -> its name, None where they are to be learnt."""
+
     def cells(title: str, setting: str) -> list[str]:
-        fix = f"Set data.{setting}" if names is None else "data.set=csv reads files with other columns"
+        fix = (
+            f"Set data.{setting}"
+            if names is None
+            else "data.set=csv reads files with other columns"
+        )
         return [cell.strip() for cell in column(table, file, title, fix)]
 
     # 1.0 is 1: so pandas writes a column of whole numbers in which one is missing
     labels = [re.sub(r"^([+-]?\d+)\.0+$", r"\1", value) for value in cells(label, "label_column")]
     if names:
         if unknown := sorted({value for value in labels if value} - names.keys()):
-            raise UserError(f"{file} has the label {unknown[0]!r}: it must be one of {', '.join(names)}")
+            raise UserError(
+                f"{file} has the label {unknown[0]!r}: it must be one of {', '.join(names)}"
+            )
         labels = [names.get(value, "") for value in labels]
     texts = cells(text, "text_column")
     pairs = cells(pair, "pair_column") if pair else [""] * len(texts)
@@ -131,7 +174,9 @@ def online_shopping_9(s: ReviewSettings) -> Splits:
     file = find(s, "online_shopping_10_cats.zip", "online_shopping_10_cats.csv", lone=True)
     table = read_table(file, s.encoding)
     cats = column(table, file, "cat", "It must be online_shopping_10_cats'")
-    goods = table._replace(rows=[row for row, cat in zip(table.rows, cats, strict=True) if cat != "酒店"])
+    goods = table._replace(
+        rows=[row for row, cat in zip(table.rows, cats, strict=True) if cat != "酒店"]
+    )
     return {"train": examples(goods, file, "review", "label", names=BINARY)}
 
 
@@ -140,7 +185,10 @@ def sst2(s: ReviewSettings) -> Splits:
     """GLUE's SST-2: 67,349 phrases, 872 sentences. The labels of its test split are not public: its dev is our test."""
     files = {"train": find(s, "train.tsv"), "test": find(s, "dev.tsv")}
     tables = {split: read_table(file, s.encoding, "tab", "false") for split, file in files.items()}
-    return {split: examples(t, files[split], "sentence", "label", names=BINARY) for split, t in tables.items()}
+    return {
+        split: examples(t, files[split], "sentence", "label", names=BINARY)
+        for split, t in tables.items()
+    }
 
 
 @reader
@@ -152,21 +200,34 @@ def mrpc(s: ReviewSettings) -> Splits:
     answers = Path(s.test_path).expanduser() if s.test_path else folder
     answers = answers / "msr_paraphrase_test.txt" if answers.is_dir() else answers
     if not answers.is_file():
-        raise UserError(f"there is no file {answers}, which has the labels of MRPC's test: name it in data.test_path")
+        raise UserError(
+            f"there is no file {answers}, which has the labels of MRPC's test: name it in data.test_path"
+        )
     files = {"test": answers, "train": first}
     if glue:
         files = {"train": folder / "train.tsv", "validation": folder / "dev.tsv", "test": answers}
     tables = {split: read_table(file, s.encoding, "tab", "false") for split, file in files.items()}
-    columns = dict(text="#1 String", pair="#2 String", label="Quality", names={"0": "different", "1": "paraphrase"})
+    columns = dict(
+        text="#1 String",
+        pair="#2 String",
+        label="Quality",
+        names={"0": "different", "1": "paraphrase"},
+    )
     splits = {split: examples(table, files[split], **columns) for split, table in tables.items()}
 
     def cells(table: Table, file: Path, *titles: str) -> list[tuple[str, ...]]:
-        return list(zip(*(column(table, file, title, "It must be MRPC's") for title in titles), strict=True))
+        return list(
+            zip(*(column(table, file, title, "It must be MRPC's") for title in titles), strict=True)
+        )
 
     if glue:
         texts = read_table(first, s.encoding, "tab", "false")
-        if cells(texts, first, "#1 ID", "#2 ID") != cells(tables["test"], answers, "#1 ID", "#2 ID"):
-            raise UserError(f"{first} and {answers} do not hold the same pairs in the same order: they must be GLUE's")
+        if cells(texts, first, "#1 ID", "#2 ID") != cells(
+            tables["test"], answers, "#1 ID", "#2 ID"
+        ):
+            raise UserError(
+                f"{first} and {answers} do not hold the same pairs in the same order: they must be GLUE's"
+            )
         both = zip(cells(texts, first, "#1 String", "#2 String"), splits["test"], strict=True)
         splits["test"] = [Example(a.strip(), b.strip(), e.label) for (a, b), e in both]
     elif (dev := folder / "dev_ids.tsv").is_file():
@@ -183,7 +244,10 @@ def tweets(s: ReviewSettings) -> Splits:
     """Kaggle's Tweet Sentiment Extraction: 27,481 and 3,534 tweets, negative, neutral or positive."""
     files = {split: find(s, f"{split}.csv") for split in ("train", "test")}
     names = {name: name for name in ("negative", "neutral", "positive")}
-    return {k: examples(read_table(f, s.encoding), f, "text", "sentiment", names=names) for k, f in files.items()}
+    return {
+        k: examples(read_table(f, s.encoding), f, "text", "sentiment", names=names)
+        for k, f in files.items()
+    }
 
 
 @reader
@@ -204,5 +268,10 @@ def csv(s: ReviewSettings) -> Splits:
     files = {"train": find(s, lone=True)}
     if s.test_path:
         files["test"] = find(replace(s, path=s.test_path), lone=True)
-    tables = {split: read_table(file, s.encoding, s.separator, s.quoting) for split, file in files.items()}
-    return {k: examples(t, files[k], s.text_column, s.label_column, s.pair_column) for k, t in tables.items()}
+    tables = {
+        split: read_table(file, s.encoding, s.separator, s.quoting) for split, file in files.items()
+    }
+    return {
+        k: examples(t, files[k], s.text_column, s.label_column, s.pair_column)
+        for k, t in tables.items()
+    }

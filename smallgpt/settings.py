@@ -56,9 +56,13 @@ def load(schema: type[T], argv: list[str] | None = None, doc: str | None = None)
     `-h` or `--help` anywhere prints `doc` and every key, and exits with status 0."""
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
-        print(_help(schema, doc), flush=True)  # flushed so that `--help | head` breaks the pipe inside `cli`
+        print(
+            _help(schema, doc), flush=True
+        )  # flushed so that `--help | head` breaks the pipe inside `cli`
         raise SystemExit(0)
-    return _build(schema, [arg for arg in argv if "=" not in arg], [arg for arg in argv if "=" in arg])
+    return _build(
+        schema, [arg for arg in argv if "=" not in arg], [arg for arg in argv if "=" in arg]
+    )
 
 
 def write(settings: Any, path: str | Path) -> None:
@@ -69,7 +73,9 @@ def write(settings: Any, path: str | Path) -> None:
 def cli(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with the status it returns; a UserError is one message and status 2."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # files and pipes are UTF-8 everywhere, a console may have to show ?
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # files and pipes are UTF-8 everywhere, a console may have to show ?
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         status = main()
@@ -77,15 +83,23 @@ def cli(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         status = 130  # 128 + SIGINT, as a shell reports it; 141, below, is SIGPIPE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is still buffered goes
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # where what is still buffered goes
         status = 141
     except (UserError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError):
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
+            if (
+                type(error).__name__ != "OutOfMemoryError"
+            ):  # torch's, which this module does not import
                 raise
-            error = UserError("the GPU's memory is full: lower micro_batch (fine-tuning: micro_tokens), or the model")
+            error = UserError(
+                "the GPU's memory is full: lower micro_batch (fine-tuning: micro_tokens), or the model"
+            )
         if (rank := os.environ.get("RANK", "0")) != "0":
-            time.sleep(2)  # mostly all ranks fail alike: then rank 0 says so, and torchrun ends this one meanwhile
+            time.sleep(
+                2
+            )  # mostly all ranks fail alike: then rank 0 says so, and torchrun ends this one meanwhile
         print(f"error: {error}" if rank == "0" else f"(process {rank}: {error})", file=sys.stderr)
         status = 2
     sys.exit(status)
@@ -94,29 +108,39 @@ def cli(main: Callable[[], int | None]) -> None:
 def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
     problems: list[_Problem] = []
     if len(paths) > 1:
-        problems.append(("", f"give one YAML file, not {', '.join(paths)} (settings are written key=value)"))
+        problems.append(
+            ("", f"give one YAML file, not {', '.join(paths)} (settings are written key=value)")
+        )
     layers = [layer for path in paths for layer in read_yaml(Path(path), problems)]
     for token in overrides:
         key, _, text = token.partition("=")
         try:
             layers.append(("", OmegaConf.to_container(OmegaConf.from_dotlist([token])), text))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            problems.append((key, f"{token} cannot be read as YAML ({_brief(error)}): quote the value"))
+            problems.append(
+                (key, f"{token} cannot be read as YAML ({_brief(error)}): quote the value")
+            )
     keys = dict(_walk(schema()))
     config = OmegaConf.structured(schema())
     for where, values, text in layers:
-        problems += ((name, where + message) for name, message in _assign(config, keys, values, text))
+        problems += (
+            (name, where + message) for name, message in _assign(config, keys, values, text)
+        )
     try:
         settings = OmegaConf.to_object(config)
         numbers = ((k, v.default) for k, v in _walk(settings) if isinstance(v.default, int | float))
-        wrong = ((k, v) for k, v in numbers if not abs(v) < (2**63 if isinstance(v, int) else math.inf))  # nan, too
+        wrong = (
+            (k, v) for k, v in numbers if not abs(v) < (2**63 if isinstance(v, int) else math.inf)
+        )  # nan, too
         problems += ((k, f"{k}={v} is no number to work with") for k, v in wrong)
         # A refused value left a default in its place: a check that saw it would blame what the user never wrote.
         broken = [key for key, _ in problems]
         for section, message in _checks(settings):
             if not any(key.startswith(section) or section.startswith(key) for key in broken):
                 problems.append((section, message))
-    except OmegaConfBaseException as error:  # ${interpolations} are followed once everything is merged
+    except (
+        OmegaConfBaseException
+    ) as error:  # ${interpolations} are followed once everything is merged
         problems.append((error.full_key, f"{error.full_key}: {_brief(error)}"))
     if problems:
         heading = ["several problems"] if len(problems) > 1 else []
@@ -133,7 +157,9 @@ def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, _Key]]:
             yield from _walk(value, f"{prefix}{f.name}.")
 
 
-def _assign(config: Any, keys: dict, values: dict, text: str | None, prefix: str = "") -> Iterator[_Problem]:
+def _assign(
+    config: Any, keys: dict, values: dict, text: str | None, prefix: str = ""
+) -> Iterator[_Problem]:
     """Set the values, found below `prefix`, in the config; yield what cannot be set."""
     for name, value in values.items():
         name = f"{prefix}{name}"
@@ -141,7 +167,10 @@ def _assign(config: Any, keys: dict, values: dict, text: str | None, prefix: str
         if isinstance(value, dict) and (is_section or (value and name not in keys)):
             yield from _assign(config, keys, value, text, name + ".")
         elif name not in keys:
-            yield name, f"unknown key {name}; did you mean {_nearest(name, keys)}? (--help lists every key)"
+            yield (
+                name,
+                f"unknown key {name}; did you mean {_nearest(name, keys)}? (--help lists every key)",
+            )
         elif is_section:
             inside = next(key for key in keys if key.startswith(f"{name}."))
             yield name, f"{name} is a section, not a value: set the keys in it, such as {inside}"
@@ -152,7 +181,9 @@ def _assign(config: Any, keys: dict, values: dict, text: str | None, prefix: str
                 spelling = str(value) if text is None else text
                 value = spelling.lower() if isinstance(value, bool) else spelling
             try:
-                OmegaConf.update(config, name, value, merge=text is not None)  # key=value adds to a mapping
+                OmegaConf.update(
+                    config, name, value, merge=text is not None
+                )  # key=value adds to a mapping
             except OmegaConfBaseException:
                 yield name, f"{name} must be {_type_name(keys[name].hint)}, not {_show(value)}"
 
@@ -162,7 +193,9 @@ def _checks(section: Any, prefix: str = "") -> Iterator[_Problem]:
         if is_dataclass(value):
             yield from _checks(value, f"{prefix}{name}.")
     if hasattr(section, "check"):
-        yield from ((prefix, f"{prefix[:-1]}: {text}".removeprefix(": ")) for text in section.check())
+        yield from (
+            (prefix, f"{prefix[:-1]}: {text}".removeprefix(": ")) for text in section.check()
+        )
 
 
 def read_yaml(path: Path, problems: list[_Problem], above: tuple[Path, ...] = ()) -> list[_Layer]:
@@ -182,7 +215,9 @@ def read_yaml(path: Path, problems: list[_Problem], above: tuple[Path, ...] = ()
     except FileNotFoundError:
         near = get_close_matches(str(path), map(str, path.parent.glob("*.yaml")), n=1)
         hint = f"did you mean {near[0]}?" if near else "settings are written key=value"
-        problems.append(("", f"{f'{above[-1]}: base: ' if above else ''}there is no file {path}; {hint}"))
+        problems.append(
+            ("", f"{f'{above[-1]}: base: ' if above else ''}there is no file {path}; {hint}")
+        )
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         problems.append(("", f"{path}{f':{mark.line + 1}' if mark else ''}: {_brief(error)}"))
@@ -230,7 +265,9 @@ def _help(schema: type, doc: str | None) -> str:
         if is_dataclass(default):
             lines.append(f"\n{name}: {meaning}")
         else:
-            lines.append(f"  {name:<{width}}  {_show(default):<10}  {_type_name(hint):<12}  {meaning}")
+            lines.append(
+                f"  {name:<{width}}  {_show(default):<10}  {_type_name(hint):<12}  {meaning}"
+            )
     return "\n".join(lines).strip()
 
 
@@ -245,5 +282,7 @@ def _meanings(cls: type) -> dict[str, str]:
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
                 lines = range(node.lineno, node.end_lineno + 1)
-                meanings[node.target.id] = " ".join(comments[line] for line in lines if line in comments)
+                meanings[node.target.id] = " ".join(
+                    comments[line] for line in lines if line in comments
+                )
     return meanings

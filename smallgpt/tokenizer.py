@@ -23,11 +23,20 @@ import tiktoken
 from smallgpt.settings import UserError
 
 FORMAT = 1  # of tokenizer.json
-SPECIALS = ("<|bos|>", "<|sep|>", "<|end|>", "<|pad|>", "<|cls|>", "<|pair|>")  # the last two are kept for later
+SPECIALS = (
+    "<|bos|>",
+    "<|sep|>",
+    "<|end|>",
+    "<|pad|>",
+    "<|cls|>",
+    "<|pair|>",
+)  # the last two are kept for later
 BYTES = [bytes([b]) for b in range(256)]
 # The printable character that GPT-2's files (and Hugging Face's ByteLevel) write for each byte, in id order.
 STAND_INS = {chr(b): b for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
-STAND_INS |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(STAND_INS.values())))}
+STAND_INS |= {
+    chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(STAND_INS.values())))
+}
 
 CHAR_PATTERN = r"(?s:.)"
 # No token crosses these pieces, as in GPT-2 and GPT-4. Han is kept apart from other letters, as Chinese puts
@@ -55,7 +64,9 @@ class TokenizerSettings:
         if self.lowercase and self.kind not in ("char", "bpe"):
             return [f"lowercase is for char and bpe: {self.kind} was published with capitals"]
         if self.kind in ("char", "bpe") and self.vocab_size < len(BYTES) + len(SPECIALS):
-            return [f"vocab_size={self.vocab_size} must be at least 262: 256 bytes and 6 special tokens"]
+            return [
+                f"vocab_size={self.vocab_size} must be at least 262: 256 bytes and 6 special tokens"
+            ]
         return []
 
 
@@ -63,21 +74,35 @@ class Tokenizer:
     """An immutable vocabulary. `ranks[i]` is what id i spells, in merge order; b"" is an id that nobody uses.
     `specials` are an encoding's own; ours follow. ValueError where the parts would not be lossless."""
 
-    def __init__(self, kind: str, pattern: str, ranks: Sequence[bytes], specials: dict[str, int],
-                 lowercase: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        pattern: str,
+        ranks: Sequence[bytes],
+        specials: dict[str, int],
+        lowercase: bool = False,
+    ) -> None:
         first = max([len(ranks), *(i + 1 for i in specials.values())])
         specials = {name: first + i for i, name in enumerate(SPECIALS)} | specials
         names = {i: name for name, i in specials.items()}
         ids = {token: i for i, token in enumerate(ranks) if token}
         distinct = len(ids) == len(ranks) - ranks.count(b"") and len(names) == len(specials)
         if not distinct or names.keys() & ids.values() or not ids.keys() >= set(BYTES):
-            raise ValueError("two tokens share an id or a spelling, or one of the 256 bytes is missing")
+            raise ValueError(
+                "two tokens share an id or a spelling, or one of the 256 bytes is missing"
+            )
         self.kind, self.lowercase = kind, lowercase
         self.vocab_size = max(names) + 1
-        self.bos, self.sep, self.end, self.pad, self.cls, self.pair = (specials[name] for name in SPECIALS)
-        self.encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ids, special_tokens=specials)
+        self.bos, self.sep, self.end, self.pad, self.cls, self.pair = (
+            specials[name] for name in SPECIALS
+        )
+        self.encoding = tiktoken.Encoding(
+            kind, pat_str=pattern, mergeable_ranks=ids, special_tokens=specials
+        )
         spellings = [base64.b64encode(token).decode("ascii") for token in ranks]
-        self._content = dict(format=FORMAT, kind=kind, pattern=pattern, ranks=spellings, specials=specials)
+        self._content = dict(
+            format=FORMAT, kind=kind, pattern=pattern, ranks=spellings, specials=specials
+        )
         self._content |= {"lowercase": True} if lowercase else {}
         self.hash = _hash(self._content)
         # Dictionaries, so that a negative id (an ignored target) is a KeyError and not the last token.
@@ -138,9 +163,17 @@ class Tokenizer:
             if content.pop("hash", None) != _hash(content):
                 raise ValueError("its content does not match its hash")
             ranks = [base64.b64decode(token) for token in content["ranks"]]
-            return cls(content["kind"], content["pattern"], ranks, content["specials"], content.get("lowercase", False))
+            return cls(
+                content["kind"],
+                content["pattern"],
+                ranks,
+                content["specials"],
+                content.get("lowercase", False),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no usable tokenizer: {error}; restore it or train again") from error
+            raise UserError(
+                f"{path} is no usable tokenizer: {error}; restore it or train again"
+            ) from error
 
 
 class StreamDecoder:
@@ -159,7 +192,9 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def train(settings: TokenizerSettings, texts: Callable[[], Iterable[str]] | Iterable[str]) -> Tokenizer:
+def train(
+    settings: TokenizerSettings, texts: Callable[[], Iterable[str]] | Iterable[str]
+) -> Tokenizer:
     """The tokenizer that the settings ask for, from one pass over the texts (one utterance each); a published encoding
     reads none. Repeatable; memory does not grow with the texts; the vocabulary may stay smaller than vocab_size."""
     if problems := settings.check():
@@ -182,10 +217,15 @@ def named(kind: str) -> Tokenizer:
         raise UserError(problems[0])
     try:
         encoding = tiktoken.get_encoding(kind)
-    except (OSError, ValueError) as error:  # the exceptions of requests are OSErrors that know their request
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # the exceptions of requests are OSErrors that know their request
         fix = str(error)
         if request := getattr(error, "request", None):
-            name = hashlib.sha1(request.url.encode("utf-8")).hexdigest()  # its name in tiktoken's cache
+            name = hashlib.sha1(
+                request.url.encode("utf-8")
+            ).hexdigest()  # its name in tiktoken's cache
             fix = f"save {request.url} as {name} in a folder, and set TIKTOKEN_CACHE_DIR to that folder"
         raise UserError(f"the tokenizer {kind} could not be downloaded: {fix}") from error
     token_of = {rank: token for token, rank in encoding._mergeable_ranks.items()}
@@ -203,7 +243,9 @@ def _characters(texts: Iterable[str], room: int, min_count: int) -> list[bytes]:
     counts = Counter(chain.from_iterable(texts))
     frequent = sorted((c for c in counts if counts[c] >= min_count), key=lambda c: (-counts[c], c))
     spelled = [c.encode("utf-8", "ignore") for c in frequent]
-    return [token for token in spelled if len(token) > 1][:room]  # one byte is ASCII, none a lone surrogate
+    return [token for token in spelled if len(token) > 1][
+        :room
+    ]  # one byte is ASCII, none a lone surrogate
 
 
 def _merges(texts: Iterable[str], room: int) -> list[bytes]:

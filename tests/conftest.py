@@ -23,13 +23,32 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"}
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONUTF8": "1",
+}
 TINY = {
-    "device": "cpu", "dtype": "float32", "compile": "false", "max_steps": 12, "batch_tokens": 256, "eval_every": 4,
-    "save_every": 4, "log_every": 1, "prompts": "[hi]", "data.val_fraction": 0.1, "model.n_layer": 1,
-    "model.n_head": 2, "model.n_embd": 32, "model.block_size": 32, "optim.lr": 0.01, "optim.warmup": 2,
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": "false",
+    "max_steps": 12,
+    "batch_tokens": 256,
+    "eval_every": 4,
+    "save_every": 4,
+    "log_every": 1,
+    "prompts": "[hi]",
+    "data.val_fraction": 0.1,
+    "model.n_layer": 1,
+    "model.n_head": 2,
+    "model.n_embd": 32,
+    "model.block_size": 32,
+    "optim.lr": 0.01,
+    "optim.warmup": 2,
     "sample.max_tokens": 4,
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -45,7 +64,9 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw, colours = random.Random(0), ["red", "blue", "green", "黑色", "白色"]
     path = tmp_path_factory.mktemp("corpus") / "chat.txt"
     turns = [(i, draw.choice(colours)) for i in range(400)]
-    path.write_text("\n".join(f"what is {c} {i}?\n{c} is fine\n" for i, c in turns), encoding="utf-8")
+    path.write_text(
+        "\n".join(f"what is {c} {i}?\n{c} is fine\n" for i, c in turns), encoding="utf-8"
+    )
     return path
 
 
@@ -66,7 +87,11 @@ class Started:
     """A process of ours, and the files its output goes to."""
 
     def __init__(self, process, folder: Path, name: str):
-        self.process, self.pid, self.files = process, process.pid, [folder / f"{name}.{end}" for end in ("out", "err")]
+        self.process, self.pid, self.files = (
+            process,
+            process.pid,
+            [folder / f"{name}.{end}" for end in ("out", "err")],
+        )
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
@@ -81,8 +106,13 @@ class Started:
         if late:
             self.process.kill()
             self.process.join()
-        result = Result(self.process.exitcode, *(f.read_text(encoding="utf-8", errors="replace") for f in self.files))
-        assert not late, f"not finished after {timeout} s\n{result.out[-500:]}\n{result.err[-2000:]}"
+        result = Result(
+            self.process.exitcode,
+            *(f.read_text(encoding="utf-8", errors="replace") for f in self.files),
+        )
+        assert not late, (
+            f"not finished after {timeout} s\n{result.out[-500:]}\n{result.err[-2000:]}"
+        )
         return result
 
 
@@ -99,7 +129,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def child(script: str, argv: list[str], folder: str, name: str, stdin: str | None, env: dict, limits: dict) -> None:
+def child(
+    script: str, argv: list[str], folder: str, name: str, stdin: str | None, env: dict, limits: dict
+) -> None:
     """In the forked process: become `python <script>.py argv`, with its files where `Started` looks for them."""
     for fd, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), fd)
@@ -109,10 +141,14 @@ def child(script: str, argv: list[str], folder: str, name: str, stdin: str | Non
         sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that a shell began with & inherit an ignored one
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # tests that a shell began with & inherit an ignored one
     os.environ.update(env)
     sys.argv = [f"{script}.py", *argv]
-    if "file_size" in limits:  # like a full disk, but for one process only: a larger file gives EFBIG
+    if (
+        "file_size" in limits
+    ):  # like a full disk, but for one process only: a larger file gives EFBIG
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_size"],) * 2)
     if "die_at" in limits:
@@ -128,7 +164,9 @@ def die_at(count: int, where: str) -> None:
     def hook(event: str, args: tuple) -> None:
         nonlocal seen
         changes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-        changes = changes or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR))
+        changes = changes or (
+            event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if changes and where in str(args[0]):
             seen += 1
             if seen == count:
@@ -145,7 +183,9 @@ def forks():
     context = multiprocessing.get_context("forkserver")
     # what the scripts import late: torch.manual_seed imports torch._dynamo, half of the start
     late = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot", "sklearn.svm"]
-    context.set_forkserver_preload(["conftest", "train", "chat", "sentiment_train", "classify", *late])
+    context.set_forkserver_preload(
+        ["conftest", "train", "chat", "sentiment_train", "classify", *late]
+    )
     context.Process(target=int).start()  # the server takes its environment from here
     for key, value in before.items():
         os.environ.pop(key) if value is None else os.environ.update({key: value})
@@ -157,7 +197,9 @@ def start(forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Star
     """start("train", args) -> a running process; stdin is its input, ranks as torchrun would set them in env."""
     folder, processes = tmp_path_factory.mktemp("output"), []
 
-    def start(script: str, argv: list[str], stdin: str | None = None, env: dict | None = None, **limits) -> Started:
+    def start(
+        script: str, argv: list[str], stdin: str | None = None, env: dict | None = None, **limits
+    ) -> Started:
         name = str(len(processes))
         args = (script, [str(a) for a in argv], str(folder), name, stdin, env or {}, limits)
         process = forks.Process(target=child, args=args)
@@ -182,7 +224,10 @@ def start_ranks(start) -> Callable[..., list[Started]]:
 
     def start_ranks(size: int, argv: list[str], script: str = "train", **kw) -> list[Started]:
         env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        return [start(script, argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **kw) for r in range(size)]
+        return [
+            start(script, argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **kw)
+            for r in range(size)
+        ]
 
     return start_ranks
 

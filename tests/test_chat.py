@@ -23,7 +23,15 @@ def model(tmp_path_factory, chat_file, run, tiny) -> Path:
     """A run whose corpus is gone; it learned to answer in its 150 steps."""
     out = tmp_path_factory.mktemp("chat")
     text = shutil.copy(chat_file, out / "text.txt")
-    args = tiny(out, run="r", data__path=text, data__cache=out / "tokens", max_steps=150, eval_every=50, save_every=50)
+    args = tiny(
+        out,
+        run="r",
+        data__path=text,
+        data__cache=out / "tokens",
+        max_steps=150,
+        eval_every=50,
+        save_every=50,
+    )
     assert run("train", args).status == 0
     Path(text).unlink()
     shutil.rmtree(out / "tokens")
@@ -51,18 +59,45 @@ def test_the_same_seed_the_same_text(talk):
     text = "what is blue 1?\nwhat is 白色 2?\n"
     outs = [talk(text, f"sample.seed={seed}", "sample.temperature=2").out for seed in (1, 1, 2)]
     assert outs[0] == outs[1] != outs[2]
-    assert len({talk(text, f"sample.seed={seed}", "sample.temperature=0").out for seed in (1, 2)}) == 1
+    assert (
+        len({talk(text, f"sample.seed={seed}", "sample.temperature=0").out for seed in (1, 2)}) == 1
+    )
 
 
 def test_commands(talk, tmp_path):
-    script = ["/help", "hi", "/stats", "/set temperature=0 top_k=5", "/set", "/undo", "/undo", "there", "/save {f}",
-              "/save", "/reset", "/stats", "flush", "/nonsense", "/save {f}", "/exit", "never read"]  # fmt: skip
+    script = [
+        "/help",
+        "hi",
+        "/stats",
+        "/set temperature=0 top_k=5",
+        "/set",
+        "/undo",
+        "/undo",
+        "there",
+        "/save {f}",
+        "/save",
+        "/reset",
+        "/stats",
+        "flush",
+        "/nonsense",
+        "/save {f}",
+        "/exit",
+        "never read",
+    ]
     out = talk("\n".join(script).format(f=tmp_path / "said.txt")).out
     for says in (
-        "/set KEY=VALUE", "context ", "2 turns", "temperature=0.0  top_k=5", "(took back the last exchange)",
-        "(nothing to take back)", "(saved 2 lines", "/save FILE, after something was said", "(new conversation)",
-        "context 1 of 32 tokens, 0 turns", "there is no command /nonsense",
-    ):  # fmt: skip
+        "/set KEY=VALUE",
+        "context ",
+        "2 turns",
+        "temperature=0.0  top_k=5",
+        "(took back the last exchange)",
+        "(nothing to take back)",
+        "(saved 2 lines",
+        "/save FILE, after something was said",
+        "(new conversation)",
+        "context 1 of 32 tokens, 0 turns",
+        "there is no command /nonsense",
+    ):
         assert says in out, says
     assert out.count("(new conversation)") == 2 and "never read" not in out
     (said,) = corpus.read_dialogues(tmp_path / "said.txt")
@@ -92,15 +127,20 @@ def test_words_that_leave_and_forget(talk):
 
 def test_bytes_that_are_not_utf8_do_not_end_the_session(talk, model):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "chat.py"), str(model)], input=b"caf\xe9\nhi\n", capture_output=True,
-        env={**ENV, "PYTHONIOENCODING": "utf-8"}, timeout=60,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "chat.py"), str(model)],
+        input=b"caf\xe9\nhi\n",
+        capture_output=True,
+        env={**ENV, "PYTHONIOENCODING": "utf-8"},
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert len(done.stdout.decode().splitlines()) == 2
 
 
 def test_settings_in_a_file(run, model, tmp_path):
-    (tmp_path / "c.yaml").write_text(f"checkpoint: {model}\ndevice: cpu\nsample:\n  top_k: 7\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(
+        f"checkpoint: {model}\ndevice: cpu\nsample:\n  top_k: 7\n", encoding="utf-8"
+    )
     result = run("chat", [tmp_path / "c.yaml", "sample.seed=5"], stdin="/set\n")
     assert result.status == 0 and "top_k=7" in result.out and "seed=5" in result.out
     step = next(model.glob("step-*"))
@@ -123,7 +163,9 @@ def test_settings_in_a_file(run, model, tmp_path):
     ],
 )
 def test_mistakes(run, model, tmp_path, args, says):
-    assert says in mistake(run("chat", [a.format(empty=tmp_path, model=model) for a in args], stdin="hi\n"))
+    assert says in mistake(
+        run("chat", [a.format(empty=tmp_path, model=model) for a in args], stdin="hi\n")
+    )
 
 
 class Terminal:
@@ -133,7 +175,9 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             env = {**ENV, "HOME": str(home), "TERM": "dumb"}
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell began the tests with &
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # ignored where a shell began the tests with &
             os.execve(sys.executable, [sys.executable, str(ROOT / "chat.py"), *args], env)
         self.seen = ""
 
@@ -158,9 +202,20 @@ def test_a_terminal_session(tmp_path_factory, tiny, run, tmp_path):
     """Ctrl-C stops a long reply and the session goes on; Ctrl-D leaves with status 0; history is kept."""
     out = tmp_path_factory.mktemp("long")
     # a model that has not learned to stop, with room for many seconds of talk
-    args = tiny(out, run="r", max_steps=1, optim__lr=1e-5, model__block_size=4096, batch_tokens=4096, model__n_layer=8)
+    args = tiny(
+        out,
+        run="r",
+        max_steps=1,
+        optim__lr=1e-5,
+        model__block_size=4096,
+        batch_tokens=4096,
+        model__n_layer=8,
+    )
     assert run("train", args).status == 0
-    tty = Terminal([str(out / "r"), "device=cpu", "sample.max_tokens=2000", "sample.repetition_penalty=1"], tmp_path)
+    tty = Terminal(
+        [str(out / "r"), "device=cpu", "sample.max_tokens=2000", "sample.repetition_penalty=1"],
+        tmp_path,
+    )
     try:
         tty.until(r"/help lists the commands.*> ")
         tty.type("hello\n")

@@ -48,8 +48,12 @@ def test_round_trip(saved):
     checkpoint.load_weights(found, other)
     checkpoint.load_optimizers(found, other, fresh, ONE)
     assert all(a.equal(b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
-    wanted, got = (checkpoint.optimizer_tensors(m, o) for m, o in ((module, optimizers), (other, fresh)))
-    assert set(wanted) == {f"{n}/{k}" for n in ("weight", "bias") for k in ("exp_avg", "exp_avg_sq", "step")}
+    wanted, got = (
+        checkpoint.optimizer_tensors(m, o) for m, o in ((module, optimizers), (other, fresh))
+    )
+    assert set(wanted) == {
+        f"{n}/{k}" for n in ("weight", "bias") for k in ("exp_avg", "exp_avg_sq", "step")
+    }
     assert wanted.keys() == got.keys() and all(wanted[k].equal(got[k]) for k in wanted)
 
 
@@ -79,11 +83,16 @@ def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
 
 def test_the_hash_of_weights():
     w = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
-    same = {"b": torch.ones(2), "a": torch.arange(6.0).view(3, 2).t().contiguous().t().reshape(2, 3)}
+    same = {
+        "b": torch.ones(2),
+        "a": torch.arange(6.0).view(3, 2).t().contiguous().t().reshape(2, 3),
+    }
     assert checkpoint.digest(w) == checkpoint.digest(same)
     others = {"a": w["a"], "b": torch.tensor([1.0, 1.0001])}, {"a": w["a"], "c": w["b"]}
     assert checkpoint.digest(w) not in map(checkpoint.digest, others)
-    assert len(checkpoint.digest({"a": w["a"].bfloat16(), "b": torch.tensor(1.0)})) == 24  # types that NumPy lacks
+    assert (
+        len(checkpoint.digest({"a": w["a"].bfloat16(), "b": torch.tensor(1.0)})) == 24
+    )  # types that NumPy lacks
 
 
 def damage_model(step: Path) -> None:
@@ -108,7 +117,10 @@ DAMAGES = {
     "model cut": (damage_model, "model.safetensors has"),
     "no model": (lose_model, "it has no weights"),
     "meta cut": (damage_meta, "meta.json is unreadable"),
-    "meta a list": (lambda p: (p / "meta.json").write_text("[1]", encoding="utf-8"), "meta.json is unreadable"),
+    "meta a list": (
+        lambda p: (p / "meta.json").write_text("[1]", encoding="utf-8"),
+        "meta.json is unreadable",
+    ),
     "meta missing": (lambda p: (p / "meta.json").unlink(), "no meta.json"),
     "state missing": (lambda p: shutil.rmtree(p / "state"), "has 0 bytes instead of"),
 }
@@ -129,7 +141,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, kind):
         runs.find(saved, said.append)
 
 
-@pytest.mark.parametrize("text", ["../../etc", "step-00000001/../..", "/etc", "step-1\n../x", "", "\x00", "step-"])
+@pytest.mark.parametrize(
+    "text", ["../../etc", "step-00000001/../..", "/etc", "step-1\n../x", "", "\x00", "step-"]
+)
 def test_a_pointer_does_not_leave_the_run(saved, text):
     (saved / "latest").write_text(text, encoding="utf-8")
     assert runs.read_pointer(saved, "latest") is None
@@ -149,14 +163,18 @@ def test_nothing_there(tmp_path):
 
 
 def test_weights_of_another_shape_are_refused(saved):
-    with pytest.raises(UserError, match=r"2 tensors differ, for example bias is \(8,\) in the file and \(9,\)"):
+    with pytest.raises(
+        UserError, match=r"2 tensors differ, for example bias is \(8,\) in the file and \(9,\)"
+    ):
         checkpoint.load_weights(runs.find(saved), tiny_module(9)[0])
 
 
 def test_state_of_other_parameters_is_refused(saved):
     other = nn.Linear(8, 8, bias=False)
     with pytest.raises(UserError, match="belongs to another optimizer or other parameters"):
-        checkpoint.load_optimizers(runs.find(saved), other, [torch.optim.AdamW(other.parameters())], ONE)
+        checkpoint.load_optimizers(
+            runs.find(saved), other, [torch.optim.AdamW(other.parameters())], ONE
+        )
 
 
 def test_a_full_disk_leaves_the_older_ones(saved, monkeypatch):
@@ -167,7 +185,9 @@ def test_a_full_disk_leaves_the_older_ones(saved, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, name, full)
-            with pytest.raises(UserError, match="could not save .*step-00000004 .*No space left on device"):
+            with pytest.raises(
+                UserError, match="could not save .*step-00000004 .*No space left on device"
+            ):
                 save(saved, 4, keep=1)
         assert steps(saved) == [1, 2, 3] and not list(saved.glob(".step*"))
         assert runs.find(saved).step == 3
@@ -198,8 +218,13 @@ def test_train_falls_back_and_says_so(copy, trained, run, spoil):
     spoil(folder / "step-00000012")
     result = run("train", args)
     assert result.status == 0, result.err
-    assert "passing over the damaged checkpoint" in result.out and "continuing from step 8 of 12" in result.out
-    assert losses(folder, "train") == losses(trained[0], "train") and same_weights(folder, trained[0])
+    assert (
+        "passing over the damaged checkpoint" in result.out
+        and "continuing from step 8 of 12" in result.out
+    )
+    assert losses(folder, "train") == losses(trained[0], "train") and same_weights(
+        folder, trained[0]
+    )
     for step in (4, 8, 12):
         spoil(folder / f"step-{step:08d}")
     assert "every checkpoint" in mistake(run("train", args)) and "Traceback" not in result.err
@@ -208,11 +233,16 @@ def test_train_falls_back_and_says_so(copy, trained, run, spoil):
 def test_when_the_best_checkpoint_is_lost_the_best_of_the_others_is_named(copy, run, trained):
     """The newest step was the best one and damaged: the run went on, and `best` named what the step had become."""
     folder, args = copy
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for record in records:
         if record["split"] == "val":  # as if the losses had been these
             record["loss"] = {4: 9.0, 8: 0.2, 12: 0.1}.get(record["step"], 8.0)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+    )
     runs.point(folder, "best", 12)
     damage_model(folder / "step-00000012")
     assert run("train", [*args, "max_steps=9", "save_every=1"]).status == 0
@@ -223,12 +253,16 @@ def test_two_programs_do_not_train_one_run(copy, run):
     folder, args = copy
     lock = FileLock(folder / ".lock")
     with lock:
-        assert f"another process trains {folder} now" in mistake(run("train", [*args, "max_steps=13"]))
+        assert f"another process trains {folder} now" in mistake(
+            run("train", [*args, "max_steps=13"])
+        )
     assert run("train", [*args, "max_steps=13"]).status == 0
 
 
 def test_a_mistake_leaves_no_run_behind(copy, run, tmp_path):
-    assert "no file" in mistake(run("train", [*copy[1], "run=other", "data.path=/no/such/file.txt"]))
+    assert "no file" in mistake(
+        run("train", [*copy[1], "run=other", "data.path=/no/such/file.txt"])
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -252,7 +286,9 @@ def test_a_full_disk_while_training(copy, run):
 def test_a_full_disk_when_a_line_of_metrics_is_due(copy, run):
     folder, args = copy
     (folder / "metrics.jsonl").write_text("", encoding="utf-8")
-    result = run("train", [*args, "max_steps=40", "save_every=40", "eval_every=40"], file_size=4_000)
+    result = run(
+        "train", [*args, "max_steps=40", "save_every=40", "eval_every=40"], file_size=4_000
+    )
     assert result.status == 2 and "error: " in result.err
     assert steps(folder) == [4, 8, 12]
 
@@ -271,14 +307,20 @@ def test_a_pickle_is_refused_and_never_run(copy, run, tmp_path, script, which):
     """Someone else's run folder, a pickle in place of the weights, and a meta.json that agrees with it."""
     folder, args = copy
     for step in folder.glob("step-*"):
-        name = which if which != "state" else next((step / "state").iterdir()).relative_to(step).as_posix()
+        name = (
+            which
+            if which != "state"
+            else next((step / "state").iterdir()).relative_to(step).as_posix()
+        )
         (step / name).write_bytes(pickle.dumps(Payload(tmp_path / "witness")))
         meta = json.loads((step / "meta.json").read_text(encoding="utf-8"))
         meta["files"][name] = (step / name).stat().st_size
         (step / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     if script == "chat":
         result = run("chat", [folder], stdin="hi\n")
-        assert which == "state" or "model.safetensors" in mistake(result)  # chat does not read the state
+        assert which == "state" or "model.safetensors" in mistake(
+            result
+        )  # chat does not read the state
     else:
         assert "step-00000012" in mistake(run("train", args))
     assert not (tmp_path / "witness").exists()
@@ -293,7 +335,9 @@ def test_another_tokenizer_is_refused(copy, run):
     assert "is not the tokenizer that" in mistake(run("chat", [folder], stdin="hi\n"))
     assert "tokenizer" in mistake(run("train", args))
     # continued pretraining used the other ids with these embeddings
-    assert "is not the tokenizer that" in mistake(run("train", [*args, "run=more", f"init_from={folder}"]))
+    assert "is not the tokenizer that" in mistake(
+        run("train", [*args, "run=more", f"init_from={folder}"])
+    )
     text["ranks"] = text["ranks"][:-1]
     (folder / "tokenizer.json").write_text(json.dumps(text), encoding="utf-8")
     assert "tokenizer.json" in mistake(run("chat", [folder], stdin="hi\n"))

@@ -27,8 +27,16 @@ COMMON = ["--device", "cpu", "--dtype", "float32"]
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory, run, tiny) -> Path:
     out = tmp_path_factory.mktemp("classify")
-    sizes = dict(tokenizer__kind="bpe", tokenizer__vocab_size=400, model__block_size=BLOCK, batch_tokens=4 * BLOCK)
-    result = run("train", tiny(out, run="trunk", max_steps=30, eval_every=30, save_every=30, prompts="[]", **sizes))
+    sizes = dict(
+        tokenizer__kind="bpe",
+        tokenizer__vocab_size=400,
+        model__block_size=BLOCK,
+        batch_tokens=4 * BLOCK,
+    )
+    result = run(
+        "train",
+        tiny(out, run="trunk", max_steps=30, eval_every=30, save_every=30, prompts="[]", **sizes),
+    )
     assert result.status == 0, result.err
     return out / "trunk"
 
@@ -43,10 +51,17 @@ def reviews(trunk) -> Path:
         sheet.writerow(["Text", "Second", "Sentiment"])
         for i in range(120):
             label = ["负面", "good"][i % 2]
-            words = draw.choices("the room was red blue near 房间 离车站 不远".split(), k=draw.choice([1, 3, 9, 80]))
+            words = draw.choices(
+                "the room was red blue near 房间 离车站 不远".split(), k=draw.choice([1, 3, 9, 80])
+            )
             words.insert(draw.randrange(len(words) + 1), {"负面": "awful", "good": "很好"}[label])
             text = f"{' '.join(words)} {i}"
-            text = {0: f'"{text}", he said', 1: f"{text}\nand left", 2: f"  {text} ", 3: f"a\t{text}"}.get(i % 7, text)
+            text = {
+                0: f'"{text}", he said',
+                1: f"{text}\nand left",
+                2: f"  {text} ",
+                3: f"a\t{text}",
+            }.get(i % 7, text)
             sheet.writerow([text, f"{draw.choice(['yes', 'no'])} {i}", label])
     return path
 
@@ -54,9 +69,20 @@ def reviews(trunk) -> Path:
 @pytest.fixture(scope="module")
 def models(trunk, reviews, run) -> dict[str, Path]:
     """Fine-tuned runs: read with the mask, without it, and of pairs."""
-    kinds = {"masked": ["pool=last"], "unmasked": ["mask=false", "pool=mean"], "pairs": ["data.pair_column=Second"]}
+    kinds = {
+        "masked": ["pool=last"],
+        "unmasked": ["mask=false", "pool=mean"],
+        "pairs": ["data.pair_column=Second"],
+    }
     for name, args in kinds.items():
-        common = ["max_steps=6", "optim.lr=0.01", "optim.warmup=1", "batch_size=16", "device=cpu", "dtype=float32"]
+        common = [
+            "max_steps=6",
+            "optim.lr=0.01",
+            "optim.warmup=1",
+            "batch_size=16",
+            "device=cpu",
+            "dtype=float32",
+        ]
         where = [f"trunk={trunk}", f"data.path={reviews}", f"out_dir={trunk.parent}", f"run={name}"]
         result = run("sentiment_train", [*where, *common, *args])
         assert result.status == 0, result.err
@@ -84,7 +110,10 @@ def wired(argv: list[str], stdin: str, stdout: str, stderr: str) -> None:
     os.close(reader)
     for fd, name in enumerate((stdin, stdout, stderr)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOCTTY) if name else closed, fd)
-    sys.stdin, sys.stdout = open(0, encoding="utf-8", closefd=False), open(1, "w", encoding="utf-8", closefd=False)
+    sys.stdin, sys.stdout = (
+        open(0, encoding="utf-8", closefd=False),
+        open(1, "w", encoding="utf-8", closefd=False),
+    )
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
     sys.argv = ["classify.py", *argv]
     settings.cli(classify.main)
@@ -97,22 +126,33 @@ def wired(argv: list[str], stdin: str, stdout: str, stderr: str) -> None:
 def test_probabilities_are_those_of_the_report(ask, models, kind):
     """The texts of predictions.csv get the probabilities that stand there: they were read in the same way."""
     with open(models[kind] / "predictions.csv", encoding="utf-8-sig", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if not (r["pair"] and "\t" in r["text"])]  # there a tab ends the text
-    assert len(rows) > 10 and any("\n" in r["text"] for r in rows) and any(len(r["text"]) > 200 for r in rows)
+        rows = [
+            r for r in csv.DictReader(file) if not (r["pair"] and "\t" in r["text"])
+        ]  # there a tab ends the text
+    assert (
+        len(rows) > 10
+        and any("\n" in r["text"] for r in rows)
+        and any(len(r["text"]) > 200 for r in rows)
+    )
     texts = [f"{r['text']}\t{r['pair']}" if r["pair"] else f" {r['text']} " for r in rows]
     found = [json.loads(line) for line in ask("--json", *texts, model=kind).out.splitlines()]
     assert [f["text"] for f in found] == texts
     assert [f["label"] for f in found] == [r["prediction"] for r in rows]
     for f, r in zip(found, rows, strict=True):
         assert f["probabilities"].keys() == {"负面", "good"}
-        assert all(p == pytest.approx(float(r[f"p_{k}"]), abs=6e-5) for k, p in f["probabilities"].items())
+        assert all(
+            p == pytest.approx(float(r[f"p_{k}"]), abs=6e-5) for k, p in f["probabilities"].items()
+        )
     assert len({r["p_good"] for r in rows}) > len(rows) / 2, "or else nothing is compared"
 
 
 def test_answers_do_not_depend_on_the_company(masked):
     """Sorted by length, batched and put back in order: as if each text had come alone."""
     draw = random.Random(1)
-    texts = [" ".join(draw.choices(["red", "房间", "awful", "."], k=draw.choice([1, 2, 5, 30]))) for _ in range(300)]
+    texts = [
+        " ".join(draw.choices(["red", "房间", "awful", "."], k=draw.choice([1, 2, 5, 30])))
+        for _ in range(300)
+    ]
     together = masked(texts)
     assert together.exp().sum(1) == pytest.approx(1, abs=1e-5)
     assert torch.allclose(together, torch.cat([masked([text]) for text in texts]), atol=1e-5)
@@ -129,24 +169,39 @@ def test_the_order_is_kept_over_chunks_and_empty_lines():
     lines = ["\ufeff1\n", "\n", "  \t \r\n", "2\r\n", "\u3000\n", "\n", "\n", "\n", "3"]
     found = list(classify.answers(lines, score, chunk=3))
     assert [text for text, _ in found] == ["1", "", "  \t ", "2", "\u3000", "", "", "", "3"]
-    assert [None if p is None else round(float(p[0])) for _, p in found] == [1, None, None, 2, *[None] * 4, 3]
+    assert [None if p is None else round(float(p[0])) for _, p in found] == [
+        1,
+        None,
+        None,
+        2,
+        *[None] * 4,
+        3,
+    ]
     assert seen == [["1"], ["2"], ["3"]], "a chunk without a text asks for nothing"
 
 
 def test_a_pair_is_two_texts_with_a_tab_between(models):
     """For a model of pairs; else a tab is a part of the text, as it was in training (the report's test has some)."""
     score = classify.classifier(str(models["pairs"]), CPU, EXACT)[1]
-    pair, joined, left, lone = score(["red room\tblue", "red room blue", "red room\t ", "red room"]).exp()
+    pair, joined, left, lone = score(
+        ["red room\tblue", "red room blue", "red room\t ", "red room"]
+    ).exp()
     assert torch.equal(left, lone)
     assert (pair - joined).abs().max() > 1e-4
 
 
 def test_lines_of_standard_input_and_of_a_file(ask, tmp_path):
-    text = "\ufeffthe room was awful\r\n\n 很好\tyes \ncaf\udce9 awful\n" + "long " * 5000 + "\nno newline at the end"
+    text = (
+        "\ufeffthe room was awful\r\n\n 很好\tyes \ncaf\udce9 awful\n"
+        + "long " * 5000
+        + "\nno newline at the end"
+    )
     piped = ask(stdin=text)
     lines = piped.out.splitlines()
     assert len(lines) == 6 and lines[1] == "\t\t"
-    for line, said in zip(lines, ["the room was awful", None, " 很好\tyes ", "caf\ufffd awful"], strict=False):
+    for line, said in zip(
+        lines, ["the room was awful", None, " 很好\tyes ", "caf\ufffd awful"], strict=False
+    ):
         label, p, echo = line.split("\t", 2)
         assert said is None or (label in ("负面", "good") and 0.5 <= float(p) <= 1 and echo == said)
     assert piped.err == "1 of the texts hold bytes that are not UTF-8, or U+FFFD in their place\n"
@@ -195,7 +250,10 @@ def test_a_terminal_is_told_what_it_waits_for_and_answered_line_by_line(forks, m
     process = forks.Process(target=wired, args=(argv, name, name, str(tmp_path / "err")))
     process.start()
     try:
-        wait_for(lambda: (tmp_path / "err").exists() and (tmp_path / "err").read_text(encoding="utf-8"), "a word")
+        wait_for(
+            lambda: (tmp_path / "err").exists() and (tmp_path / "err").read_text(encoding="utf-8"),
+            "a word",
+        )
         assert (tmp_path / "err").read_text(encoding="utf-8").startswith("one text a line")
         for text in ("red", "房间"):
             os.write(ours, f"{text}\n".encode())
@@ -214,7 +272,9 @@ def test_a_terminal_is_told_what_it_waits_for_and_answered_line_by_line(forks, m
 # --- a language model asked for words ---------------------------------------------------------------------------------
 
 
-def naive(trunk: Path, text: str, words: dict[str, list[str]], before: str, end: str) -> list[float]:
+def naive(
+    trunk: Path, text: str, words: dict[str, list[str]], before: str, end: str
+) -> list[float]:
     """Probabilities of the labels, word by word and token by token, from all logits of one row at a time."""
     _, model, tokenizer = checkpoint.open_model(trunk, GPT, GPTConfig)
     model.eval()
@@ -237,35 +297,62 @@ def naive(trunk: Path, text: str, words: dict[str, list[str]], before: str, end:
 @pytest.mark.parametrize(
     "template, space, before, end",
     [
-        ("{text} it is {word}.", " ", "{text} it is", "."),  # a token begins with the space before its word
+        (
+            "{text} it is {word}.",
+            " ",
+            "{text} it is",
+            ".",
+        ),  # a token begins with the space before its word
         ("what is {text}?\n{word}", "\n", "what is {text}?", ""),
         ("{text}很{word}。", "", "{text}很", "。"),
     ],
 )
-def test_cloze_is_the_likelihood_of_the_words_less_that_without_a_text(trunk, template, space, before, end):
-    words = {"warm": ["red", "fine indeed"], "kalt": ["blue", "白色", "green is fine"], "x": ["黑色"]}
+def test_cloze_is_the_likelihood_of_the_words_less_that_without_a_text(
+    trunk, template, space, before, end
+):
+    words = {
+        "warm": ["red", "fine indeed"],
+        "kalt": ["blue", "白色", "green is fine"],
+        "x": ["黑色"],
+    }
     labels, score = classify.cloze(str(trunk), words, template, CPU, EXACT)
     assert labels == ["warm", "kalt", "x"]
     texts = ["what is red", "a", "黑色 黑色", "blue is fine " * 20, "what is 白色 5?"]
     spaced = {label: [space + w for w in ws] for label, ws in words.items()}
     found = score(texts).exp()
     for text, p in zip(texts, found, strict=True):
-        assert p.tolist() == pytest.approx(naive(trunk, text.strip(), spaced, before, end), abs=1e-4)
+        assert p.tolist() == pytest.approx(
+            naive(trunk, text.strip(), spaced, before, end), abs=1e-4
+        )
     assert found.std(0).max() > 0.01, "the text matters"
 
 
 def test_without_a_text_no_label_is_likelier(trunk):
     """However rare its word is in what the model has read."""
-    _, score = classify.cloze(str(trunk), {"a": ["fine"], "b": ["zebra crossing"]}, "{text} {word}", CPU, EXACT)
+    _, score = classify.cloze(
+        str(trunk), {"a": ["fine"], "b": ["zebra crossing"]}, "{text} {word}", CPU, EXACT
+    )
     assert score([""]).exp().tolist()[0] == pytest.approx([0.5, 0.5], abs=1e-5)
 
 
 def test_cloze_from_the_command_line(run, trunk):
-    argv = [trunk, "--cloze", "好=fine, red", "--cloze", "坏=白色", "--template", "{text} is {word}", "--json", *COMMON]
+    argv = [
+        trunk,
+        "--cloze",
+        "好=fine, red",
+        "--cloze",
+        "坏=白色",
+        "--template",
+        "{text} is {word}",
+        "--json",
+        *COMMON,
+    ]
     result = run("classify", argv, stdin="what is red 1?\n\n白色\n")
     assert result.status == 0 and not result.err
     found = [json.loads(line) for line in result.out.splitlines()]
-    assert [f["text"] for f in found] == ["what is red 1?", "", "白色"] and found[1]["label"] is None
+    assert [f["text"] for f in found] == ["what is red 1?", "", "白色"] and found[1][
+        "label"
+    ] is None
     assert set(found[0]["probabilities"]) == {"好", "坏"} and found[0]["label"] in ("好", "坏")
 
 
@@ -273,10 +360,14 @@ def test_cloze_from_the_command_line(run, trunk):
 
 
 def test_the_wrong_kind_of_model(run, models, trunk):
-    assert "language model without a classification head: fine-tune it" in mistake(run("classify", [trunk, "hi"]))
+    assert "language model without a classification head: fine-tune it" in mistake(
+        run("classify", [trunk, "hi"])
+    )
     argv = [models["masked"], "hi", "--cloze", "a=b", "--cloze", "c=d"]
     assert "is a classifier: use it with python classify.py" in mistake(run("classify", argv))
-    assert "is a classifier: use it with python classify.py" in mistake(run("chat", [models["masked"]], stdin="hi\n"))
+    assert "is a classifier: use it with python classify.py" in mistake(
+        run("chat", [models["masked"]], stdin="hi\n")
+    )
 
 
 def test_a_damaged_or_missing_checkpoint(run, models, tmp_path):
@@ -285,7 +376,9 @@ def test_a_damaged_or_missing_checkpoint(run, models, tmp_path):
     for weights in damaged.glob("step-*/model.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1])
     result = run("classify", [damaged, "hi"])
-    assert "every checkpoint" in mistake(result) and "is damaged" in mistake(result) and not result.out
+    assert (
+        "every checkpoint" in mistake(result) and "is damaged" in mistake(result) and not result.out
+    )
     step = next(damaged.glob("step-*"))
     assert "cannot use the checkpoint" in mistake(run("classify", [step, "hi"]))
 
@@ -320,9 +413,26 @@ def test_what_is_said_about_a_checkpoint_is_no_answer(run, ask, models, tmp_path
         (["hi", "--cloze", "a=b", "--cloze", "c"], "with its words"),
         (["hi", "--cloze", "a=b", "--cloze", "=c"], "two or more labels"),
         (["hi", "--cloze", "a=b", "--cloze", "c=d", "--template", "{text}"], "{word} once"),
-        (["hi", "--cloze", "a=b", "--cloze", "c=d", "--template", "{word} {text}"], "behind it {word} once"),
-        (["hi", "--cloze", "a=b", "--cloze", "c=d", "--template", "{text} {word} {word}"], "{word} once"),
-        (["hi", "--cloze", "a=b", "--cloze", "c=d", "--template", "{text} {word}" + " x" * BLOCK], "leaves no room"),
+        (
+            ["hi", "--cloze", "a=b", "--cloze", "c=d", "--template", "{word} {text}"],
+            "behind it {word} once",
+        ),
+        (
+            ["hi", "--cloze", "a=b", "--cloze", "c=d", "--template", "{text} {word} {word}"],
+            "{word} once",
+        ),
+        (
+            [
+                "hi",
+                "--cloze",
+                "a=b",
+                "--cloze",
+                "c=d",
+                "--template",
+                "{text} {word}" + " x" * BLOCK,
+            ],
+            "leaves no room",
+        ),
     ],
 )
 def test_mistakes(models, trunk, monkeypatch, argv, says):

@@ -30,10 +30,15 @@ def write_chat(path: Path, n: int = 300, seed: int = 0) -> Path:
     """A chat file of n dialogues, Chinese and English, all different."""
     draw = random.Random(seed)
     words = ["你好", "吃了吗", "天气不错", "hello", "fine", "🙂", "再见", "why not"]
-    path.write_text("\n".join(
-        "".join(f"{i} {' '.join(draw.choices(words, k=5))}\n" for _ in range(draw.randint(1, 4)))
-        for i in range(n)
-    ), encoding="utf-8")
+    path.write_text(
+        "\n".join(
+            "".join(
+                f"{i} {' '.join(draw.choices(words, k=5))}\n" for _ in range(draw.randint(1, 4))
+            )
+            for i in range(n)
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -43,6 +48,7 @@ def settings(tmp_path):
         paths = [str(p) for p in paths] or [str(write_chat(tmp_path / "chat.txt"))]
         defaults = {"path": paths, "val_fraction": 0.1, "cache": str(tmp_path / "cache")}
         return DataSettings(**defaults | changes)
+
     return make
 
 
@@ -52,6 +58,7 @@ def ready(data: DataSettings, block_size: int = 16) -> Corpus:
 
 def numbered(*lengths: int, weights=None, block_size=10, val=35, eval_blocks=0) -> Corpus:
     """A corpus whose k-th token is k (from 10 on; special ids lie below), so that batches name positions."""
+
     class Special:
         bos, pad = 1, 4
 
@@ -60,8 +67,10 @@ def numbered(*lengths: int, weights=None, block_size=10, val=35, eval_blocks=0) 
             return np.arange(10**6)
 
     starts = np.cumsum([10, *lengths])
-    sources = [[np.arange(a, a + n), np.arange(v * val, (v + 1) * val) + 500_000]
-               for v, (a, n) in enumerate(zip(starts, lengths, strict=False))]
+    sources = [
+        [np.arange(a, a + n), np.arange(v * val, (v + 1) * val) + 500_000]
+        for v, (a, n) in enumerate(zip(starts, lengths, strict=False))
+    ]
     return Corpus(Special(), sources, weights or [1.0] * len(lengths), "f", block_size, eval_blocks)
 
 
@@ -78,18 +87,33 @@ def test_text_of_every_platform_reads_the_same(tmp_path):
             assert list(read_dialogues(path)) == [["你好", "吃了吗"], ["bye \u2028 now"]], path
 
 
-@pytest.mark.parametrize("line", [
-    ["hi", "two\nlines", " "],
-    {"dialog": ["hi", "two\r\nlines"]},
-    {"dialogue": ["hi", "two\nlines"], "id": 3},
-    {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"},
-                  {"role": "assistant", "content": "two\nlines"}]},
-    {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"},
-                       {"from": "gpt", "value": "two\nlines"}]},
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["hi", "two\nlines", " "],
+        {"dialog": ["hi", "two\r\nlines"]},
+        {"dialogue": ["hi", "two\nlines"], "id": 3},
+        {
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "two\nlines"},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "system", "value": "be kind"},
+                {"from": "human", "value": "hi"},
+                {"from": "gpt", "value": "two\nlines"},
+            ]
+        },
+    ],
+)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz"])
 def test_json_forms(tmp_path, line, name):
-    raw = ("\ufeff" + json.dumps(line) + "\r\n\r\n" + json.dumps([]) + "\n" + json.dumps(["bye"])).encode()
+    raw = (
+        "\ufeff" + json.dumps(line) + "\r\n\r\n" + json.dumps([]) + "\n" + json.dumps(["bye"])
+    ).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     assert list(read_dialogues(tmp_path / name)) == [["hi", "two lines"], ["bye"]]
 
@@ -108,7 +132,9 @@ def test_cutting_into_blocks_never_cuts_a_dialogue(tmp_path, monkeypatch):
 def test_reading_memory_is_flat_even_without_a_blank_line(tmp_path):
     """A novel, one paragraph a line, is one dialogue by the format; it must not be held in memory at once."""
     path = tmp_path / "novel.txt"
-    path.write_text("a line of a long book without a blank line\n" * 400_000, encoding="utf-8")  # 17 MB
+    path.write_text(
+        "a line of a long book without a blank line\n" * 400_000, encoding="utf-8"
+    )  # 17 MB
     tracemalloc.start()
     assert sum(len(block) for _, block, _ in dialogues.blocks(path)) == path.stat().st_size
     peak = tracemalloc.get_traced_memory()[1]
@@ -127,8 +153,19 @@ def test_bytes_that_are_not_utf8(tmp_path, monkeypatch, gz):
     assert list(read_dialogues(path, "replace"))[-1][0] == "好"
 
 
-@pytest.mark.parametrize("bad", ["{", "3", "[" * 100_000, '"text"', '{"text": "hi"}', "[1]",
-                                 '{"messages": [{"role": "user"}]}', '["half a pair \\ud83d"]'])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "{",
+        "3",
+        "[" * 100_000,
+        '"text"',
+        '{"text": "hi"}',
+        "[1]",
+        '{"messages": [{"role": "user"}]}',
+        '["half a pair \\ud83d"]',
+    ],
+)
 def test_malformed_json_names_the_line(tmp_path, bad):
     path = tmp_path / "a.jsonl"
     path.write_text(f'["hi"]\n\n{bad}\n', encoding="utf-8")
@@ -158,7 +195,9 @@ def test_tokens_are_the_dialogues_in_order(settings):
     made = ready(data)
     for side, tokens in ((False, made._train[0]), (True, made._val[0])):
         wanted = [turns for turns in read_dialogues(data.path[0]) if held_out(turns, data) == side]
-        assert tokens.tolist() == [id for turns in wanted for id in made.tokenizer.encode_dialogue(turns)]
+        assert tokens.tolist() == [
+            id for turns in wanted for id in made.tokenizer.encode_dialogue(turns)
+        ]
         assert wanted and tokens.dtype == np.uint16
     assert made.n_train_tokens == len(made._train[0]) and made.n_val_tokens == len(made._val[0])
 
@@ -168,7 +207,9 @@ def test_duplicates_are_never_on_both_sides(tmp_path, settings):
     shared = [[f"问题 {i}", f"回答 {i}"] for i in range(200)]
     a, b = tmp_path / "a.txt", tmp_path / "b.jsonl"
     a.write_text("\r\n\r\n".join("\r\n".join(turns) for turns in shared + shared), encoding="utf-8")
-    b.write_text("\n".join(json.dumps({"dialog": turns}) for turns in reversed(shared)), encoding="utf-8")
+    b.write_text(
+        "\n".join(json.dumps({"dialog": turns}) for turns in reversed(shared)), encoding="utf-8"
+    )
     made = ready(settings(a, b))
     sides = []
     for sources in (made._train, made._val):
@@ -180,8 +221,13 @@ def test_duplicates_are_never_on_both_sides(tmp_path, settings):
 
 def test_split_seed_holds_out_other_dialogues():
     every = [[str(i)] for i in range(2000)]
-    one, two = ({turns[0] for turns in every if held_out(turns, data)} for data in
-                (DataSettings(val_fraction=0.1, split_seed=0), DataSettings(val_fraction=0.1, split_seed=1)))
+    one, two = (
+        {turns[0] for turns in every if held_out(turns, data)}
+        for data in (
+            DataSettings(val_fraction=0.1, split_seed=0),
+            DataSettings(val_fraction=0.1, split_seed=1),
+        )
+    )
     assert 140 < len(one) < 260 and 140 < len(two) < 260 and len(one & two) < 60
 
 
@@ -210,6 +256,7 @@ def test_a_bad_file_is_reported_from_the_workers_too(tmp_path, settings, monkeyp
 
 def test_work_in_flight_is_bounded():
     """Executor.map reads its whole input first, which once meant a whole corpus in memory."""
+
     class Pool:
         submitted = 0
 
@@ -286,20 +333,26 @@ corpus.prepare(corpus.DataSettings(path=sys.argv[1], val_fraction=0.1, cache=sys
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_preparation_leaves_nothing_that_is_trusted(tmp_path, settings):
     path = write_chat(tmp_path / "chat.txt")
-    died = subprocess.run([sys.executable, "-c", KILLED, str(path), str(tmp_path / "cache")], cwd=ROOT,
-                          capture_output=True)
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), str(tmp_path / "cache")],
+        cwd=ROOT,
+        capture_output=True,
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert list((tmp_path / "cache").glob("*.tmp/train.bin"))
     assert not list((tmp_path / "cache").glob("*/meta.json"))
     after, clean = ready(settings(path)), ready(settings(path, cache=str(tmp_path / "clean")))
-    assert after._train[0].tobytes() == clean._train[0].tobytes() and after.fingerprint == clean.fingerprint
+    assert (
+        after._train[0].tobytes() == clean._train[0].tobytes()
+        and after.fingerprint == clean.fingerprint
+    )
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 def test_a_truncated_token_file_is_made_again(settings):
     data = settings()
     good = ready(data)._train[0].tobytes()
-    file, = Path(data.cache).glob("*/train.bin")
+    (file,) = Path(data.cache).glob("*/train.bin")
     file.write_bytes(good[:100])
     assert ready(data)._train[0].tobytes() == good
 
@@ -307,14 +360,26 @@ def test_a_truncated_token_file_is_made_again(settings):
 def test_every_rank_may_call_prepare(tmp_path, settings):
     """torchrun starts all ranks at once; one must do the work while the others wait for it."""
     data = settings()
-    code = ("import sys; from smallgpt.corpus import *; from smallgpt.tokenizer import TokenizerSettings; "
-            "c = prepare(DataSettings(path=sys.argv[1], val_fraction=0.1, cache=sys.argv[2]), "
-            "TokenizerSettings(min_count=1), 16); print(c.fingerprint, c.n_train_tokens)")
-    ranks = [subprocess.Popen([sys.executable, "-c", code, data.path[0], data.cache], cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    code = (
+        "import sys; from smallgpt.corpus import *; from smallgpt.tokenizer import TokenizerSettings; "
+        "c = prepare(DataSettings(path=sys.argv[1], val_fraction=0.1, cache=sys.argv[2]), "
+        "TokenizerSettings(min_count=1), 16); print(c.fingerprint, c.n_train_tokens)"
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, data.path[0], data.cache],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
     out, err = zip(*(rank.communicate() for rank in ranks), strict=True)
     assert len(set(out)) == 1 and out[0].strip(), err
-    assert sum("tokenised" in text for text in err) == 1, err  # one plain line, from the one that worked
+    assert sum("tokenised" in text for text in err) == 1, (
+        err
+    )  # one plain line, from the one that worked
 
 
 # -- paths and messages --------------------------------------------------------------------------------------
@@ -323,15 +388,24 @@ def test_every_rank_may_call_prepare(tmp_path, settings):
 def test_paths_globs_and_weights(tmp_path, settings):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "sub").mkdir()
-    a, b = write_chat(tmp_path / "d" / "a.txt", seed=1), write_chat(tmp_path / "d" / "b@home.txt", seed=2)
+    a, b = (
+        write_chat(tmp_path / "d" / "a.txt", seed=1),
+        write_chat(tmp_path / "d" / "b@home.txt", seed=2),
+    )
     (tmp_path / "cache").mkdir()
 
     def found(*paths):
-        return [(s.path.name, s.weight) for s in corpus._sources(settings(*paths).path, tmp_path / "cache")]
+        return [
+            (s.path.name, s.weight)
+            for s in corpus._sources(settings(*paths).path, tmp_path / "cache")
+        ]
 
     assert found(tmp_path / "d" / "*") == [("a.txt", 1), ("b@home.txt", 1)]
     assert found(b, tmp_path / "d" / "*.txt") == [("b@home.txt", 1), ("a.txt", 1)]  # each file once
-    assert found(tmp_path / "d" / "*", f"{a}@2.5", f"{b}@1e-1") == [("a.txt", 2.5), ("b@home.txt", 0.1)]
+    assert found(tmp_path / "d" / "*", f"{a}@2.5", f"{b}@1e-1") == [
+        ("a.txt", 2.5),
+        ("b@home.txt", 0.1),
+    ]
     assert corpus._sources(str(a), tmp_path / "cache")[0].path == a
     # the Hugging Face cache keeps files without an ending behind links: one was read as plain text
     (tmp_path / "blob").write_text('["hi", "ho"]\n', encoding="utf-8")
@@ -340,16 +414,19 @@ def test_paths_globs_and_weights(tmp_path, settings):
     assert list(read_dialogues(link.path)) == [["hi", "ho"]]
 
 
-@pytest.mark.parametrize("path, message", [
-    (None, "data.path is not set.*smallgpt.corpus embedded"),
-    ([], "data.path is not set"),
-    ("{}/none.txt", "no file at .*none.txt"),
-    ("{}/*.nothing", r"no file at .*\*.nothing"),
-    ("{}", r"no file at .*FOLDER/\*"),
-    ("{}/a.txt@0", "weight in .*@0.* must be a positive number"),
-    ("{}/a.txt@-1", "weight in .*@-1.* must be a positive number"),
-    ("{}/a.txt@nan", "must be a positive number"),
-])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        (None, "data.path is not set.*smallgpt.corpus embedded"),
+        ([], "data.path is not set"),
+        ("{}/none.txt", "no file at .*none.txt"),
+        ("{}/*.nothing", r"no file at .*\*.nothing"),
+        ("{}", r"no file at .*FOLDER/\*"),
+        ("{}/a.txt@0", "weight in .*@0.* must be a positive number"),
+        ("{}/a.txt@-1", "weight in .*@-1.* must be a positive number"),
+        ("{}/a.txt@nan", "must be a positive number"),
+    ],
+)
 def test_bad_paths(tmp_path, path, message):
     write_chat(tmp_path / "a.txt")
     path = path.format(tmp_path) if isinstance(path, str) else path
@@ -364,7 +441,9 @@ def test_too_little_data(tmp_path, settings):
         ready(settings(path))
     data = settings()
     n = ready(data).n_train_tokens
-    with pytest.raises(UserError, match=rf"has {n:,} training tokens, shorter than .*block_size={n}: use"):
+    with pytest.raises(
+        UserError, match=rf"has {n:,} training tokens, shorter than .*block_size={n}: use"
+    ):
         ready(data, block_size=n)
     assert ready(data, block_size=n - 1).blocks_per_epoch == 1
     path.write_text("one\n\ntwo\n\nthree\n\nfour\n", encoding="utf-8")
@@ -375,7 +454,9 @@ def test_too_little_data(tmp_path, settings):
 def test_settings_are_checked():
     assert DataSettings().check() == []
     problems = DataSettings(val_fraction=1.0, eval_blocks=-1).check()
-    assert len(problems) == 2 and "val_fraction=1.0" in problems[0] and "eval_blocks=-1" in problems[1]
+    assert (
+        len(problems) == 2 and "val_fraction=1.0" in problems[0] and "eval_blocks=-1" in problems[1]
+    )
 
 
 # -- batches -------------------------------------------------------------------------------------------------
@@ -403,8 +484,10 @@ def test_a_batch_is_a_pure_function_of_its_indices(settings):
     x, y = made.train_batch(range(total), seed=3)
     again = ready(settings())
     for cut in (1, 7, 25):
-        parts = [again.train_batch(range(i, min(i + cut, total)), seed=3)
-                 for i in reversed(range(0, total, cut))]
+        parts = [
+            again.train_batch(range(i, min(i + cut, total)), seed=3)
+            for i in reversed(range(0, total, cut))
+        ]
         assert torch.equal(torch.cat([p[0] for p in reversed(parts)]), x)
         assert torch.equal(torch.cat([p[1] for p in reversed(parts)]), y)
     assert torch.equal(again.train_batch(range(1, total, 4), seed=3)[0], x[1::4])
@@ -442,7 +525,9 @@ def test_each_epoch_shifts_the_block_grid():
     made = numbered(1005)
     firsts = [made.train_batch(range(e * 100, e * 100 + 100), 0)[0][:, 0] for e in range(30)]
     grids = [set(((first - 10) % 10).tolist()) for first in firsts]
-    assert len(set().union(*grids)) == 10  # every shift comes up; 1005 is no multiple, so one may wrap
+    assert (
+        len(set().union(*grids)) == 10
+    )  # every shift comes up; 1005 is no multiple, so one may wrap
 
 
 def test_weights():
@@ -470,7 +555,11 @@ def test_validation_reads_every_token_once_in_order():
     assert made.val_batch(range(0))[0].shape == (0, 10)
     assert (made.val_batch(range(7, 9))[1] == -1).all()  # ranks may run past the end together
     few = numbered(100, 100, val=33, eval_blocks=3)
-    assert few.n_val_blocks == 3 and few.val_batch(range(3))[0][:, 0].tolist() == [500_000, 500_020, 500_040]
+    assert few.n_val_blocks == 3 and few.val_batch(range(3))[0][:, 0].tolist() == [
+        500_000,
+        500_020,
+        500_040,
+    ]
 
 
 def test_val_bytes_are_those_of_the_file(settings):
@@ -485,8 +574,14 @@ def test_val_bytes_are_those_of_the_file(settings):
 
 
 def command(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "smallgpt.corpus", *map(str, args)], cwd=ROOT, text=True,
-                          capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "smallgpt.corpus", *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONUTF8": "1"},
+    )
 
 
 def test_embedded_and_stats(tmp_path):
@@ -497,7 +592,12 @@ def test_embedded_and_stats(tmp_path):
     assert ["什么是ai", "人工智能是工程和科学的分支,致力于构建具有思维的机器。"] in found
     assert len(found) > 1000
     counts = command("stats", file).stdout.splitlines()[-1].replace(",", "").split()
-    assert counts == [str(len(found)), str(sum(map(len, found))), str(file.stat().st_size), str(file)]
+    assert counts == [
+        str(len(found)),
+        str(sum(map(len, found))),
+        str(file.stat().st_size),
+        str(file),
+    ]
     missing = command("stats", tmp_path / "none.txt")
     assert missing.returncode == 2 and missing.stderr.startswith("error: cannot read")
     assert "none.txt" in missing.stderr
@@ -505,17 +605,22 @@ def test_embedded_and_stats(tmp_path):
 
 def test_fetch_without_a_network_says_what_to_do(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
+
     def down(*_, **__):
         raise ConnectionError("down")
 
     monkeypatch.setattr(hub, "hf_hub_download", down)
-    with pytest.raises(UserError, match="lccc_base_train.jsonl.gz of https://.*silver/lccc.*at .*jsonl.gz"):
+    with pytest.raises(
+        UserError, match="lccc_base_train.jsonl.gz of https://.*silver/lccc.*at .*jsonl.gz"
+    ):
         dialogues.fetch("lccc", tmp_path)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real chats at {REAL} (set SMALLGPT_DATA)")
 def test_real_chinese_chats(settings):
-    made = ready(settings(REAL / "xpersona_zh.txt", f"{REAL / 'chatterbot_zh.txt'}@2", val_fraction=0.02), 64)
+    made = ready(
+        settings(REAL / "xpersona_zh.txt", f"{REAL / 'chatterbot_zh.txt'}@2", val_fraction=0.02), 64
+    )
     x, _ = made.train_batch(range(8), 0)
     assert made.n_train_tokens > 90_000 and x.max() < made.tokenizer.vocab_size
     text = made.tokenizer.decode(made._val[0].tolist())

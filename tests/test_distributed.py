@@ -12,7 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT, Result, command, free_port, losses, mistake, run_train, steps, wait_for
+from conftest import (
+    ENV,
+    ROOT,
+    Result,
+    command,
+    free_port,
+    losses,
+    mistake,
+    run_train,
+    steps,
+    wait_for,
+)
 
 
 def same_losses(a: Path, b: Path, rel: float, at_least: int = 10) -> None:
@@ -37,17 +48,27 @@ def alone(out, tiny, run) -> dict[str, Path]:
 
 
 def test_torchrun_gives_the_losses_of_one_process(out, alone, tiny):
-    result = run_train(tiny(out, run="ddp64", dtype="float64"), "--standalone", "--nproc_per_node=2")
+    result = run_train(
+        tiny(out, run="ddp64", dtype="float64"), "--standalone", "--nproc_per_node=2"
+    )
     assert result.status == 0, result.err
-    assert "2 process(es) x 1 accumulation x 4 sequences" in result.out and result.out.count("finished 12 steps") == 1
+    assert (
+        "2 process(es) x 1 accumulation x 4 sequences" in result.out
+        and result.out.count("finished 12 steps") == 1
+    )
     same_losses(out / "ddp64", alone["float64"], 1e-9)
     # one process wrote, once
     lines = (out / "ddp64" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 12 + 3 and len(list((out / "ddp64" / "tensorboard").iterdir())) == 1
     # and of the whole batch
     records = [json.loads(line) for line in lines]
-    assert [r["tokens"] for r in records if r["split"] == "train"] == [256 * s for s in range(1, 13)]
-    single = [json.loads(x) for x in (alone["float64"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [r["tokens"] for r in records if r["split"] == "train"] == [
+        256 * s for s in range(1, 13)
+    ]
+    single = [
+        json.loads(x)
+        for x in (alone["float64"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for key in ("grad_norm", "lr"):
         one, two = ([r[key] for r in rs if r["split"] == "train"] for rs in (single, records))
         assert one == pytest.approx(two, rel=1e-9)
@@ -65,7 +86,9 @@ def test_two_processes_in_float32(out, alone, tiny, run_ranks, kind, changes, re
     for result in run_ranks(2, tiny(out, run=f"ddp-{kind}", **changes)):
         assert result.status == 0, result.err
     one, two = losses(alone[kind], "train"), losses(out / f"ddp-{kind}", "train")
-    assert {s: two[s] for s in range(1, 11)} == pytest.approx({s: one[s] for s in range(1, 11)}, rel=rel, abs=0)
+    assert {s: two[s] for s in range(1, 11)} == pytest.approx(
+        {s: one[s] for s in range(1, 11)}, rel=rel, abs=0
+    )
 
 
 def test_accumulation_does_not_change_the_sum(out, alone, tiny, run, run_ranks):
@@ -84,7 +107,10 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(
 ):
     args, folder = tiny(out, run=f"{before}to{after}", dtype="float64"), out / f"{before}to{after}"
     processes = start_ranks(before, args)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 3, "three steps")
+    wait_for(
+        lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 3,
+        "three steps",
+    )
     processes[-1].kill(signal.SIGTERM)
     assert [p.wait().status for p in processes] == [143] * before
     assert 3 <= max(losses(folder, "train")) < 12
@@ -98,7 +124,9 @@ def test_two_nodes(out, alone, tiny):
     args, port = tiny(out, run="nodes", dtype="float64"), free_port()
     where = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
     nodes = [
-        subprocess.Popen(command(args, *where, f"--node_rank={i}"), env=ENV, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command(args, *where, f"--node_rank={i}"), env=ENV, stdout=subprocess.PIPE, text=True
+        )
         for i in range(2)
     ]
     texts = [node.communicate(timeout=120)[0] for node in nodes]
@@ -114,11 +142,18 @@ def test_ctrl_c_on_torchrun_saves(out, tiny):
     """A terminal sends SIGINT to torchrun, which passes it on to its workers."""
     args = tiny(out, run="ctrl-c", max_steps=5000, eval_every=5000, save_every=5000)
     agent = subprocess.Popen(
-        command(args, "--standalone", "--nproc_per_node=2"), env=ENV, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command(args, "--standalone", "--nproc_per_node=2"),
+        env=ENV,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     folder = out / "ctrl-c"
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 3, "three steps")
+    wait_for(
+        lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 3,
+        "three steps",
+    )
     os.killpg(agent.pid, signal.SIGINT)
     text, _ = agent.communicate(timeout=60)
     assert "the same command continues" in text
@@ -130,7 +165,9 @@ def test_ctrl_c_on_torchrun_saves(out, tiny):
 
 def one_message(results: list[Result]) -> str:
     """All processes ended as after a user's mistake, and one of them said why."""
-    assert [r.status for r in results] == [2] * len(results), [(r.status, r.err[-500:]) for r in results]
+    assert [r.status for r in results] == [2] * len(results), [
+        (r.status, r.err[-500:]) for r in results
+    ]
     spoken = [r for r in results if "error: " in r.err]
     assert len(spoken) == 1
     return mistake(spoken[0])
@@ -144,7 +181,9 @@ def test_a_loss_that_is_no_number_stops_all(out, tiny, run_ranks):
 
 
 def test_mistakes_are_said_once(out, tiny, run_ranks):
-    assert "data.path" in one_message(run_ranks(2, tiny(out, run="x", data__path="/no/such/file.txt")))
+    assert "data.path" in one_message(
+        run_ranks(2, tiny(out, run="x", data__path="/no/such/file.txt"))
+    )
     message = one_message(run_ranks(2, tiny(out, run="x", batch_tokens=32)))
     assert "multiple of model.block_size=32 x 2 process(es) = 64, for example 64" in message
 
@@ -163,7 +202,12 @@ def end_of_group(processes) -> list[Result]:
 
 def test_a_mistake_on_one_machine_only_is_said_too(out, tiny, start):
     """The corpus was not copied to the second machine: its processes used to end without a word."""
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    env = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "LOCAL_RANK": "0",
+    }
     good, bad = tiny(out, run="y"), tiny(out, run="y", data__path="/no/such/file.txt")
     processes = [start("train", a, env={**env, "RANK": str(r)}) for r, a in enumerate((good, bad))]
     results = end_of_group(processes)
@@ -180,11 +224,18 @@ def test_machines_that_see_different_files_are_told(out, tiny, run, start, chat_
     other.parent.mkdir(exist_ok=True)
     other.write_text(chat_file.read_text(encoding="utf-8") + "\none more\nchat\n", encoding="utf-8")
     elsewhere = {"out_dir": out / "elsewhere", "data.path": other}[differs]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    env = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "LOCAL_RANK": "0",
+    }
     argv = args, [*args, f"{differs}={elsewhere}"]
     processes = [start("train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)]
     message = one_message(end_of_group(processes))
-    assert re.search("the processes see different files: all machines must share .* and data.path", message)
+    assert re.search(
+        "the processes see different files: all machines must share .* and data.path", message
+    )
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_all(out, tiny, start_ranks):
@@ -211,5 +262,9 @@ def test_a_large_tensor_takes_the_memory_of_the_last_one():
         "    torch.zeros(2**24)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5 * 2**26 // resource.getpagesize(), "ten tensors fault in fewer pages than five have"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 5 * 2**26 // resource.getpagesize(), (
+        "ten tensors fault in fewer pages than five have"
+    )

@@ -17,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import GPT, IGNORE, GPTClassifier, GPTConfig, LinearCrossEntropy, softmax_slice
 from smallgpt.metrics import flops_per_token
 
-torch.set_num_threads(1)  # tensors this small gain nothing from more, and wait for them on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors this small gain nothing from more, and wait for them on a busy machine
 
 SMALL = GPTConfig(vocab_size=96, block_size=24, n_layer=2, n_head=4, n_embd=32)
 GPT2 = replace(SMALL, pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False)
@@ -45,7 +47,9 @@ def lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def tokens(config: GPTConfig, batch: int, length: int, seed: int = 1) -> Tensor:
-    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def next_tokens(idx: Tensor) -> Tensor:
@@ -92,12 +96,20 @@ def as_gpt2(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 def as_llama(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under the names that Llama and Qwen3 share."""
     renamed = {
-        "wte.": "model.embed_tokens.", "blocks.": "model.layers.", "attn.proj.": "self_attn.o_proj.",
-        "attn.q_norm.": "self_attn.q_norm.", "attn.k_norm.": "self_attn.k_norm.",
-        "attn.q.": "self_attn.q_proj.", "attn.k.": "self_attn.k_proj.", "attn.v.": "self_attn.v_proj.",
-        "mlp.gate.": "mlp.gate_proj.", "mlp.fc.": "mlp.up_proj.", "mlp.proj.": "mlp.down_proj.",
-        ".norm1.": ".input_layernorm.", ".norm2.": ".post_attention_layernorm.",
-    }  # fmt: skip
+        "wte.": "model.embed_tokens.",
+        "blocks.": "model.layers.",
+        "attn.proj.": "self_attn.o_proj.",
+        "attn.q_norm.": "self_attn.q_norm.",
+        "attn.k_norm.": "self_attn.k_norm.",
+        "attn.q.": "self_attn.q_proj.",
+        "attn.k.": "self_attn.k_proj.",
+        "attn.v.": "self_attn.v_proj.",
+        "mlp.gate.": "mlp.gate_proj.",
+        "mlp.fc.": "mlp.up_proj.",
+        "mlp.proj.": "mlp.down_proj.",
+        ".norm1.": ".input_layernorm.",
+        ".norm2.": ".post_attention_layernorm.",
+    }
     theirs = {}
     for name, tensor in ours.items():
         name = "model." + name if name.startswith("norm.") else name
@@ -111,7 +123,12 @@ def hugging_face(ours: GPT | GPTClassifier) -> tuple[torch.nn.Module, Callable]:
     """The same model in transformers, with the weights of ours, and the function that renames our tensors."""
     transformers = pytest.importorskip("transformers")
     c = ours.config if isinstance(ours, GPT) else ours.gpt.config
-    common = dict(vocab_size=c.vocab_size, tie_word_embeddings=c.tie_weights, bos_token_id=None, eos_token_id=None)
+    common = dict(
+        vocab_size=c.vocab_size,
+        tie_word_embeddings=c.tie_weights,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     if c.pos == "learned":
         config = transformers.GPT2Config(
             n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, **common
@@ -120,18 +137,26 @@ def hugging_face(ours: GPT | GPTClassifier) -> tuple[torch.nn.Module, Callable]:
     else:
         kind = "Qwen3" if c.qk_norm else "Llama"
         config = getattr(transformers, kind + "Config")(
-            hidden_size=c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head, head_dim=c.n_embd // c.n_head, max_position_embeddings=c.block_size,
-            intermediate_size=ours.blocks[0].mlp.fc.out_features, rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base}, **common,
-        )  # fmt: skip
+            hidden_size=c.n_embd,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            head_dim=c.n_embd // c.n_head,
+            max_position_embeddings=c.block_size,
+            intermediate_size=ours.blocks[0].mlp.fc.out_features,
+            rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
+            **common,
+        )
         make, names = getattr(transformers, kind + "ForCausalLM"), as_llama
     weights = dict(ours.named_parameters())
     if isinstance(ours, GPTClassifier):
         config.num_labels, config.pad_token_id = ours.head.out_features, 0
         make = transformers.GPT2ForSequenceClassification
         head = weights.pop("head.weight")
-        weights = names({name.removeprefix("gpt."): w for name, w in weights.items()}) | {"score.weight": head}
+        weights = names({name.removeprefix("gpt."): w for name, w in weights.items()}) | {
+            "score.weight": head
+        }
     else:
         weights = names(weights)
     config._attn_implementation = "eager"
@@ -383,7 +408,9 @@ def test_a_later_token_does_not_change_what_came_before(config):
     idx[0, 10] = (idx[0, 10] + 1) % config.vocab_size
     after = model(idx)
     assert_close(after[:, :10], before[:, :10])
-    assert not torch.isclose(after[:, 10:], before[:, 10:]).all(-1).any(), "every later position sees the change"
+    assert not torch.isclose(after[:, 10:], before[:, 10:]).all(-1).any(), (
+        "every later position sees the change"
+    )
 
 
 @every_form
@@ -404,7 +431,9 @@ def test_mean_pooling_is_the_mean_of_the_real_states():
     lengths = torch.tensor([10, 24])
     states = model.gpt.trunk(idx)
     for row, scores in enumerate(model(idx, lengths)):
-        assert_close(scores, model.head(torch.stack([states[row, t] for t in range(lengths[row])]).mean(0)))
+        assert_close(
+            scores, model.head(torch.stack([states[row, t] for t in range(lengths[row])]).mean(0))
+        )
 
 
 @every_form
@@ -447,7 +476,9 @@ def test_initialisation_is_that_of_gpt2(config):
             std = 0.02 / 4 if name.endswith("proj.weight") else 0.02  # sqrt(2 * 8) = 4
             assert abs(p.std() / std - 1) < 0.05 and abs(p.mean()) < std / 10, name
     assert sum(name.endswith("proj.weight") for name, _ in model.named_parameters()) == 16
-    first = F.cross_entropy(model.gpt(tokens(config, 4, 64)).flatten(0, 1), tokens(config, 4, 64, seed=2).flatten())
+    first = F.cross_entropy(
+        model.gpt(tokens(config, 4, 64)).flatten(0, 1), tokens(config, 4, 64, seed=2).flatten()
+    )
     assert abs(first - math.log(256)) < 0.1, "an untrained model knows nothing"
 
 
@@ -524,5 +555,7 @@ def test_compiled_parts_equal_eager_and_the_block_is_compiled_once(monkeypatch):
     assert_close(compiled, eager)
     for name, grad in gradients(model).items():
         assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one block and one slice of the softmax"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, (
+        "one block and one slice of the softmax"
+    )
     torch._dynamo.reset()

@@ -16,7 +16,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
     notebook = nbformat.read(ROOT / "docs" / "ablation.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
+    NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(ROOT / "docs")}}
+    ).execute()
     table = pd.read_csv(tmp_path / "ablation" / "table.csv")
     assert len(table) == 4 and set(table.n) == {1} and table.accuracy.between(0.3, 1).all()
     shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
@@ -25,4 +27,9 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 def test_the_committed_outputs_name_no_machine():
     text = (ROOT / "docs" / "ablation.ipynb").read_text(encoding="utf-8")
-    assert "/home/" not in text and "/root/" not in text and "/work/" not in text and "/tmp/" not in text
+    assert (
+        "/home/" not in text
+        and "/root/" not in text
+        and "/work/" not in text
+        and "/tmp/" not in text
+    )

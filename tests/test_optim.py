@@ -11,9 +11,13 @@ from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, up
 from smallgpt.parallel import Single
 from smallgpt.settings import UserError
 
-torch.set_num_threads(1)  # tensors this small gain nothing from more, and wait for them on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors this small gain nothing from more, and wait for them on a busy machine
 
-TINY = GPTConfig(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=True, pos="learned")
+TINY = GPTConfig(
+    vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=16, bias=True, pos="learned"
+)
 both = pytest.mark.parametrize("name", ["adamw", "muon"])
 
 
@@ -32,8 +36,12 @@ def all_params(optimizers: list) -> list:
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_warm_up_is_linear_never_zero_and_ends_at_the_peak(schedule):
     s = OptimSettings(warmup=4, schedule=schedule)
-    assert [lr_factor(step, 100, s) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert lr_factor(0, 100, replace(s, warmup=0)) == 1.0, "without a warm-up the first step is at the peak"
+    assert [lr_factor(step, 100, s) for step in range(5)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1.0]
+    )
+    assert lr_factor(0, 100, replace(s, warmup=0)) == 1.0, (
+        "without a warm-up the first step is at the peak"
+    )
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -60,7 +68,9 @@ def test_wsd_stays_at_the_peak_and_then_goes_down_in_a_line():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
-@pytest.mark.parametrize(("max_steps", "warmup"), [(1, 0), (1, 1), (2, 0), (5, 100), (100, 99), (100, 100)])
+@pytest.mark.parametrize(
+    ("max_steps", "warmup"), [(1, 0), (1, 1), (2, 0), (5, 100), (100, 99), (100, 100)]
+)
 def test_short_runs_have_a_rate_at_every_step(schedule, max_steps, warmup):
     s = OptimSettings(warmup=warmup, schedule=schedule)
     assert all(0 < lr_factor(step, max_steps, s) <= 1 for step in range(max_steps))
@@ -70,7 +80,11 @@ def test_the_warm_up_is_at_most_a_third_of_the_run():
     """36 steps, as a CSV of 400 rows gives, ended in a warm-up of 50, at 0.7 of the rate."""
     s = OptimSettings(warmup=50, min_lr=0.0)
     factors = [lr_factor(step, 36, s) for step in range(36)]
-    assert factors.index(max(factors)) == 12 and max(factors) == 1.0 and factors[-1] == pytest.approx(0.0)
+    assert (
+        factors.index(max(factors)) == 12
+        and max(factors) == 1.0
+        and factors[-1] == pytest.approx(0.0)
+    )
 
 
 class Scaler:
@@ -126,7 +140,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
     adamw, muon = make_optimizers(model, OptimSettings(name="muon"))
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
     parts = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.gate", "mlp.proj")
-    assert names_of(all_params([muon]), model) == {f"gpt.blocks.{i}.{part}.weight" for i in range(2) for part in parts}
+    assert names_of(all_params([muon]), model) == {
+        f"gpt.blocks.{i}.{part}.weight" for i in range(2) for part in parts
+    }
 
 
 @both
@@ -161,7 +177,9 @@ def test_frozen_parameters_are_left_alone(name):
     for optimizer in optimizers:
         optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == trainable - {"gpt.blocks.1.attn.k.bias"} or changed == trainable  # softmax ignores k's bias
+    assert (
+        changed == trainable - {"gpt.blocks.1.attn.k.bias"} or changed == trainable
+    )  # softmax ignores k's bias
 
 
 def train_only(wanted: str) -> torch.nn.Module:
@@ -210,7 +228,9 @@ def test_clipping_measures_the_norm_of_the_whole_gradient_before_it_scales():
     before = torch.cat([p.grad.flatten() for p in model.parameters()])
     strategy = Single(model, world=None)
     assert strategy.clip(0.0) == pytest.approx(before.norm().item())
-    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), before), "0 only measures"
+    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), before), (
+        "0 only measures"
+    )
     assert strategy.clip(0.5) == pytest.approx(before.norm().item())
     after = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(after, before * 0.5 / before.norm())

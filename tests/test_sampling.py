@@ -11,7 +11,9 @@ from model import GPT, GPTConfig
 from smallgpt.sampling import Conversation, SampleSettings, one_line, pick, replies
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer, TokenizerSettings, train
 
-torch.set_num_threads(1)  # tensors this small gain nothing from more, and wait for them on a busy machine
+torch.set_num_threads(
+    1
+)  # tensors this small gain nothing from more, and wait for them on a busy machine
 
 TOKENIZER: Tokenizer = train(TokenizerSettings("char"), ["你好吗我很好谢" * 2])
 V = 320  # rows of the models here: the tokenizer's 269, rounded up
@@ -22,7 +24,9 @@ TEXTS = ["你好", "how are you?", "我很好 谢谢", "x", "龘!", "好好好"]
 def chatty(block_size: int = 256, seed: int = 3, **parts) -> GPT:
     """A model whose random weights are large enough to make it say something different after every history."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=V, block_size=block_size, n_layer=2, n_head=2, n_embd=32, **parts)).eval()
+    model = GPT(
+        GPTConfig(vocab_size=V, block_size=block_size, n_layer=2, n_head=2, n_embd=32, **parts)
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape), alpha=0.3)
@@ -78,7 +82,9 @@ PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 LOGITS = PROBS.log() + 3.0  # softmax does not see the 3
 
 
-def measure(seen: list[int] = (), logits: torch.Tensor = LOGITS, n: int = 4000, **settings) -> list[float]:
+def measure(
+    seen: list[int] = (), logits: torch.Tensor = LOGITS, n: int = 4000, **settings
+) -> list[float]:
     """How often each token is drawn."""
     s = SampleSettings(**{"temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0} | settings)
     generator = torch.Generator().manual_seed(0)
@@ -102,8 +108,14 @@ def normalised(*weights: float) -> list[float]:
         ({"top_p": 0.3}, [0, 1, 0, 0, 0]),
         ({"top_p": 0.5}, normalised(0, 0.4, 0, 0.25, 0)),  # the token that crosses 0.5 is kept
         ({"top_p": 0.7}, normalised(0, 0.4, 0, 0.25, 0.2)),
-        ({"top_k": 3, "top_p": 0.75}, normalised(0, 0.4, 0, 0.25, 0)),  # of 0.85: top_p counts what top_k left
-        ({"temperature": 0.5, "top_p": 0.75}, normalised(0, 0.4**2, 0, 0.25**2, 0)),  # top_p after temperature
+        (
+            {"top_k": 3, "top_p": 0.75},
+            normalised(0, 0.4, 0, 0.25, 0),
+        ),  # of 0.85: top_p counts what top_k left
+        (
+            {"temperature": 0.5, "top_p": 0.75},
+            normalised(0, 0.4**2, 0, 0.25**2, 0),
+        ),  # top_p after temperature
         ({"temperature": 0}, [0, 1, 0, 0, 0]),
         ({"top_k": 1}, [0, 1, 0, 0, 0]),
         ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
@@ -122,7 +134,9 @@ def test_repetition_penalty_makes_what_was_said_less_likely_whatever_its_sign():
     """CTRL's rule: a positive score is divided, a negative one multiplied; a token said twice is not punished twice."""
     logits = torch.tensor([2.0, -1.0, 0.5, 0.0])
     expected = torch.tensor([1.0, -2.0, 0.5, 0.0]).softmax(0).tolist()
-    assert measure([0, 1, 1, 0], logits, repetition_penalty=2.0) == pytest.approx(expected, abs=0.03)
+    assert measure([0, 1, 1, 0], logits, repetition_penalty=2.0) == pytest.approx(
+        expected, abs=0.03
+    )
     assert measure([0, 1], logits) == pytest.approx(logits.softmax(0).tolist(), abs=0.03)
     greedy = SampleSettings(temperature=0, repetition_penalty=5.0)
     assert pick(logits, [0], greedy) == 2
@@ -137,13 +151,18 @@ def test_equal_scores_are_all_possible_and_forbidden_ones_never():
 
 def test_half_precision_scores_are_compared_in_full_precision():
     logits = torch.linspace(0, 8, 300).to(torch.bfloat16)
-    assert pick(logits, [], SampleSettings(top_p=0.9), torch.Generator().manual_seed(0)) in range(300)
+    assert pick(logits, [], SampleSettings(top_p=0.9), torch.Generator().manual_seed(0)) in range(
+        300
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"temperature": -0.1}, "temperature=-0.1 must be at least 0.001, or 0: always the likeliest token"),
+        (
+            {"temperature": -0.1},
+            "temperature=-0.1 must be at least 0.001, or 0: always the likeliest token",
+        ),
         ({"top_k": -1}, "top_k=-1 must not be negative"),
         ({"top_p": 0.0}, "top_p=0.0 must be in (0, 1]"),
         ({"top_p": 1.1}, "top_p=1.1 must be in (0, 1]"),
@@ -159,7 +178,9 @@ def test_check_names_the_problem(change, problem):
 # --- a conversation ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [{}, {"pos": "learned", "norm": "layernorm", "qk_norm": False}, {"n_kv_head": 1}])
+@pytest.mark.parametrize(
+    "parts", [{}, {"pos": "learned", "norm": "layernorm", "qk_norm": False}, {"n_kv_head": 1}]
+)
 def test_the_cached_conversation_says_what_an_uncached_model_says(parts):
     model = chatty(**parts)
     talk, history, lengths = Conversation(model, TOKENIZER, GREEDY), [TOKENIZER.bos], set()
@@ -170,7 +191,9 @@ def test_the_cached_conversation_says_what_an_uncached_model_says(parts):
         history += [*said, TOKENIZER.sep]
         assert talk.ids == history
         lengths.add(len(said))
-    assert parts or len(lengths) > 1, "replies of several lengths, ended by the model and by max_tokens"
+    assert parts or len(lengths) > 1, (
+        "replies of several lengths, ended by the model and by max_tokens"
+    )
 
 
 def test_a_turn_costs_its_own_length():
@@ -207,7 +230,9 @@ def test_replies_are_independent_of_each_other_and_leave_the_model_as_it_was():
     both = replies(model, TOKENIZER, ["你好", "x"], wild)
     assert both[1:] == replies(model, TOKENIZER, ["x"], wild)
     assert model.training
-    with torch.autocast("cpu", torch.bfloat16):  # as train.py calls it: the cache is float32, the scores are not
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # as train.py calls it: the cache is float32, the scores are not
         assert all(replies(model, TOKENIZER, ["你好", "x"], wild))
 
 
@@ -225,14 +250,18 @@ def test_what_no_reply_may_hold_is_never_said():
 def test_ids_that_spell_nothing_are_never_said():
     """GPT-2's <|endoftext|> occurs in no corpus here: like a row beyond the vocabulary, its score means nothing."""
     tokenizer = Tokenizer("named", CHAR_PATTERN, BYTES, {"<|endoftext|>": 256})
-    talk = Conversation(Script(256, ord("a"), tokenizer.sep, ranking=(ord("b"),)), tokenizer, GREEDY)
+    talk = Conversation(
+        Script(256, ord("a"), tokenizer.sep, ranking=(ord("b"),)), tokenizer, GREEDY
+    )
     assert exchange(talk, "x") == "ba"
 
 
 def test_a_reply_is_never_empty():
     """The likeliest first token is the separator; the second likeliest is taken."""
     hello = TOKENIZER.encode("好")[0]
-    talk = Conversation(Script(TOKENIZER.end, TOKENIZER.sep, ranking=(TOKENIZER.sep, hello)), TOKENIZER, GREEDY)
+    talk = Conversation(
+        Script(TOKENIZER.end, TOKENIZER.sep, ranking=(TOKENIZER.sep, hello)), TOKENIZER, GREEDY
+    )
     assert exchange(talk, "x") == "好"
 
 
@@ -261,7 +290,9 @@ def test_a_character_in_pieces_comes_out_whole():
 
     cut = Conversation(Script(*t.encode("好龘")), t, SampleSettings(temperature=0, max_tokens=3))
     cut.say("x")
-    assert list(cut.reply()) == ["好", "\ufffd"], "cut by max_tokens inside it: one replacement character, at the end"
+    assert list(cut.reply()) == ["好", "\ufffd"], (
+        "cut by max_tokens inside it: one replacement character, at the end"
+    )
 
 
 def test_a_reply_that_nobody_listens_to_any_more_is_closed():
@@ -334,7 +365,9 @@ def test_whole_oldest_turns_go_when_the_history_outgrows_the_block():
         stream = talk.reply()
         pieces = [next(stream)]  # the history has been cut by now
         history = talk.ids[: talk.turns[-1]]
-        assert history[0] == t.bos and said[-len(history) + 1 :] == history[1:], "the latest of what was said"
+        assert history[0] == t.bos and said[-len(history) + 1 :] == history[1:], (
+            "the latest of what was said"
+        )
         assert said[-len(history)] in (t.bos, t.sep), "cut between turns"
         assert all(history[begin - 1] in (t.bos, t.sep) for begin in talk.turns[:-1])
         pieces += stream

@@ -31,7 +31,17 @@ from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, build, finetune
 from smallgpt import dist, frozen, report, reviews, runs, settings
 from smallgpt.dist import World, autocast
-from smallgpt.examples import Buckets, Encoded, Inputs, drop_tokens, encode, encode_text, pad, score, share
+from smallgpt.examples import (
+    Buckets,
+    Encoded,
+    Inputs,
+    drop_tokens,
+    encode,
+    encode_text,
+    pad,
+    score,
+    share,
+)
 from smallgpt.gpt2 import FORM, NAMES
 from smallgpt.metrics import read
 from smallgpt.optim import layer_scale, lr_factor, make_optimizers
@@ -45,9 +55,15 @@ CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 BLOCK = 48
 SMALL = {
-    "device": "cpu", "dtype": "float32", "max_steps": 8, "batch_size": 16, "eval_every": 4, "log_every": 1,
-    "optim.lr": 0.01, "optim.warmup": 2,
-}  # fmt: skip
+    "device": "cpu",
+    "dtype": "float32",
+    "max_steps": 8,
+    "batch_size": 16,
+    "eval_every": 4,
+    "log_every": 1,
+    "optim.lr": 0.01,
+    "optim.warmup": 2,
+}
 WORDS = {
     "bad": ["dirty", "awful", "noisy", "很差", "太吵"],
     "good": ["lovely", "great", "quiet", "很好", "干净"],
@@ -58,7 +74,9 @@ WORDS = {
 # --- a tiny trunk, a tiny set -----------------------------------------------------------------------------------------
 
 
-def table(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")) -> Path:
+def table(
+    path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")
+) -> Path:
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
@@ -78,7 +96,10 @@ def made(n: int, seed: int = 0) -> list[tuple[str, str]]:
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory) -> Path:
     """300 reviews; some hold commas, quotes and newlines."""
-    rows = [(t + ', said "he"\nand left' if i % 10 == 0 else t, label) for i, (t, label) in enumerate(made(300))]
+    rows = [
+        (t + ', said "he"\nand left' if i % 10 == 0 else t, label)
+        for i, (t, label) in enumerate(made(300))
+    ]
     return table(tmp_path_factory.mktemp("reviews") / "reviews.csv", rows)
 
 
@@ -106,8 +127,14 @@ def gpt2(tmp_path_factory) -> Path:
                 continue
             w = torch.cat([gpt.get_parameter(name.replace(".q.", f".{x}.")) for x in "qkv"])
             part = "attn.qkv"
-        turned = w.t() if end == "weight" and part in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj") else w
-        weights[f"{(head or '').replace('blocks', 'h')}{theirs[part]}.{end}"] = turned.detach().contiguous()
+        turned = (
+            w.t()
+            if end == "weight" and part in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+            else w
+        )
+        weights[f"{(head or '').replace('blocks', 'h')}{theirs[part]}.{end}"] = (
+            turned.detach().contiguous()
+        )
     save_file(weights, folder / "model.safetensors")
     sizes = dict(vocab_size=257, n_positions=BLOCK, n_layer=2, n_head=2, n_embd=32)
     (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
@@ -173,20 +200,33 @@ def begun(s: SentimentSettings) -> tuple[GPTClassifier, reviews.Reviews, dict[st
     model, opened = build(s, data.labels)
     tok = opened.tokenizer
     prefix = [tok.bos] if tok.bos < opened.rows else []
-    ids = {k: encode(v, data.labels, tok, s.block_size or BLOCK, prefix) for k, v in data.splits.items()}
+    ids = {
+        k: encode(v, data.labels, tok, s.block_size or BLOCK, prefix)
+        for k, v in data.splits.items()
+    }
     return model.double(), data, ids, tok.pad
 
 
 def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
-    result = run("sentiment_train", fine(tmp_path, max_steps=0, epochs=6, eval_every=0, pool="mean"))
+    result = run(
+        "sentiment_train", fine(tmp_path, max_steps=0, epochs=6, eval_every=0, pool="mean")
+    )
     assert result.status == 0 and not result.err, result.err
     folder = tmp_path / "r"
     found, train_loss = result_of(folder), losses(folder, "train")
-    assert list(train_loss) == list(range(1, max(train_loss) + 1)) and len(losses(folder, "val")) == 6
+    assert (
+        list(train_loss) == list(range(1, max(train_loss) + 1)) and len(losses(folder, "val")) == 6
+    )
     assert train_loss[1] == pytest.approx(math.log(2), rel=0.1) and min(train_loss.values()) < 0.4
     majority, tfidf = found["baselines"].values()
-    assert found["test"]["accuracy"] > majority["accuracy"] + 0.15 and tfidf["accuracy"] > majority["accuracy"] + 0.15
-    assert result.out.count("| **this model** |") == 1 and f"python classify.py {folder} TEXT" in result.out
+    assert (
+        found["test"]["accuracy"] > majority["accuracy"] + 0.15
+        and tfidf["accuracy"] > majority["accuracy"] + 0.15
+    )
+    assert (
+        result.out.count("| **this model** |") == 1
+        and f"python classify.py {folder} TEXT" in result.out
+    )
 
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert text in result.out
@@ -199,22 +239,47 @@ def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
         picture = (folder / f"{name}.png").read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
         assert struct.unpack(">I", picture[16:20])[0] == width
-    names = {"config.yaml", "tokenizer.json", "metrics.jsonl", "tensorboard", "latest", "best", ".lock", "result.json",
-             "report.md", "predictions.csv", "curves.png", "confusion.png"}  # fmt: skip
+    names = {
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "latest",
+        "best",
+        ".lock",
+        "result.json",
+        "report.md",
+        "predictions.csv",
+        "curves.png",
+        "confusion.png",
+    }
     assert {p.name for p in folder.iterdir()} - names == {f"step-{k:08d}" for k in steps(folder)}
 
     # the same command again: no step, the same report
     def kept() -> list[object]:
-        return [(folder / "metrics.jsonl").read_bytes(), *(p.stat().st_mtime_ns for p in folder.glob("step-*"))]
+        return [
+            (folder / "metrics.jsonl").read_bytes(),
+            *(p.stat().st_mtime_ns for p in folder.glob("step-*")),
+        ]
 
     before, table = kept(), (folder / "predictions.csv").read_bytes()
     (folder / "predictions.csv").unlink()
     again = run("sentiment_train", fine(tmp_path, max_steps=0, epochs=6, eval_every=0, pool="mean"))
-    assert again.status == 0 and f"continuing from step {max(train_loss)} of {max(train_loss)}" in again.out
+    assert (
+        again.status == 0
+        and f"continuing from step {max(train_loss)} of {max(train_loss)}" in again.out
+    )
     assert kept() == before and (folder / "predictions.csv").read_bytes() == table
-    assert result_of(folder)["test"] == found["test"] and len(predictions(folder)) == found["examples"]["test"]
-    meta = json.loads((folder / f"step-{max(train_loss):08d}" / "meta.json").read_text(encoding="utf-8"))
-    assert result_of(folder)["seconds"] > meta["seconds"] > 0  # of the training, not of the last start
+    assert (
+        result_of(folder)["test"] == found["test"]
+        and len(predictions(folder)) == found["examples"]["test"]
+    )
+    meta = json.loads(
+        (folder / f"step-{max(train_loss):08d}" / "meta.json").read_text(encoding="utf-8")
+    )
+    assert (
+        result_of(folder)["seconds"] > meta["seconds"] > 0
+    )  # of the training, not of the last start
 
 
 # --- what trains ------------------------------------------------------------------------------------------------------
@@ -224,9 +289,22 @@ def trained(model: GPTClassifier) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-BLOCKS = [f"gpt.blocks.{i}.{part}.weight" for i in (0, 1) for part in (
-    "norm1", "attn.q", "attn.k", "attn.v", "attn.proj", "attn.q_norm", "attn.k_norm", "norm2", "mlp.fc", "mlp.proj",
-)]  # fmt: skip
+BLOCKS = [
+    f"gpt.blocks.{i}.{part}.weight"
+    for i in (0, 1)
+    for part in (
+        "norm1",
+        "attn.q",
+        "attn.k",
+        "attn.v",
+        "attn.proj",
+        "attn.q_norm",
+        "attn.k_norm",
+        "norm2",
+        "mlp.fc",
+        "mlp.proj",
+    )
+]
 TRAINED = {
     "none": {"head.weight", "gpt.norm.weight", "gpt.wte.weight", *BLOCKS},
     "trunk": {"head.weight"},
@@ -239,16 +317,27 @@ def test_what_trains_by_name(asked, freeze):
     model, *_ = begun(s := asked(freeze=freeze))
     assert trained(model) == TRAINED[freeze]
     names = {p: name for name, p in model.named_parameters()}
-    optimized = [names[p] for o in make_optimizers(model, s.optim) for g in o.param_groups for p in g["params"]]
+    optimized = [
+        names[p]
+        for o in make_optimizers(model, s.optim)
+        for g in o.param_groups
+        for p in g["params"]
+    ]
     assert sorted(optimized) == sorted(TRAINED[freeze])
-    dropouts = [model.gpt.drop.p, *(b.drop.p for b in model.gpt.blocks), *(b.attn.dropout for b in model.gpt.blocks)]
+    dropouts = [
+        model.gpt.drop.p,
+        *(b.drop.p for b in model.gpt.blocks),
+        *(b.attn.dropout for b in model.gpt.blocks),
+    ]
     n_frozen = {"none": 0, "trunk": 2, "all_but_last:1": 1}[freeze]
     expected = [0.0 if n_frozen > i else 0.1 for i in range(2)]
     assert dropouts == [0.0 if n_frozen else 0.1, *expected, *expected]
 
 
 @pytest.mark.parametrize("freeze", ["none", "trunk", "all_but_last:1"])
-def test_a_language_model_head_of_its_own_trains_only_for_its_own_loss(asked, monkeypatch, trunk, freeze):
+def test_a_language_model_head_of_its_own_trains_only_for_its_own_loss(
+    asked, monkeypatch, trunk, freeze
+):
     untied = open_trunk(str(trunk))
     weights = untied.weights | {"lm_head.weight": untied.weights["wte.weight"].clone()}
     untied = untied._replace(fields=untied.fields | {"tie_weights": False}, weights=weights)
@@ -265,7 +354,9 @@ def at(folder: Path, step: int) -> dict[str, Tensor]:
 
 def optimized(folder: Path) -> set[str]:
     """The parameters that the last checkpoint has an optimizer state of."""
-    files = (folder / (folder / "latest").read_text(encoding="utf-8").strip() / "state").glob("*.safetensors")
+    files = (folder / (folder / "latest").read_text(encoding="utf-8").strip() / "state").glob(
+        "*.safetensors"
+    )
     return {key.rpartition("/")[0] for file in files for key in safe_open(file, "pt").keys()}
 
 
@@ -274,21 +365,31 @@ def optimized(folder: Path) -> set[str]:
 def test_new_tokens_train_and_what_is_frozen_stays_bit_for_bit(fit, gpt2, freeze, name):
     """Weight decay moves a row without a gradient, too: 257 old rows and the padding between them and 320."""
     # without the mask every text is padded with <|pad|>, which is new to GPT-2
-    folder = fit(trunk=gpt2, mask=False, freeze=freeze, optim__weight_decay=0.5, optim__name=name, cache_gb=4)
+    folder = fit(
+        trunk=gpt2, mask=False, freeze=freeze, optim__weight_decay=0.5, optim__name=name, cache_gb=4
+    )
     opened, after = open_trunk(str(gpt2)), last_weights(folder)
     pad = opened.tokenizer.pad
     assert (opened.rows, len(after["gpt.wte.weight"])) == (257, 320) and pad >= 257
-    trains = {name for name in after if name.startswith("gpt.blocks.1.") or name.startswith("gpt.norm.")}
+    trains = {
+        name for name in after if name.startswith("gpt.blocks.1.") or name.startswith("gpt.norm.")
+    }
     trains = {"head.weight", "gpt.wte.weight"} | (trains if freeze != "trunk" else set())
     for part, w in opened.weights.items():
-        assert after[f"gpt.{part}"][: len(w)].equal(w) == (f"gpt.{part}" not in trains or part == "wte.weight"), part
+        assert after[f"gpt.{part}"][: len(w)].equal(w) == (
+            f"gpt.{part}" not in trains or part == "wte.weight"
+        ), part
     torch.manual_seed(0)
-    before = build(settings.load(SentimentSettings, [str(folder / "config.yaml")]), ["bad", "good"])[0]
+    before = build(
+        settings.load(SentimentSettings, [str(folder / "config.yaml")]), ["bad", "good"]
+    )[0]
     moved = (after["gpt.wte.weight"] != before.gpt.wte.weight).any(1)
     assert moved.nonzero().flatten().tolist() == [pad]
     assert optimized(folder) == trains
     rest = sum(w.numel() for name, w in after.items() if name in trains - {"gpt.wte.weight"})
-    assert result_of(folder)["trainable"] == rest + (320 - 257) * 32  # not the old rows of the same matrix
+    assert (
+        result_of(folder)["trainable"] == rest + (320 - 257) * 32
+    )  # not the old rows of the same matrix
 
 
 @pytest.mark.parametrize("freeze", ["trunk", "all_but_last:1"])
@@ -296,8 +397,13 @@ def test_new_tokens_that_no_text_has_cost_nothing(fit, gpt2, freeze, capsys):
     """GPT-2's texts hold none of our special tokens: nothing has to go down through the frozen blocks, no time, no
     gradient, and no parameter of which DDP waits in vain for a gradient."""
     folder = fit(trunk=gpt2, freeze=freeze)
-    assert "gpt.wte.weight" not in optimized(folder) and "runs every time" not in capsys.readouterr().out
-    assert result_of(folder)["trainable"] == sum(last_weights(folder)[name].numel() for name in optimized(folder))
+    assert (
+        "gpt.wte.weight" not in optimized(folder)
+        and "runs every time" not in capsys.readouterr().out
+    )
+    assert result_of(folder)["trainable"] == sum(
+        last_weights(folder)[name].numel() for name in optimized(folder)
+    )
     meta = json.loads((folder / "step-00000008" / "meta.json").read_text(encoding="utf-8"))
     assert meta["head"]["prefix"] == []  # a token that GPT-2 never saw would only disturb it
 
@@ -307,12 +413,19 @@ def test_a_fine_tuned_gpt2_as_trunk_is_still_a_gpt2(fit, gpt2):
     first = fit(trunk=gpt2)
     second = fit(trunk=first, run="again", max_steps=1)
     assert open_trunk(str(second)).rows == open_trunk(str(first)).rows == 257
-    assert json.loads((second / "step-00000001" / "meta.json").read_text(encoding="utf-8"))["head"]["prefix"] == []
+    assert (
+        json.loads((second / "step-00000001" / "meta.json").read_text(encoding="utf-8"))["head"][
+            "prefix"
+        ]
+        == []
+    )
 
 
 # --- the frozen part is asked once -----------------------------------------------------------------------------------
 
-CASES = [(f, m, p) for f in ("trunk", "all_but_last:1") for m in (True, False) for p in ("last", "mean")]
+CASES = [
+    (f, m, p) for f in ("trunk", "all_but_last:1") for m in (True, False) for p in ("last", "mean")
+]
 
 
 @pytest.mark.parametrize("freeze, mask, pool", CASES)
@@ -320,7 +433,15 @@ def test_what_is_kept_equals_what_is_computed_every_time(fit, monkeypatch, freez
     calls = []
     below = frozen.below
     monkeypatch.setattr(frozen, "below", lambda *a: calls.append(1) or below(*a))
-    case = dict(freeze=freeze, mask=mask, pool=pool, dropout=0.3, micro_tokens=512, max_steps=6, eval_every=3)
+    case = dict(
+        freeze=freeze,
+        mask=mask,
+        pool=pool,
+        dropout=0.3,
+        micro_tokens=512,
+        max_steps=6,
+        eval_every=3,
+    )
     kept = fit(run="kept", **case)
     assert calls
     calls.clear()
@@ -348,8 +469,17 @@ def test_the_language_model_loss_goes_with_what_is_kept(fit):
 def test_too_much_to_keep_is_said_and_computed(fit, capsys):
     folder = fit(freeze="all_but_last:1", cache_gb=1e-6)
     said = capsys.readouterr().out
-    assert len(re.findall(r"frozen   (?:train|validation): .*\(cache_gb=1e-06\): it runs every time", said)) == 2
-    assert losses(folder, "train") == pytest.approx(losses(fit(run="s", freeze="all_but_last:1"), "train"), abs=1e-4)
+    assert (
+        len(
+            re.findall(
+                r"frozen   (?:train|validation): .*\(cache_gb=1e-06\): it runs every time", said
+            )
+        )
+        == 2
+    )
+    assert losses(folder, "train") == pytest.approx(
+        losses(fit(run="s", freeze="all_but_last:1"), "train"), abs=1e-4
+    )
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------
@@ -382,7 +512,9 @@ def test_a_text_has_the_same_scores_in_any_company(asked, mask, pool):
     other = GPTClassifier(model.gpt, 2, pool, not mask).eval().double()
     other.head = model.head
     both = Inputs(data, fill, BLOCK - width, CPU)
-    assert np.abs(score(other, both, ALONE, autocast(CPU, torch.float64), 300) - by_hand).max() > 1e-3
+    assert (
+        np.abs(score(other, both, ALONE, autocast(CPU, torch.float64), 300) - by_hand).max() > 1e-3
+    )
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -402,7 +534,9 @@ def test_an_epoch_has_every_example_once(n, size):
     for epoch in (0, 1, 7):
         batches = [buckets.of(epoch * k + i) for i in range(k)]
         assert sorted(np.concatenate(batches)) == list(range(n))
-        assert sorted(map(len, batches)) == sorted([size] * (n // size) + [n % size] * (n % size > 0))
+        assert sorted(map(len, batches)) == sorted(
+            [size] * (n // size) + [n % size] * (n % size > 0)
+        )
         orders.append(np.concatenate(batches).tolist())
     other = Buckets(skewed(n), size, seed=4)
     if n > 50:
@@ -424,7 +558,10 @@ def test_there_is_little_padding_and_still_a_mixture():
     # no length has a part of the epoch to itself, and neighbours change from epoch to epoch
     means = [lengths[b].mean() for b in batches]
     assert abs(np.mean(means[:78]) - np.mean(means[78:])) < 0.25 * np.mean(means)
-    first, later = {*batches[0]}, (buckets.of(buckets.steps_per_epoch + i) for i in range(len(batches)))
+    first, later = (
+        {*batches[0]},
+        (buckets.of(buckets.steps_per_epoch + i) for i in range(len(batches))),
+    )
     assert max(len(first & {*b}) for b in later) < size // 2
 
 
@@ -452,7 +589,12 @@ def test_tokens_left_out_close_up_and_the_first_and_the_separator_stay():
     for width in (0, 40):
         for _ in range(200):
             x, n = drop_tokens(idx, lengths, 0.3, fill=0, sep=9, width=width)
-            assert x.size(1) == (width or n.max()) and n[2] == 1 and (x[:, 0] == 1).all() and (x[0] == 9).sum() == 1
+            assert (
+                x.size(1) == (width or n.max())
+                and n[2] == 1
+                and (x[:, 0] == 1).all()
+                and (x[0] == 9).sum() == 1
+            )
             for row, was, k in zip(x, idx, n.tolist(), strict=True):
                 assert (row[k:] == 0).all() and set(row[:k].tolist()) <= set(was.tolist())
                 ordered = row[:k][row[:k] >= 10]
@@ -466,10 +608,14 @@ def test_tokens_left_out_close_up_and_the_first_and_the_separator_stay():
 
 
 @pytest.mark.parametrize("freeze", ["none", "trunk"])
-def test_token_dropout_is_drawn_anew_at_each_step_and_the_same_again_on_resume(fit, tmp_path, monkeypatch, freeze):
+def test_token_dropout_is_drawn_anew_at_each_step_and_the_same_again_on_resume(
+    fit, tmp_path, monkeypatch, freeze
+):
     """Also above a frozen part, which must not be asked only once then."""
     seen, drop = [], drop_tokens
-    monkeypatch.setattr(sentiment_train, "drop_tokens", lambda *a: seen.append(drop(*a)) or seen[-1])
+    monkeypatch.setattr(
+        sentiment_train, "drop_tokens", lambda *a: seen.append(drop(*a)) or seen[-1]
+    )
     case = dict(freeze=freeze, token_dropout=0.4, dropout=0.0, save_every=4, keep=2)
     whole = fit(run="whole", **case)
     assert len(seen) == 8 and {x.dtype for x, _ in seen} == {torch.int64}
@@ -489,7 +635,14 @@ def tok():
 
 def test_a_long_text_keeps_its_beginning_and_its_end(tok):
     text = "abcdefghijklmnopqrstuvwxyz"
-    cases = {27: text, 26: text, 25: text[:13] + text[14:], 10: "abcdevwxyz", 9: "abcdewxyz", 1: "a"}
+    cases = {
+        27: text,
+        26: text,
+        25: text[:13] + text[14:],
+        10: "abcdevwxyz",
+        9: "abcdewxyz",
+        1: "a",
+    }
     for block, kept in cases.items():
         ids, cut = encode_text(tok, text, "", block, [])
         assert tok.decode(ids) == kept and len(ids) == len(kept) and cut == (block < 26)
@@ -519,27 +672,40 @@ def test_a_pair_keeps_both_sides(tok, a, b, block, kept_a, kept_b):
     assert cut == ((kept_a, kept_b) != (a, b)) and len(ids) <= block
     for side, whole in ((tok.decode(ids[:at]), text[:a]), (tok.decode(ids[at:]), text[:b][::-1])):
         half = len(side) // 2
-        assert whole.startswith(side[: len(side) - half]) and whole.endswith(side[len(side) - half :])
+        assert whole.startswith(side[: len(side) - half]) and whole.endswith(
+            side[len(side) - half :]
+        )
     longer, cut = encode_text(tok, text[:a] * 5000, text[:b], block, [tok.bos])
     assert len(longer) == block and cut and longer[0] == tok.bos and tok.sep in longer
 
 
 def test_the_first_word_is_the_token_that_it_is_later_on(tok):
     """BPE joins the space before a word to it, so a text's first word was another token, rarer or in pieces."""
-    bpe = train(TokenizerSettings("bpe", vocab_size=300), ["the good film and the good plot are so good"] * 9)
+    bpe = train(
+        TokenizerSettings("bpe", vocab_size=300),
+        ["the good film and the good plot are so good"] * 9,
+    )
     ids, _ = encode_text(bpe, "good plot", "good film", 20, [])
     first, again = ids[0], ids[ids.index(bpe.sep) + 1]
     assert first == again == bpe.encode("so good")[-1] != bpe.encode("good")[0]
     assert bpe.decode(ids[: ids.index(bpe.sep)]) == " good plot"
     for text in ("很好", "12 good", "'good'", "", " good"):  # no word to be joined to
         assert encode_text(bpe, text, "", 40, [])[0] == bpe.encode(text)
-    assert encode_text(tok, "good", "", 9, [])[0] == tok.encode("good")  # characters: a space is one of its own
+    assert encode_text(tok, "good", "", 9, [])[0] == tok.encode(
+        "good"
+    )  # characters: a space is one of its own
 
 
 def test_what_was_cut_is_counted(tok):
     sizes = [(5, 0, "x"), (6, 0, "y"), (2, 2, "y"), (3, 3, "x")]
-    found = encode([Example("a" * n, "b" * m, label) for n, m, label in sizes], ["x", "y"], tok, 5, [])
-    assert found.cut == 2 and found.labels.tolist() == [0, 1, 1, 0] and found.lengths.tolist() == [5, 5, 5, 5]
+    found = encode(
+        [Example("a" * n, "b" * m, label) for n, m, label in sizes], ["x", "y"], tok, 5, []
+    )
+    assert (
+        found.cut == 2
+        and found.labels.tolist() == [0, 1, 1, 0]
+        and found.lengths.tolist() == [5, 5, 5, 5]
+    )
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -574,30 +740,49 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes
     def both(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         h = model.gpt.trunk(embedded)
         pooled = h[torch.arange(len(rows)), lengths - 1] if s.mask else h[:, -1]
-        loss = F.cross_entropy(model.head(pooled), y[rows], weight=weight, label_smoothing=s.label_smoothing)
-        lm = F.cross_entropy(model.gpt.lm_head(h)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        loss = F.cross_entropy(
+            model.head(pooled), y[rows], weight=weight, label_smoothing=s.label_smoothing
+        )
+        lm = F.cross_entropy(
+            model.gpt.lm_head(h)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
         return loss, loss + s.lm_weight * lm
 
     embedded = model.gpt.wte(idx)
     loss, total = both(embedded)
     if s.adversarial:
         (grad,) = torch.autograd.grad(total, embedded, retain_graph=True)
-        moves = [g / g.norm() * s.adversarial * model.gpt.wte.weight.norm(dim=1).median() for g in grad]
+        moves = [
+            g / g.norm() * s.adversarial * model.gpt.wte.weight.norm(dim=1).median() for g in grad
+        ]
         total = total + both(embedded + torch.stack(moves).detach())[1]
     total.backward()
     loss = float(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
     for tokens in (60, 10**6):
-        folder = fit(run=f"r{tokens}", dtype="float64", max_steps=1, micro_tokens=tokens, dropout=0.0, **changes)
+        folder = fit(
+            run=f"r{tokens}",
+            dtype="float64",
+            max_steps=1,
+            micro_tokens=tokens,
+            dropout=0.0,
+            **changes,
+        )
         (record,) = read(folder, "train")
         assert record["loss"] == pytest.approx(loss, rel=1e-9)
         assert record["grad_norm"] == pytest.approx(float(norm), rel=1e-9)
 
 
 def test_layer_decay_by_name(asked, fit):
-    expected = {"head.weight": 1.0, "gpt.norm.weight": 1.0, "gpt.blocks.1.attn.q.weight": 0.5,
-                "gpt.blocks.1.norm2.weight": 0.5, "gpt.blocks.0.mlp.fc.weight": 0.25, "gpt.wte.weight": 0.125,
-                "gpt.wpe.weight": 0.125}  # fmt: skip
+    expected = {
+        "head.weight": 1.0,
+        "gpt.norm.weight": 1.0,
+        "gpt.blocks.1.attn.q.weight": 0.5,
+        "gpt.blocks.1.norm2.weight": 0.5,
+        "gpt.blocks.0.mlp.fc.weight": 0.25,
+        "gpt.wte.weight": 0.125,
+        "gpt.wpe.weight": 0.125,
+    }
     assert {name: layer_scale(name, 2, 0.5) for name in expected} == expected
     assert layer_scale("gpt.blocks.0.mlp.fc.weight", 12, 0.9) == pytest.approx(0.9**12)
     s = asked(layer_decay=0.5)
@@ -606,7 +791,9 @@ def test_layer_decay_by_name(asked, fit):
     (adamw,) = make_optimizers(model, s.optim, lambda name: layer_scale(name, 2, 0.5))
     rates = {names[p]: g["peak_lr"] for g in adamw.param_groups for p in g["params"]}
     assert rates.keys() == TRAINED["none"]
-    assert all(rates[name] == pytest.approx(0.01 * x) for name, x in expected.items() if name in rates)
+    assert all(
+        rates[name] == pytest.approx(0.01 * x) for name, x in expected.items() if name in rates
+    )
     # what is logged is the rate of the head, whatever group comes first
     logged = [r["lr"] for r in read(fit(layer_decay=0.5), "train")]
     assert logged == pytest.approx([0.01 * lr_factor(i, 8, s.optim) for i in range(8)])
@@ -620,7 +807,10 @@ def test_layer_decay_by_name(asked, fit):
     [
         {"lm_weight": 0.3, "class_weights": "balanced", "micro_tokens": 200},
         {"adversarial": 0.2, "micro_tokens": 200},
-        {"freeze": "trunk", "trunk": "gpt2"},  # of the embedding only new rows may train, and no text has them
+        {
+            "freeze": "trunk",
+            "trunk": "gpt2",
+        },  # of the embedding only new rows may train, and no text has them
         {"freeze": "all_but_last:1", "mask": False, "trunk": "gpt2"},
     ],
     ids=str,
@@ -628,7 +818,9 @@ def test_layer_decay_by_name(asked, fit):
 def test_two_processes_are_one(fine, fit, tmp_path, gpt2, start_ranks, changes):
     """33 examples in batches of 16: in every epoch one batch has a single example, and one rank none."""
     changes = {**changes, **({"trunk": gpt2} if "trunk" in changes else {})}
-    case = dict(dtype="float64", data__train_size=33, max_steps=7, eval_every=4, dropout=0.0, **changes)
+    case = dict(
+        dtype="float64", data__train_size=33, max_steps=7, eval_every=4, dropout=0.0, **changes
+    )
     args = fine(tmp_path, run="two", **case)
     for result in [p.wait() for p in start_ranks(2, args, script="sentiment_train")]:
         assert result.status == 0, result.err
@@ -637,16 +829,22 @@ def test_two_processes_are_one(fine, fit, tmp_path, gpt2, start_ranks, changes):
         a, b = read(one, split), read(two, split)
         assert len(a) == len(b) == n and len({r["loss"] for r in a}) > 1
         for key in ("loss", "accuracy", "grad_norm" if split == "train" else "macro_f1"):
-            assert [r[key] for r in a] == pytest.approx([r[key] for r in b], rel=1e-9, abs=1e-15), key
+            assert [r[key] for r in a] == pytest.approx([r[key] for r in b], rel=1e-9, abs=1e-15), (
+                key
+            )
     assert_same_predictions(one, two, 1e-9)
     x, y = result_of(one), result_of(two)
     assert x["step"] == y["step"] and x["test"] == pytest.approx(y["test"], rel=1e-9)
-    assert len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 9  # one of them wrote
+    assert (
+        len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 9
+    )  # one of them wrote
 
 
 # --- exact resume -----------------------------------------------------------------------------------------------------
 
-KILLABLE = dict(max_steps=14, eval_every=4, save_every=3, micro_tokens=400, lm_weight=0.1, adversarial=0.1)
+KILLABLE = dict(
+    max_steps=14, eval_every=4, save_every=3, micro_tokens=400, lm_weight=0.1, adversarial=0.1
+)
 
 
 @pytest.fixture(scope="module")
@@ -672,7 +870,9 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_a_delicate_moment_then_resume_is_exact(fine, tmp_path, start, uninterrupted, moment):
+def test_killed_at_a_delicate_moment_then_resume_is_exact(
+    fine, tmp_path, start, uninterrupted, moment
+):
     args = fine(tmp_path, **KILLABLE)
     assert start("sentiment_train", args, die_at=MOMENTS[moment]).wait().status == -signal.SIGKILL
     assert start("sentiment_train", args).wait().status == 0
@@ -701,12 +901,17 @@ def test_kill_9_at_random_moments_then_resume_is_exact(fine, tmp_path, start, un
 def test_a_signal_saves_and_the_same_command_continues(fine, tmp_path, start, run, uninterrupted):
     args, folder = fine(tmp_path, **KILLABLE), tmp_path / "r"
     process = start("sentiment_train", args)
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 2, "two steps")
+    wait_for(
+        lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 2,
+        "two steps",
+    )
     process.kill(signal.SIGTERM)
     stopped = process.wait()
     assert stopped.status == 143 and "the same command continues" in stopped.out and not stopped.err
     done = max(losses(folder, "train"))
-    assert 2 <= done < 14 and (folder / "latest").read_text(encoding="utf-8") == f"step-{done:08d}\n"
+    assert (
+        2 <= done < 14 and (folder / "latest").read_text(encoding="utf-8") == f"step-{done:08d}\n"
+    )
     assert not (folder / "report.md").exists()
     again = run("sentiment_train", args)
     assert again.status == 0 and f"continuing from step {done} of 14" in again.out
@@ -728,7 +933,9 @@ def test_a_signal_saves_and_the_same_command_continues(fine, tmp_path, start, ru
 )
 def test_what_may_not_change_on_resume(fine, gpt2, uninterrupted, run, changes, says):
     changes = {**changes, **({"trunk": gpt2} if "trunk" in changes else {})}
-    config, result = ((uninterrupted / name).read_bytes() for name in ("config.yaml", "result.json"))
+    config, result = (
+        (uninterrupted / name).read_bytes() for name in ("config.yaml", "result.json")
+    )
     message = mistake(run("sentiment_train", fine(uninterrupted.parent, **{**KILLABLE, **changes})))
     assert says in message and "\n" not in message
     assert config == (uninterrupted / "config.yaml").read_bytes()
@@ -747,7 +954,9 @@ def test_a_setting_that_an_older_version_lacked_was_off():
 # --- which checkpoint is chosen ---------------------------------------------------------------------------------------
 
 
-def verdicts(monkeypatch, values: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+def verdicts(
+    monkeypatch, values: list[tuple[float, float, float]]
+) -> list[tuple[float, float, float]]:
     """Let the validation of each evaluation be these (accuracy, macro F1, loss); the test stays what it is. Returns
     the list of those still to come."""
     evaluate, left = report.evaluate, list(values)
@@ -761,7 +970,14 @@ def verdicts(monkeypatch, values: list[tuple[float, float, float]]) -> list[tupl
     return left
 
 
-VALUES = [(0.5, 0.4, 1.0), (0.8, 0.5, 0.6), (0.8, 0.7, 0.5), (0.8, 0.7, 0.5), (0.7, 0.6, 0.1), (0.7, 0.1, 0.1)]
+VALUES = [
+    (0.5, 0.4, 1.0),
+    (0.8, 0.5, 0.6),
+    (0.8, 0.7, 0.5),
+    (0.8, 0.7, 0.5),
+    (0.7, 0.6, 0.1),
+    (0.7, 0.1, 0.1),
+]
 
 
 @pytest.mark.parametrize(
@@ -793,21 +1009,33 @@ def test_validation_chooses_and_the_test_is_of_what_it_chose(fit, monkeypatch, c
         h = [model(torch.from_numpy(i)[None], torch.tensor([len(i)]))[0] for i in ids["test"].ids]
     scores, y = torch.stack(h), torch.from_numpy(ids["test"].labels)
     assert found["test"]["loss"] == pytest.approx(float(F.cross_entropy(scores, y)), abs=1e-5)
-    assert found["test"]["accuracy"] == pytest.approx(float((scores.argmax(1) == y).double().mean()))
-    for row, e, p in zip(predictions(folder), data.splits["test"], scores.softmax(1)[:, 1].tolist(), strict=True):
-        assert (row["text"], row["label"]) == (e.text, e.label) and float(row["p_good"]) == pytest.approx(p, abs=1e-3)
+    assert found["test"]["accuracy"] == pytest.approx(
+        float((scores.argmax(1) == y).double().mean())
+    )
+    for row, e, p in zip(
+        predictions(folder), data.splits["test"], scores.softmax(1)[:, 1].tolist(), strict=True
+    ):
+        assert (row["text"], row["label"]) == (e.text, e.label) and float(
+            row["p_good"]
+        ) == pytest.approx(p, abs=1e-3)
 
     # once more, with a `best` that another process still sees as it was: the same checkpoint; and nothing is evaluated
     (folder / "best").write_text("step-00000001\n", encoding="utf-8")
     left.clear()
-    assert result_of(fit(**case)) | {"seconds": 0, "validation": 0} == found | {"seconds": 0, "validation": 0}
+    assert result_of(fit(**case)) | {"seconds": 0, "validation": 0} == found | {
+        "seconds": 0,
+        "validation": 0,
+    }
 
 
 def test_the_labels_of_the_test_change_nothing_but_its_scores(fit, tmp_path):
     train_rows, test_rows = made(120, 1), made(60, 2)
     table(tmp_path / "train.csv", train_rows)
     table(tmp_path / "test.csv", test_rows)
-    table(tmp_path / "turned.csv", [(text, {"bad": "good", "good": "bad"}[label]) for text, label in test_rows])
+    table(
+        tmp_path / "turned.csv",
+        [(text, {"bad": "good", "good": "bad"}[label]) for text, label in test_rows],
+    )
     case = dict(data__path=tmp_path / "train.csv", max_steps=12, eval_every=2)
     a = fit(run="a", data__test_path=tmp_path / "test.csv", **case)
     b = fit(run="b", data__test_path=tmp_path / "turned.csv", **case)
@@ -844,7 +1072,9 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         "latin": folder / "latin.csv",
         "empty": folder / "trunk",
     }
-    files["latin"].write_bytes(b"Text,Sentiment\n" + b"".join(b"caf\xe9 no %d,good\n" % i for i in range(30)))
+    files["latin"].write_bytes(
+        b"Text,Sentiment\n" + b"".join(b"caf\xe9 no %d,good\n" % i for i in range(30))
+    )
     files["empty"].mkdir()
     return files
 
@@ -856,12 +1086,24 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("trunk={empty}", "there is no checkpoint (no step-... folder) in "),
         ("trunk=/no/such/folder", "there is no trunk '/no/such/folder'"),
         ("data.path=/no/such/file.csv", "there is no file /no/such/file.csv"),
-        ("data.path={columns} data.label_column=stars", "no column 'Text'; it has: review, stars. Set data.text_"),
-        ("data.label_column=label", "no column 'label'; it has: Text, Sentiment. Set data.label_column"),
+        (
+            "data.path={columns} data.label_column=stars",
+            "no column 'Text'; it has: review, stars. Set data.text_",
+        ),
+        (
+            "data.label_column=label",
+            "no column 'label'; it has: Text, Sentiment. Set data.label_column",
+        ),
         ("data.path={one}", "training examples have the label 'good'"),
         ("data.path={nan}", "1 example(s) of the train split have no label, the first is row 4"),
-        ("data.test_path={meh}", "the test split has the label 'meh', which no training example has (they have bad,"),
-        ("data.path={latin}", "latin.csv, line 2: neither UTF-8 nor GB18030; name its encoding in data.encoding"),
+        (
+            "data.test_path={meh}",
+            "the test split has the label 'meh', which no training example has (they have bad,",
+        ),
+        (
+            "data.path={latin}",
+            "latin.csv, line 2: neither UTF-8 nor GB18030; name its encoding in data.encoding",
+        ),
         ("freeze=all_but_last:9", "freeze=all_but_last:9: the trunk has 2 blocks"),
         ("freeze=nonsense", "freeze='nonsense' must be none, trunk or all_but_last:K"),
         ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
@@ -874,12 +1116,17 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("label_smoothing=1", "dropout and label_smoothing must be in [0, 1)"),
         ("dropout=1.5", "dropout and label_smoothing must be in [0, 1)"),
         ("data.train_size=1", "data.train_size=1 leaves no example of the label"),
-        ("optim.lr=1e30 optim.clip=0", "no update was made, the last checkpoint is step 0: lower optim.lr"),
+        (
+            "optim.lr=1e30 optim.clip=0",
+            "no update was made, the last checkpoint is step 0: lower optim.lr",
+        ),
     ],
     ids=lambda v: v.partition(" ")[0],
 )
 def test_mistakes(fine, tmp_path, run, bad, argument, says):
-    message = mistake(run("sentiment_train", [*fine(tmp_path / "out"), *argument.format(**bad).split(" ")]))
+    message = mistake(
+        run("sentiment_train", [*fine(tmp_path / "out"), *argument.format(**bad).split(" ")])
+    )
     assert says in message and "\n" not in message
     assert not (tmp_path / "out" / "r" / "best").exists()
 
@@ -890,16 +1137,30 @@ def test_machines_that_see_different_files_are_told(fine, tmp_path, labelled, ru
     if differs == "out_dir":
         assert run("sentiment_train", fine(tmp_path, max_steps=4)).status == 0
     other = tmp_path / "other.csv"
-    other.write_text(labelled.read_text(encoding="utf-8").replace("lovely", "awful"), encoding="utf-8")
+    other.write_text(
+        labelled.read_text(encoding="utf-8").replace("lovely", "awful"), encoding="utf-8"
+    )
     elsewhere = {"out_dir": tmp_path / "elsewhere", "data.path": other}[differs]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    env = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "LOCAL_RANK": "0",
+    }
     argv = fine(tmp_path), [*fine(tmp_path), f"{differs}={elsewhere}"]
-    processes = [start("sentiment_train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)]
+    processes = [
+        start("sentiment_train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)
+    ]
     for result in (p.wait() for p in processes):
-        assert result.status == 2 and "the processes see different files: all machines must share" in result.err
+        assert (
+            result.status == 2
+            and "the processes see different files: all machines must share" in result.err
+        )
 
 
-def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(fit, tmp_path, monkeypatch):
+def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(
+    fit, tmp_path, monkeypatch
+):
     """It was written as null, which the next start of the run could not compare with anything."""
     evaluate = report.evaluate
     monkeypatch.setattr(report, "evaluate", lambda *args: evaluate(*args) | {"loss": math.nan})
@@ -913,11 +1174,16 @@ def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(
 def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_path):
     """The newest step was the best and was lost; that of the others had been pruned, and the report asked for it."""
     folder = fit(eval_every=2, save_every=2, keep=2)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     for record in records:
         if record["split"] == "val":
             record["accuracy"] = {2: 0.99, 4: 0.5, 6: 0.4, 8: 1.0}[record["step"]]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+    )
     for step in (2, 4, 8):
         shutil.rmtree(folder / f"step-0000000{step}", ignore_errors=True)
     (folder / "best").write_text("step-00000008", encoding="utf-8")
@@ -933,9 +1199,14 @@ def test_a_run_goes_on_where_auto_chooses_float16(fit, monkeypatch):
 
 def test_empty_texts_are_dropped_and_counted(fit, tmp_path):
     rows = made(120, 7)
-    table(tmp_path / "gaps.csv", [*rows[:50], ("", "good"), (" \t", "bad"), ("\n", "good"), *rows[50:]])
+    table(
+        tmp_path / "gaps.csv",
+        [*rows[:50], ("", "good"), (" \t", "bad"), ("\n", "good"), *rows[50:]],
+    )
     folder = fit(data__path=tmp_path / "gaps.csv", max_steps=2)
-    assert "- train: dropped 3 with an empty text" in (folder / "report.md").read_text(encoding="utf-8")
+    assert "- train: dropped 3 with an empty text" in (folder / "report.md").read_text(
+        encoding="utf-8"
+    )
     assert sum(result_of(folder)["examples"].values()) == 120
 
 
@@ -944,13 +1215,21 @@ def leaky(tmp_path_factory, trunk, labelled) -> tuple[Path, int, int]:
     """The trunk, but its corpus holds seven of the test texts; that number; and how many test texts there are."""
     folder = tmp_path_factory.mktemp("leaky")
     data = reviews.load(ReviewSettings(path=str(labelled)))
-    long = [e.text for e in data.splits["test"] if sum(c.isalnum() for c in e.text) >= 20 and "\n" not in e.text]
+    long = [
+        e.text
+        for e in data.splits["test"]
+        if sum(c.isalnum() for c in e.text) >= 20 and "\n" not in e.text
+    ]
     also = [e.text for e in data.splits["train"][:20]]  # what is trained on may have been read
-    text = "\n\n".join([*also, *(f"Well, {t.upper()}!" for t in long[:7]), *(t[: len(t) // 2] for t in long[7:])])
+    text = "\n\n".join(
+        [*also, *(f"Well, {t.upper()}!" for t in long[:7]), *(t[: len(t) // 2] for t in long[7:])]
+    )
     (folder / "corpus.txt").write_text(text + "\n", encoding="utf-8")
     shutil.copytree(trunk, folder / "trunk")
     config = folder / "trunk" / "config.yaml"
-    lines = re.sub(r"(?m)^  path:.*$", f"  path: {folder / 'corpus.txt'}", config.read_text(encoding="utf-8"))
+    lines = re.sub(
+        r"(?m)^  path:.*$", f"  path: {folder / 'corpus.txt'}", config.read_text(encoding="utf-8")
+    )
     config.write_text(lines, encoding="utf-8")
     assert open_trunk(str(folder / "trunk")).corpora == [str(folder / "corpus.txt")]
     return folder / "trunk", 7, len(data.splits["test"])
@@ -970,14 +1249,20 @@ def test_a_trunk_that_has_read_the_test_is_refused(fine, fit, leaky, tmp_path, r
     assert f"not searched for test texts, being absent: {trunk.parent / 'corpus.txt'}" in said
 
 
-def test_a_classifier_as_trunk_is_searched_for_what_it_was_trained_on(fine, fit, labelled, tmp_path, run):
+def test_a_classifier_as_trunk_is_searched_for_what_it_was_trained_on(
+    fine, fit, labelled, tmp_path, run
+):
     """Its labelled texts stand in no corpus file: a classifier of the hotel reviews of others passed for innocent. The
     same set in the same split is no leak, as only its training split was read."""
     copy = Path(shutil.copy(labelled, tmp_path / "copy.csv"))
     first = fit(max_steps=2, data__path=copy)
     again = fit(run="again", trunk=first, max_steps=2)
-    assert "test texts found in the trunk's training text: 0" in (again / "report.md").read_text(encoding="utf-8")
-    message = mistake(run("sentiment_train", fine(tmp_path, run="other", trunk=again, data__split_seed=5)))
+    assert "test texts found in the trunk's training text: 0" in (again / "report.md").read_text(
+        encoding="utf-8"
+    )
+    message = mistake(
+        run("sentiment_train", fine(tmp_path, run="other", trunk=again, data__split_seed=5))
+    )
     assert re.match(rf"\d+ of \d+ test texts are in what {again}", message) and message[0] != "0"
     copy.unlink()
     said = (fit(run="third", trunk=first, max_steps=2) / "report.md").read_text(encoding="utf-8")
@@ -992,13 +1277,18 @@ def test_scores_are_those_of_scikit_learn(k):
     metrics = pytest.importorskip("sklearn.metrics")
     draw = np.random.default_rng(k)
     for n in (1, 5, 200):
-        scores, labels = draw.normal(size=(n, k)) * 5, draw.integers(0, max(2, k - 1), n)  # the last class is never met
+        scores, labels = (
+            draw.normal(size=(n, k)) * 5,
+            draw.integers(0, max(2, k - 1), n),
+        )  # the last class is never met
         found, guess = report.evaluate(scores, labels), scores.argmax(1)
         assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels, guess))
         f1 = metrics.f1_score(labels, guess, average="macro", labels=range(k), zero_division=0)
         assert found["macro_f1"] == pytest.approx(f1)
         p = torch.from_numpy(scores).softmax(1).numpy()
-        assert found["loss"] == pytest.approx(metrics.log_loss(labels, p, labels=range(k)), rel=1e-6)
+        assert found["loss"] == pytest.approx(
+            metrics.log_loss(labels, p, labels=range(k)), rel=1e-6
+        )
         counts = metrics.confusion_matrix(labels, guess, labels=range(k))
         assert report.confusion(guess, labels, k).tolist() == counts.tolist()
     assert report.evaluate(np.array([[1e4, -1e4]]), np.array([1]))["loss"] == 2e4  # no overflow
@@ -1011,18 +1301,55 @@ NAMES_OF_LABELS = ["$", "$$", "a|b", "好评"]
 def written(tmp_path_factory) -> tuple[Path, list[Example], np.ndarray]:
     """The files of a report on awkward texts with awkward labels."""
     folder, draw = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
-    records = [{"step": i, "split": k, "loss": 1 / i, "accuracy": 0.5} for i in (1, 2) for k in ("train", "val")]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    texts = ['a, b; "c"\nand\r\n\nd', '"', ",", "'", "=1+1", "a\ttab", "<b>|bold|</b>", "好，\u2028“很好”", "NA", "#"]
+    records = [
+        {"step": i, "split": k, "loss": 1 / i, "accuracy": 0.5}
+        for i in (1, 2)
+        for k in ("train", "val")
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+    )
+    texts = [
+        'a, b; "c"\nand\r\n\nd',
+        '"',
+        ",",
+        "'",
+        "=1+1",
+        "a\ttab",
+        "<b>|bold|</b>",
+        "好，\u2028“很好”",
+        "NA",
+        "#",
+    ]
     labels = draw.integers(0, 4, 60)
-    examples = [Example(texts[i % 10], ["", "x\ny"][i % 3 == 0], NAMES_OF_LABELS[labels[i]]) for i in range(60)]
+    examples = [
+        Example(texts[i % 10], ["", "x\ny"][i % 3 == 0], NAMES_OF_LABELS[labels[i]])
+        for i in range(60)
+    ]
     scores = draw.normal(size=(60, 4)) * 3
     test = report.evaluate(scores, labels)
-    keys = {"set": "csv", "trunk": "t", "mask": True, "freeze": "none", "seed": 0, "trainable": 5, "step": 2}
-    result = {**keys, "select": "accuracy", "validation": test, "test": test, "notes": ["a note"], "seconds": 1.0,
-              "baselines": {"always $$": test, "TF-IDF (word) + linear SVM": test},
-              "examples": {"train": 9, "validation": 9, "test": 60}}  # fmt: skip
-    with warnings.catch_warnings(action="ignore"):  # where no font has Chinese, the picture shows boxes
+    keys = {
+        "set": "csv",
+        "trunk": "t",
+        "mask": True,
+        "freeze": "none",
+        "seed": 0,
+        "trainable": 5,
+        "step": 2,
+    }
+    result = {
+        **keys,
+        "select": "accuracy",
+        "validation": test,
+        "test": test,
+        "notes": ["a note"],
+        "seconds": 1.0,
+        "baselines": {"always $$": test, "TF-IDF (word) + linear SVM": test},
+        "examples": {"train": 9, "validation": 9, "test": 60},
+    }
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # where no font has Chinese, the picture shows boxes
         report.write(folder, examples, scores, labels, NAMES_OF_LABELS, result)
     return folder, examples, scores
 
@@ -1081,8 +1408,10 @@ def test_baselines_are_scikit_learns_own(language, tmp_path):
     words = dict(token_pattern=r"\w+|[^\w\s]+", ngram_range=(1, 2))
     kind = {"english": words, "chinese": dict(analyzer="char", ngram_range=(1, 3))}[language]
     tfidf = text.TfidfVectorizer(sublinear_tf=True, **kind)
-    (x, y), (x_test, y_test) = ([[e.text for e in side], [e.label for e in side]]
-                                for side in (data.splits["train"], data.splits["test"]))  # fmt: skip
+    (x, y), (x_test, y_test) = (
+        [[e.text for e in side], [e.label for e in side]]
+        for side in (data.splits["train"], data.splits["test"])
+    )
     with warnings.catch_warnings(action="error"):
         found = report.baselines(data, tmp_path / "cache")
     word = {"english": "word", "chinese": "char"}[language]
@@ -1094,12 +1423,16 @@ def test_baselines_are_scikit_learns_own(language, tmp_path):
         assert values == pytest.approx({"accuracy": accuracy_score(y_test, guess), "macro_f1": f1})
     (kept,) = (tmp_path / "cache").iterdir()
     kept.write_text('{"kept": {}}', encoding="utf-8")
-    assert report.baselines(data, tmp_path / "cache") == {"kept": {}}  # computed once for all runs on these examples
+    assert report.baselines(data, tmp_path / "cache") == {
+        "kept": {}
+    }  # computed once for all runs on these examples
     other = reviews.load(ReviewSettings(path=str(tmp_path / "r.csv"), split_seed=1))
     assert list(report.baselines(other, tmp_path / "cache")) == list(found)
 
 
 def test_settings_and_errors_are_of_one_kind():
-    assert SentimentSettings().check() == [] and asdict(SentimentSettings())["optim"]["min_lr"] == 0.0
+    assert (
+        SentimentSettings().check() == [] and asdict(SentimentSettings())["optim"]["min_lr"] == 0.0
+    )
     with pytest.raises(UserError, match="epochs must be positive"):
         settings.load(SentimentSettings, ["epochs=0"])

@@ -23,7 +23,11 @@ class ModelSettings:
     n_embd: int = 64  # width
 
     def check(self) -> list[str]:
-        return [] if self.n_embd % self.n_head == 0 else [f"n_embd={self.n_embd} needs a multiple of n_head"]
+        return (
+            []
+            if self.n_embd % self.n_head == 0
+            else [f"n_embd={self.n_embd} needs a multiple of n_head"]
+        )
 
 
 @dataclass
@@ -135,9 +139,16 @@ def test_a_file_replaces_a_mapping_and_the_command_line_adds_to_it(file):
 
 @pytest.mark.parametrize(
     "typed, nearest",
-    [("lr=1", "optim.lr"), ("model.nlayer=1", "model.n_layer"), ("modle.n_head=1", "model.n_head"),
-     ("--n_embd=1", "model.n_embd"), ("optim.n_layer=1", "model.n_layer"), ("rnu=x", "run"), ("=1", "")],
-)  # fmt: skip
+    [
+        ("lr=1", "optim.lr"),
+        ("model.nlayer=1", "model.n_layer"),
+        ("modle.n_head=1", "model.n_head"),
+        ("--n_embd=1", "model.n_embd"),
+        ("optim.n_layer=1", "model.n_layer"),
+        ("rnu=x", "run"),
+        ("=1", ""),
+    ],
+)
 def test_an_unknown_key_names_the_nearest(typed, nearest):
     assert f"unknown key {typed.split('=')[0]}; did you mean {nearest}" in fails(typed)
 
@@ -153,7 +164,10 @@ def test_an_unknown_key_names_the_nearest(typed, nearest):
         ("sizes=3", "sizes must be list[int], not 3"),
         ("compile=maybe", "compile must be auto|true|false, not maybe"),
         ("model=3", "model is a section, not a value: set the keys in it, such as model.n_layer"),
-        ("sizes=[1,", "sizes=[1, cannot be read as YAML (did not find expected node content): quote"),
+        (
+            "sizes=[1,",
+            "sizes=[1, cannot be read as YAML (did not find expected node content): quote",
+        ),
     ],
 )
 def test_a_wrong_value_names_the_key_the_type_and_the_value(typed, message):
@@ -163,8 +177,14 @@ def test_a_wrong_value_names_the_key_the_type_and_the_value(typed, message):
 def test_every_problem_is_reported_at_once(file):
     path = file("a.yaml", "optim: {lr: fast}\nmodel:\ncolour: red")
     message = fails(path, "compile=x", "lr=1", "freeze=trunk")
-    for part in (f"{path}: optim.lr must be float", "model is a section", "unknown key colour",
-                 "compile must", "did you mean optim.lr", "several problems\n  - "):  # fmt: skip
+    for part in (
+        f"{path}: optim.lr must be float",
+        "model is a section",
+        "unknown key colour",
+        "compile must",
+        "did you mean optim.lr",
+        "several problems\n  - ",
+    ):
         assert part in message
 
 
@@ -184,9 +204,15 @@ def test_files_that_cannot_be_read(file, tmp_path):
     assert fails(str(tmp_path / "smal.yaml")).endswith(f"did you mean {tmp_path / 'small.yaml'}?")
     assert "settings are written key=value" in fails("nothing/n_layer")
     orphan = file("orphan.yaml", "base: gone/away.yaml")
-    assert fails(orphan).startswith(f"{orphan}: base: there is no file {tmp_path / 'gone' / 'away.yaml'}")
-    assert fails(str(tmp_path / "small.yaml"), "x.yaml").count("x.yaml") == 2  # one too many, and missing
-    assert "bad.yaml:2: mapping values are not allowed" in fails(file("bad.yaml", "run: a\nfreeze: b: c\n"))
+    assert fails(orphan).startswith(
+        f"{orphan}: base: there is no file {tmp_path / 'gone' / 'away.yaml'}"
+    )
+    assert (
+        fails(str(tmp_path / "small.yaml"), "x.yaml").count("x.yaml") == 2
+    )  # one too many, and missing
+    assert "bad.yaml:2: mapping values are not allowed" in fails(
+        file("bad.yaml", "run: a\nfreeze: b: c\n")
+    )
     assert "list" in fails(file("list.yaml", "- 1"))
     assert "base must be the path" in fails(file("base.yaml", "base: [a, b]"))
     assert str(tmp_path) in fails(str(tmp_path))
@@ -211,10 +237,16 @@ def test_help_shows_every_key_with_type_default_and_meaning(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("  ")}
-    assert text.startswith("Trains.") and "usage: python" in text and "\nmodel: architecture" in text
+    assert (
+        text.startswith("Trains.") and "usage: python" in text and "\nmodel: architecture" in text
+    )
     assert rows["run"] == ["run", "default", "str", "the", "run", "folder's", "name"]  # inherited
     assert rows["compile"][1:3] == ["auto", "auto|true|false"]
-    assert rows["optim.lr"][1:4] == ["0.0003", "float", "peak"]  # the script's default, not the part's
+    assert rows["optim.lr"][1:4] == [
+        "0.0003",
+        "float",
+        "peak",
+    ]  # the script's default, not the part's
     assert '"#" is not a comment in here' in text and "a field on several lines" in text
 
 
@@ -250,14 +282,20 @@ def test_what_goes_to_a_file_is_utf8_on_every_system():
     """On Windows every Chinese character of `classify.py ... > file` became a question mark."""
     command = [sys.executable, "-c", SCRIPT.format("print(input())")]
     env = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
-    result = subprocess.run(command, cwd=ROOT, env=env, input="你好\n".encode(), capture_output=True)
+    result = subprocess.run(
+        command, cwd=ROOT, env=env, input="你好\n".encode(), capture_output=True
+    )
     assert result.stdout.decode().strip() == "你好", result.stderr
 
 
 def test_a_full_gpu_is_one_message():
     body = "raise type('OutOfMemoryError', (RuntimeError,), {})('CUDA out of memory')"
-    assert "memory is full: lower micro_batch" in (done := run(body)).stderr and done.returncode == 2
-    assert "Traceback" not in done.stderr and "Traceback" in run("raise RuntimeError('a bug')").stderr
+    assert (
+        "memory is full: lower micro_batch" in (done := run(body)).stderr and done.returncode == 2
+    )
+    assert (
+        "Traceback" not in done.stderr and "Traceback" in run("raise RuntimeError('a bug')").stderr
+    )
 
 
 def test_a_closed_pipe_is_quiet():

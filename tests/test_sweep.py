@@ -27,7 +27,7 @@ import sentiment_sweep
 from smallgpt import settings
 from smallgpt.settings import UserError
 
-STAND_IN = '''
+STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
 keys = {k: json.loads(v) for k, _, v in (arg.partition("=") for arg in sys.argv[1:])}
@@ -55,7 +55,7 @@ size = keys.get("data.train_size") or 4000
     "examples": {"train": size},
     "baselines": {"always 好" if size > 500 else "always 差": {"accuracy": 0.6}, "TF-IDF (char) + linear SVM": {"accuracy": 0.65}},
 }, ensure_ascii=False), encoding="utf-8")
-'''  # noqa: E501
+"""  # noqa: E501
 
 
 DRAW = sentiment_sweep.draw
@@ -74,7 +74,9 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     script = tmp_path / "data" / "stand_in.py"
     script.write_text(STAND_IN, encoding="utf-8")
     monkeypatch.setattr(sentiment_sweep, "SCRIPT", script)
-    monkeypatch.setattr(sentiment_sweep, "draw", lambda *args: None)  # half a second each time; see `figures`
+    monkeypatch.setattr(
+        sentiment_sweep, "draw", lambda *args: None
+    )  # half a second each time; see `figures`
     return script
 
 
@@ -89,7 +91,9 @@ def sweep(stand_in, tmp_path, monkeypatch) -> Callable[..., Path]:
     """sweep("grid.mask=[true,false]", ...) -> the folder of the sweep, after its end."""
 
     def sweep(*argv: str) -> Path:
-        monkeypatch.setattr(sys, "argv", ["sentiment_sweep.py", *arguments(stand_in, tmp_path), *argv])
+        monkeypatch.setattr(
+            sys, "argv", ["sentiment_sweep.py", *arguments(stand_in, tmp_path), *argv]
+        )
         assert sentiment_sweep.main() == 0
         return tmp_path / "s"
 
@@ -102,7 +106,11 @@ def arguments(stand_in: Path, out: Path) -> list[str]:
 
 def starts(run: Path) -> list[dict]:
     """One entry for each time this run was started."""
-    lines = (run / "starts.jsonl").read_text(encoding="utf-8").splitlines() if (run / "starts.jsonl").exists() else []
+    lines = (
+        (run / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+        if (run / "starts.jsonl").exists()
+        else []
+    )
     return [json.loads(line) for line in lines]
 
 
@@ -132,32 +140,54 @@ def alive(pid: int) -> bool:
 
 
 def test_a_grid_times_seeds_gives_one_table_and_one_figure(sweep, figures, capsys):
-    folder = sweep("grid.mask=[true,false]", "grid.freeze=[none,'all_but_last:1']", "seeds=[0,1,3]", "workers=2")
+    folder = sweep(
+        "grid.mask=[true,false]",
+        "grid.freeze=[none,'all_but_last:1']",
+        "seeds=[0,1,3]",
+        "workers=2",
+    )
     runs = sorted(p.name for p in folder.iterdir() if p.is_dir())
     assert len(runs) == 12 and "mask-true_freeze-all_but_last-1_seed-3" in runs
     assert all(len(starts(folder / run)) == 1 for run in runs)
     table = rows(folder)
     assert [(r["mask"], r["freeze"]) for r in table] == [
-        ("true", "none"), ("true", "all_but_last:1"), ("false", "none"), ("false", "all_but_last:1")
-    ]  # fmt: skip
-    scores = {m: [result(folder / f"mask-{m}_freeze-none_seed-{i}")["test"]["accuracy"] for i in (0, 1, 3)]
-              for m in ("true", "false")}  # fmt: skip
+        ("true", "none"),
+        ("true", "all_but_last:1"),
+        ("false", "none"),
+        ("false", "all_but_last:1"),
+    ]
+    scores = {
+        m: [
+            result(folder / f"mask-{m}_freeze-none_seed-{i}")["test"]["accuracy"] for i in (0, 1, 3)
+        ]
+        for m in ("true", "false")
+    }
     for mask, row in (("true", table[0]), ("false", table[2])):
         assert float(row["accuracy"]) == pytest.approx(statistics.mean(scores[mask]), abs=1e-6)
         assert float(row["accuracy_sd"]) == pytest.approx(statistics.stdev(scores[mask]), abs=1e-6)
-        assert float(row["macro_f1"]) == pytest.approx(statistics.mean(scores[mask]) - 0.1, abs=1e-6)
-        assert (row["n"], float(row["seconds"]), row["train"]) == ("3", pytest.approx(61.3333, abs=1e-3), "4000")
+        assert float(row["macro_f1"]) == pytest.approx(
+            statistics.mean(scores[mask]) - 0.1, abs=1e-6
+        )
+        assert (row["n"], float(row["seconds"]), row["train"]) == (
+            "3",
+            pytest.approx(61.3333, abs=1e-3),
+            "4000",
+        )
         assert (float(row["largest class"]), float(row["TF-IDF + linear SVM"])) == (0.6, 0.65)
     low, high = ttest_rel(scores["false"], scores["true"]).confidence_interval(0.95)
     assert float(table[2]["difference"]) == pytest.approx((low + high) / 2, abs=1e-6)
     assert float(table[2]["ci95"]) == pytest.approx((high - low) / 2, abs=1e-6)
-    assert table[0]["difference"] == table[0]["ci95"] == "", "the first row is what the others are compared with"
+    assert table[0]["difference"] == table[0]["ci95"] == "", (
+        "the first row is what the others are compared with"
+    )
 
     text = (folder / "table.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     header, line, *body = text.split("\n\n")[0].splitlines()
     assert len(body) == 4 and len({row.count("|") for row in (header, line, *body)}) == 1
-    assert body[2].startswith("| false | none | 4,000 | 76.67 ± 9.87 | 66.67 ± 9.87 | -5.67 ± 1.90 | 3 | 61 | 60.00 |")
+    assert body[2].startswith(
+        "| false | none | 4,000 | 76.67 ± 9.87 | 66.67 ± 9.87 | -5.67 ± 1.90 | 3 | 61 | 60.00 |"
+    )
     assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -166,10 +196,14 @@ def test_the_interval_is_that_of_the_paired_t_test():
     for n in (2, 3, 10):
         a, b = draw.normal(size=(2, n))
         low, high = ttest_rel(a, b).confidence_interval(0.95)
-        mean, half = sentiment_sweep.compare(pd.Series(a), pd.Series(b[::-1], index=range(n)[::-1]))  # paired by seed
+        mean, half = sentiment_sweep.compare(
+            pd.Series(a), pd.Series(b[::-1], index=range(n)[::-1])
+        )  # paired by seed
         assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-9)
     mean, half = sentiment_sweep.compare(pd.Series({0: 0.9, 2: 0.5}), pd.Series({0: 0.8, 1: 0.1}))
-    assert mean == pytest.approx(0.1) and math.isnan(half), "one pair has no interval; the others are no pairs"
+    assert mean == pytest.approx(0.1) and math.isnan(half), (
+        "one pair has no interval; the others are no pairs"
+    )
 
 
 def test_one_seed_has_no_spread(sweep):
@@ -201,20 +235,34 @@ def test_a_learning_curve(sweep, figures, monkeypatch):
     assert drawn["largest class"][1] == [0.6] * 6, "also where another class is the largest"
 
 
-@pytest.mark.parametrize("largest, says", [(0.687, "largest class: 68.7 %, off the scale"), (0.86, "largest class")])
-def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(tmp_path, monkeypatch, largest, says):
+@pytest.mark.parametrize(
+    "largest, says", [(0.687, "largest class: 68.7 %, off the scale"), (0.86, "largest class")]
+)
+def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(
+    tmp_path, monkeypatch, largest, says
+):
     """Four cells between 88 and 89 % were one spot at the edge, since the axis began at 68.7 %."""
     drawn = []
     monkeypatch.setattr("smallgpt.curves.save", lambda fig, file: drawn.append(fig))
     both = pd.Series([0.88, 0.89])
-    row = {"mask": "true", "accuracy": 0.885, "accuracy_sd": 0.01, "by_seed": both, "n": 2, "train": 9}
+    row = {
+        "mask": "true",
+        "accuracy": 0.885,
+        "accuracy_sd": 0.01,
+        "by_seed": both,
+        "n": 2,
+        "train": 9,
+    }
     s = sentiment_sweep.SweepSettings(grid={"mask": [True]})
     DRAW(s, [{**row, "largest class": largest, "TF-IDF + linear SVM": 0.89}], tmp_path / "f.png")
     (ax,) = drawn[0].axes
     assert says in [line.get_label() for line in ax.lines]
     assert (ax.get_xlim()[0] > 0.8) and (ax.get_xlim()[0] <= largest) == (largest > 0.8)
     # of two sets, say: one number would be wrong of one of them, so both are drawn
-    rows = [{**row, "mask": str(v), "largest class": v, "TF-IDF + linear SVM": 0.89} for v in (largest, 0.5)]
+    rows = [
+        {**row, "mask": str(v), "largest class": v, "TF-IDF + linear SVM": 0.89}
+        for v in (largest, 0.5)
+    ]
     DRAW(s, rows, tmp_path / "f.png")
     assert drawn[1].axes[0].get_xlim()[0] < 0.5
 
@@ -234,28 +282,52 @@ def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, capl
 def test_the_command_line_adds_to_the_file_and_the_file_to_its_config(sweep, tmp_path):
     base = "run: other\nepochs: 9\noptim: {lr: 1e-4}\ndata: {set: csv}\n"
     (tmp_path / "base.yaml").write_text(base, encoding="utf-8")
-    (tmp_path / "train.yaml").write_text("base: base.yaml\nepochs: 4\npool: mean\n", encoding="utf-8")
-    lines = [f"config: {tmp_path / 'train.yaml'}", "set: {epochs: 2, data.set: sst2}", "seeds: [7]",
-             "grid: {optim.lr: [1, 2], mask: [true]}"]  # fmt: skip
+    (tmp_path / "train.yaml").write_text(
+        "base: base.yaml\nepochs: 4\npool: mean\n", encoding="utf-8"
+    )
+    lines = [
+        f"config: {tmp_path / 'train.yaml'}",
+        "set: {epochs: 2, data.set: sst2}",
+        "seeds: [7]",
+        "grid: {optim.lr: [1, 2], mask: [true]}",
+    ]
     (tmp_path / "s.yaml").write_text("\n".join(lines), encoding="utf-8")
     folder = sweep(str(tmp_path / "s.yaml"), "set.trunk=a/b", "grid.optim.lr=[3e-4]")
     (run,) = (p for p in folder.iterdir() if p.is_dir())
     assert keys_of(run) == {
-        "epochs": 2, "optim.lr": 3e-4, "data.set": "sst2", "pool": "mean", "data.path": str(tmp_path / "data"),
-        "trunk": "a/b", "mask": True, "seed": 7, "out_dir": str(folder), "run": run.name,
-    }  # fmt: skip
+        "epochs": 2,
+        "optim.lr": 3e-4,
+        "data.set": "sst2",
+        "pool": "mean",
+        "data.path": str(tmp_path / "data"),
+        "trunk": "a/b",
+        "mask": True,
+        "seed": 7,
+        "out_dir": str(folder),
+        "run": run.name,
+    }
 
 
 def test_values_arrive_as_they_were_meant(sweep):
     from sentiment_train import SentimentSettings
 
-    typed = {"trunk": "a: b #c=d, {e} [f] \"g\" 'h' 中\\文", "data.text_column": "007", "data.label_column": "true",
-             "data.pair_column": "null", "optim.lr": 1e-5, "mask": False, "max_steps": 3}  # fmt: skip
+    typed = {
+        "trunk": "a: b #c=d, {e} [f] \"g\" 'h' 中\\文",
+        "data.text_column": "007",
+        "data.label_column": "true",
+        "data.pair_column": "null",
+        "optim.lr": 1e-5,
+        "mask": False,
+        "max_steps": 3,
+    }
     given = [f"set.{k}={json.dumps(v, ensure_ascii=False)}" for k, v in typed.items()]
     folder = sweep("grid.epochs=[1]", "seeds=[0]", *given)
     (run,) = (p for p in folder.iterdir() if p.is_dir())
     s = settings.load(SentimentSettings, starts(run)[0]["argv"])
-    found = {k: getattr(s.data if k.startswith("data.") else s, k.rpartition(".")[2], None) for k in typed}
+    found = {
+        k: getattr(s.data if k.startswith("data.") else s, k.rpartition(".")[2], None)
+        for k in typed
+    }
     assert found | {"optim.lr": s.optim.lr} == typed and s.run == run.name
 
 
@@ -263,12 +335,16 @@ def test_runs_share_the_machine(sweep, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     folder = sweep("grid.mask=[true,false]", "seeds=[0]", "workers=2")
-    assert {starts(run.parent)[0]["OMP_NUM_THREADS"] for run in folder.glob("*/result.json")} == {"3"}
+    assert {starts(run.parent)[0]["OMP_NUM_THREADS"] for run in folder.glob("*/result.json")} == {
+        "3"
+    }
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     (sentiment_sweep.SCRIPT.parent / "slow").touch()  # so that both run at the same time
     s = sentiment_sweep.SweepSettings(
-        set={"data.path": str(sentiment_sweep.SCRIPT.parent)}, grid={"mask": [True, False]}, seeds=[1]
+        set={"data.path": str(sentiment_sweep.SCRIPT.parent)},
+        grid={"mask": [True, False]},
+        seeds=[1],
     )
     todo = sentiment_sweep.plan(s, folder)
     processes = [sentiment_sweep.launch(run, slot, 2) for slot, run in enumerate(todo)]
@@ -283,7 +359,9 @@ def test_runs_share_the_machine(sweep, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_every_run_saved_and_nothing_running(start, sweep, stand_in, tmp_path, number):
+def test_a_signal_leaves_every_run_saved_and_nothing_running(
+    start, sweep, stand_in, tmp_path, number
+):
     argv = [*arguments(stand_in, tmp_path), "grid.mask=[true,false]", "seeds=[0,1]", "workers=2"]
     folder = tmp_path / "s"
     first = [folder / f"mask-{mask}_seed-0" for mask in ("true", "false")]
@@ -294,7 +372,9 @@ def test_a_signal_leaves_every_run_saved_and_nothing_running(start, sweep, stand
     ended = process.wait()
     assert (ended.status, ended.err.count("Traceback")) == (128 + number, 0)
     assert "the same command continues" in ended.out
-    assert all((run / "step-00000001").exists() and not alive(starts(run)[0]["pid"]) for run in first)
+    assert all(
+        (run / "step-00000001").exists() and not alive(starts(run)[0]["pid"]) for run in first
+    )
     assert not list(folder.glob("*seed-1/starts.jsonl")), "nothing new was begun"
     assert not (folder / "table.md").exists()
 
@@ -316,7 +396,9 @@ def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
     assert process.wait().status == -signal.SIGKILL
     (left,) = starts(interrupted)
     assert alive(left["pid"])
-    with pytest.raises(UserError, match="another process, perhaps of a sweep that .* still trains .*mask-false"):
+    with pytest.raises(
+        UserError, match="another process, perhaps of a sweep that .* still trains .*mask-false"
+    ):
         sweep(*argv)
     assert len(starts(interrupted)) == 1
 
@@ -346,9 +428,14 @@ def test_a_failing_run_is_named_with_its_log_and_the_others_run(sweep, tmp_path,
     folder = tmp_path / "s"
     log = folder / "lm_weight-13_seed-1" / "log.txt"
     assert lines[0] == "2 of 4 runs failed" and len(lines) == 3
-    assert lines[2] == f"  - lm_weight=13, seed=1 ended with status 1: error: lm_weight=13 is no good (see {log})"
+    assert (
+        lines[2]
+        == f"  - lm_weight=13, seed=1 ended with status 1: error: lm_weight=13 is no good (see {log})"
+    )
     assert "some progress" in log.read_text(encoding="utf-8")
-    assert [(r["lm_weight"], r["n"]) for r in rows(folder)] == [("1", "2")], "the table has what there is"
+    assert [(r["lm_weight"], r["n"]) for r in rows(folder)] == [("1", "2")], (
+        "the table has what there is"
+    )
     # it had not begun: other settings may correct it
     folder = sweep("grid.lm_weight=[1]", "seeds=[0,1]", "set.epochs=1", "name=t")
     with pytest.raises(UserError, match="2 of 4 runs failed"):
@@ -368,7 +455,10 @@ def test_changed_settings_are_refused(sweep, tmp_path):
     base.write_text("epochs: 4\n", encoding="utf-8")
     argv = [f"config={config}", "grid.mask=[true]"]
     folder = sweep(*argv, "seeds=[0]")
-    with pytest.raises(UserError, match=r"mask-true_seed-0: pool was mean and is now last: put it back, or .* name="):
+    with pytest.raises(
+        UserError,
+        match=r"mask-true_seed-0: pool was mean and is now last: put it back, or .* name=",
+    ):
         sweep(*argv, "seeds=[1,0]", "set.pool=last")
     base.write_text("epochs: 5\n", encoding="utf-8")
     with pytest.raises(UserError, match="epochs was 4 and is now 5"):
@@ -388,11 +478,17 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
     folder = sweep(*argv)
     for seed in (0, 1):
         file = folder / f"mask-false_seed-{seed}" / "result.json"
-        file.write_text(json.dumps(result(file.parent) | {"hashes": {"trunk": str(seed)}}), encoding="utf-8")
+        file.write_text(
+            json.dumps(result(file.parent) | {"hashes": {"trunk": str(seed)}}), encoding="utf-8"
+        )
     with pytest.raises(UserError, match="mask=false: data or trunk have changed between its runs"):
         sweep(*argv)
-    for i, file in enumerate(sorted(folder.glob("*/result.json"))):  # one seed: no cell mixes anything
-        file.write_text(json.dumps(result(file.parent) | {"hashes": {"data": i < 2}}), encoding="utf-8")
+    for i, file in enumerate(
+        sorted(folder.glob("*/result.json"))
+    ):  # one seed: no cell mixes anything
+        file.write_text(
+            json.dumps(result(file.parent) | {"hashes": {"data": i < 2}}), encoding="utf-8"
+        )
     with pytest.raises(UserError, match="the data have changed between the runs"):
         sweep("grid.mask=[true,false]", "seeds=[0]")
 
@@ -406,7 +502,10 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
         ([], "grid is empty: give settings and their values, such as grid.mask=[true,false]"),
         (["grid.mask=true"], "grid.mask must be a list of values, such as [a, b], not true"),
         (["grid.data.train_size=[]"], "grid.data.train_size must be a list"),
-        (["grid.mask=[true]", "seeds=[1,2,1]"], "seeds=[1, 2, 1] must be one or more different numbers"),
+        (
+            ["grid.mask=[true]", "seeds=[1,2,1]"],
+            "seeds=[1, 2, 1] must be one or more different numbers",
+        ),
         (["grid.mask=[true]", "seeds=[]"], "seeds=[] must be one or more"),
         (["grid.mask=[true]", "workers=-1"], "workers=-1 must not be negative"),
         (["grid.mask=[true]", "name=a/b"], "name='a/b' must be a plain folder name"),
@@ -416,8 +515,14 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
         (["grid.mask=[true,true]"], "the same folder, mask-true_seed-0"),
         (["grid.trunk=[a/b,a-b]"], "the same folder, trunk-a-b_seed-0"),
         (["grid.mask=[true]", "config=no/such.yaml"], "config: there is no file no/such.yaml"),
-        (["grid.mask=[true]", "config={here}/list.yaml"], "list.yaml: must hold `key: value` lines, not a list"),
-        (["grid.mask=[true]", "config={here}/broken.yaml"], "broken.yaml:1: mapping values are not allowed in this"),
+        (
+            ["grid.mask=[true]", "config={here}/list.yaml"],
+            "list.yaml: must hold `key: value` lines, not a list",
+        ),
+        (
+            ["grid.mask=[true]", "config={here}/broken.yaml"],
+            "broken.yaml:1: mapping values are not allowed in this",
+        ),
         (["grid.mask=[true]", "config={here}/circle.yaml"], "circle.yaml: base: goes in a circle"),
         (["grid.mask=[true]", "trunk=x"], "unknown key trunk"),
     ],
@@ -444,9 +549,21 @@ def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
         sheet = csv.writer(file)
         sheet.writerow(["Text", "Sentiment"])
         for i in range(100):
-            sheet.writerow([f"room {i} was {draw.choice(['bad', 'dirty'] if i % 2 else ['good', '很好'])}", i % 2])
-    argv = [f"out_dir={tmp_path}", "grid.mask=[true,false]", "seeds=[3]", f"set.trunk={tmp_path / 'trunk'}",
-            f"set.data.path={tmp_path / 'reviews.csv'}", "set.max_steps=2", "set.device=cpu"]  # fmt: skip
+            sheet.writerow(
+                [
+                    f"room {i} was {draw.choice(['bad', 'dirty'] if i % 2 else ['good', '很好'])}",
+                    i % 2,
+                ]
+            )
+    argv = [
+        f"out_dir={tmp_path}",
+        "grid.mask=[true,false]",
+        "seeds=[3]",
+        f"set.trunk={tmp_path / 'trunk'}",
+        f"set.data.path={tmp_path / 'reviews.csv'}",
+        "set.max_steps=2",
+        "set.device=cpu",
+    ]
     for key, value in ENV.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(sys, "argv", ["sentiment_sweep.py", *argv])
@@ -460,8 +577,15 @@ def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
         assert float(row["largest class"]) == pytest.approx(largest["accuracy"], abs=1e-6)
     message = mistake(run("sentiment_sweep", [*argv, "set.max_steps=3"]))
     assert "mask-true_seed-3: max_steps was 2 and is now 3" in message
-    assert run("train", [*tiny(tmp_path, run="trunk", max_steps=2, prompts="[]"), "max_steps=3"]).status == 0
-    message = mistake(run("sentiment_sweep", argv))  # it would have shown the old trunk's numbers as the new one's
+    assert (
+        run(
+            "train", [*tiny(tmp_path, run="trunk", max_steps=2, prompts="[]"), "max_steps=3"]
+        ).status
+        == 0
+    )
+    message = mistake(
+        run("sentiment_sweep", argv)
+    )  # it would have shown the old trunk's numbers as the new one's
     assert "its trunk was trained again since: delete" in message
     shutil.rmtree(tmp_path / "trunk")
     assert run("sentiment_sweep", argv).status == 0, "the results stand when the trunk is gone"

@@ -10,7 +10,12 @@ import pytest
 from smallgpt.settings import UserError
 from smallgpt.tables import column, read_table
 
-REVIEWS = [["房间很干净，服务也好", "1"], ["太吵了, \"绝不\"再来", "0"], ["早餐\n一般", "0"], ["😀", "1"]]
+REVIEWS = [
+    ["房间很干净，服务也好", "1"],
+    ['太吵了, "绝不"再来', "0"],
+    ["早餐\n一般", "0"],
+    ["😀", "1"],
+]
 
 
 TEXT = 'review,label\n房间很干净，服务也好,1\n"太吵了, ""绝不""再来",0\n"早餐\n一般",0\n😀,1\n'
@@ -24,13 +29,18 @@ def refused(path, *args) -> str:
     return message
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16", "utf-16-le", "utf-16-be"]
+)
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_encodings_are_found_out(tmp_path, encoding, newline):
     path = tmp_path / "x.csv"
     path.write_bytes(TEXT.replace("\n", newline).encode(encoding))
     assert read_table(path) == (["review", "label"], REVIEWS)
-    assert read_table(path, "utf-8" if encoding == "utf-8-sig" else encoding) == (["review", "label"], REVIEWS)
+    assert read_table(path, "utf-8" if encoding == "utf-8-sig" else encoding) == (
+        ["review", "label"],
+        REVIEWS,
+    )
 
 
 def test_gbk_without_characters_of_gb18030(tmp_path):
@@ -75,12 +85,18 @@ def test_one_nul_does_not_make_utf16(tmp_path):
     assert read_table(path).rows == [["x\0y", "2"]]
 
 
-@pytest.mark.parametrize("name, sep", [("comma", ","), ("tab", "\t"), ("semicolon", ";"), ("pipe", "|")])
+@pytest.mark.parametrize(
+    "name, sep", [("comma", ","), ("tab", "\t"), ("semicolon", ";"), ("pipe", "|")]
+)
 def test_separators_are_found_out(tmp_path, name, sep):
     path = tmp_path / "x.txt"
     others = ",\t;|".replace(sep, "")
     path.write_text(f"Text{sep}Sentiment\nso{others}so{sep}0\n", encoding="utf-8")
-    assert read_table(path) == read_table(path, "auto", name) == (["Text", "Sentiment"], [[f"so{others}so", "0"]])
+    assert (
+        read_table(path)
+        == read_table(path, "auto", name)
+        == (["Text", "Sentiment"], [[f"so{others}so", "0"]])
+    )
 
 
 def test_quotes_between_tabs_are_quotes(tmp_path):
@@ -155,7 +171,9 @@ def test_packed_files(tmp_path):
     assert read_table(path).rows == rows
     (tmp_path / "x.tsv.gz").write_bytes(gzip.compress(content))
     assert read_table(tmp_path / "x.tsv.gz").rows == rows
-    (tmp_path / "y.jsonl.GZ").write_bytes(gzip.compress(json.dumps({"a": "很好", "b": "1"}).encode()))
+    (tmp_path / "y.jsonl.GZ").write_bytes(
+        gzip.compress(json.dumps({"a": "很好", "b": "1"}).encode())
+    )
     assert read_table(tmp_path / "y.jsonl.GZ").rows == rows
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("other.csv", content)
@@ -174,14 +192,18 @@ def test_missing_files_and_folders(tmp_path):
 def test_columns(tmp_path):
     path = tmp_path / "x.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([["Text ", "label", "Label", "x", "x"], ["a", "b", "c", "d", "e"]])
+        csv.writer(file).writerows(
+            [["Text ", "label", "Label", "x", "x"], ["a", "b", "c", "d", "e"]]
+        )
     table = read_table(path)
     assert column(table, path, "text", "") == ["a"] and column(table, path, "Label", "") == ["c"]
     with pytest.raises(UserError, match="2 columns for the name 'LABEL', 'label' and 'Label'"):
         column(table, path, "LABEL", "")
     with pytest.raises(UserError, match="2 columns for the name 'x'"):
         column(table, path, "x", "")
-    with pytest.raises(UserError, match="no column 'y'; it has: Text , label, Label, x, x. Set data.text_column"):
+    with pytest.raises(
+        UserError, match="no column 'y'; it has: Text , label, Label, x, x. Set data.text_column"
+    ):
         column(table, path, "y", "Set data.text_column")
 
 

@@ -21,15 +21,37 @@ from smallgpt.tokenizer import SPECIALS, Tokenizer, TokenizerSettings, named, tr
 
 DATA = Path(os.environ.get("SMALLGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 GPT2 = DATA / "tokenizers" / "gpt2"
-TALK = ["你好，世界！", "你好吗？我很好。", "Hello there, you?", "It's 2024, I'm there.", "哈哈哈哈😀"] * 4
+TALK = [
+    "你好，世界！",
+    "你好吗？我很好。",
+    "Hello there, you?",
+    "It's 2024, I'm there.",
+    "哈哈哈哈😀",
+] * 4
 ODD = [
-    "", " ", "  \t x", "\r\n\n", "龘靐齉", "👩‍👩‍👧‍👦 ❤️", "e\u0301 \u0000\u2028", "हिन्दी 한국어 ありがとう",
-    "\U0010ffff", "".join(SPECIALS), "<|endoftext|>你好<|end|>",
-]  # fmt: skip
+    "",
+    " ",
+    "  \t x",
+    "\r\n\n",
+    "龘靐齉",
+    "👩‍👩‍👧‍👦 ❤️",
+    "e\u0301 \u0000\u2028",
+    "हिन्दी 한국어 ありがとう",
+    "\U0010ffff",
+    "".join(SPECIALS),
+    "<|endoftext|>你好<|end|>",
+]
 
 
 def random_text(rng: random.Random, length: int) -> str:
-    ranges = [(0, 0x80), (0x80, 0x800), (0x4E00, 0xA000), (0x1F000, 0x1FA00), (0, 0xD800), (0xE000, 0x110000)]
+    ranges = [
+        (0, 0x80),
+        (0x80, 0x800),
+        (0x4E00, 0xA000),
+        (0x1F000, 0x1FA00),
+        (0, 0xD800),
+        (0xE000, 0x110000),
+    ]
     return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length))
 
 
@@ -67,7 +89,9 @@ def test_lone_surrogates_are_replaced_in_training_and_encoding():
         assert tok.decode(tok.encode("a\udc00b")) == "a\ufffdb"
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", "哈" * 300_000, "a" * 1_000_000, "\n" * 1_000_000])
+@pytest.mark.parametrize(
+    "text", [" " * 1_000_000 + "x", "哈" * 300_000, "a" * 1_000_000, "\n" * 1_000_000]
+)
 def test_long_runs_neither_overflow_nor_crawl(tok, text):
     """GPT-4's pattern asks `\\s+(?!\\S)`, which overflows the regex engine's stack on a million spaces."""
     assert tok.decode(tok.encode(text)) == text
@@ -174,7 +198,10 @@ def test_an_empty_corpus_still_gives_the_bytes(tok):
     [
         (TokenizerSettings(kind="bpe", vocab_size=261), ["261", "at least 262"]),
         (TokenizerSettings(kind="char", vocab_size=0), ["at least 262"]),
-        (TokenizerSettings(kind="gpt2", lowercase=True), ["lowercase", "gpt2 was published with capitals"]),
+        (
+            TokenizerSettings(kind="gpt2", lowercase=True),
+            ["lowercase", "gpt2 was published with capitals"],
+        ),
         (TokenizerSettings(kind="gtp2"), ["gtp2", "char", "bpe", "gpt2", "cl100k_base"]),
     ],
 )
@@ -189,7 +216,22 @@ def test_both_libraries_split_alike():
     from tokenizers import Regex, pre_tokenizers
 
     rng = random.Random(2)
-    parts = ["it's WE'LL", " ", "  ", "\n", "你好", "，", "ok", "2024", "é", "e\u0301", "❤️", "한", "〇", "⺀"]
+    parts = [
+        "it's WE'LL",
+        " ",
+        "  ",
+        "\n",
+        "你好",
+        "，",
+        "ok",
+        "2024",
+        "é",
+        "e\u0301",
+        "❤️",
+        "한",
+        "〇",
+        "⺀",
+    ]
     text = "".join(rng.choice(parts) for _ in range(2000))
     split = pre_tokenizers.Split(Regex(module.BPE_PATTERN), "isolated").pre_tokenize_str(text)
     pieces = [piece.encode("utf-8") for piece, _ in split]
@@ -211,12 +253,18 @@ def test_sample_is_bounded_and_takes_both_speakers():
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_an_uncased_tokenizer_reads_capitals_as_small_letters(kind, tmp_path):
-    cased, fresh = (train(TokenizerSettings(kind, vocab_size=400, lowercase=low), TALK * 9) for low in (False, True))
+    cased, fresh = (
+        train(TokenizerSettings(kind, vocab_size=400, lowercase=low), TALK * 9)
+        for low in (False, True)
+    )
     fresh.save(tmp_path / "tokenizer.json")
     assert cased.encode("HELLO There") != cased.encode("hello there") and cased.hash != fresh.hash
     for tok in (fresh, Tokenizer.load(tmp_path / "tokenizer.json")):
         for text in [*TALK, *ODD, "HELLO There", "ÄÖÜ Ⅷ"]:
-            assert tok.encode(text) == tok.encode(text.lower()) and tok.decode(tok.encode(text)) == text.lower()
+            assert (
+                tok.encode(text) == tok.encode(text.lower())
+                and tok.decode(tok.encode(text)) == text.lower()
+            )
         assert tok.encode_dialogue(["HELLO", "IT"]) == tok.encode_dialogue(["hello", "it"])
     ranks = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["ranks"]
     learnt = [base64.b64decode(token).decode("utf-8", "replace") for token in ranks[256:]]
@@ -228,7 +276,10 @@ def test_an_uncased_tokenizer_reads_capitals_as_small_letters(kind, tmp_path):
 
 def test_saved_tokenizer_comes_back_the_same(tok, tmp_path):
     tok.save(tmp_path / "run" / "tokenizer.json")
-    for again in (Tokenizer.load(tmp_path / "run" / "tokenizer.json"), pickle.loads(pickle.dumps(tok))):
+    for again in (
+        Tokenizer.load(tmp_path / "run" / "tokenizer.json"),
+        pickle.loads(pickle.dumps(tok)),
+    ):
         assert (again.hash, again.kind, again.vocab_size) == (tok.hash, tok.kind, tok.vocab_size)
         assert again.encode_dialogue(TALK) == tok.encode_dialogue(TALK)
         assert (again.token_bytes() == tok.token_bytes()).all()
@@ -244,8 +295,16 @@ def test_damaged_files_are_refused_by_name(tok, tmp_path):
         return json.dumps(json.loads(whole) | changes)
 
     swapped = json.loads(whole)["ranks"][::-1]
-    for text in ("", "[]", "{}", whole[:-9], edited(kind="x"), edited(format=99), edited(ranks=swapped),
-                 edited(lowercase=True)):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        whole[:-9],
+        edited(kind="x"),
+        edited(format=99),
+        edited(ranks=swapped),
+        edited(lowercase=True),
+    ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match="tokenizer.json is no usable tokenizer"):
             Tokenizer.load(path)
@@ -254,12 +313,15 @@ def test_damaged_files_are_refused_by_name(tok, tmp_path):
             Tokenizer.load(missing)
 
 
-@pytest.mark.parametrize("ranks, specials", [
-    (module.BYTES[1:], {}),
-    ([*module.BYTES, b"a"], {}),
-    (module.BYTES, {"<|x|>": 7}),
-    (module.BYTES, {"<|x|>": 256, "<|y|>": 256}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ranks, specials",
+    [
+        (module.BYTES[1:], {}),
+        ([*module.BYTES, b"a"], {}),
+        (module.BYTES, {"<|x|>": 7}),
+        (module.BYTES, {"<|x|>": 256, "<|y|>": 256}),
+    ],
+)
 def test_parts_that_cannot_be_lossless_are_refused(ranks, specials):
     with pytest.raises(ValueError, match="share an id or a spelling"):
         Tokenizer("char", module.CHAR_PATTERN, ranks, specials)
@@ -269,7 +331,9 @@ def test_unused_ids_decode_to_nothing():
     """p50k_base has a gap in its ranks, cl100k_base among its specials: a model may still sample them."""
     tok = Tokenizer("gaps", module.CHAR_PATTERN, [*module.BYTES, b"", "é".encode()], {"<|x|>": 260})
     assert (tok.bos, tok.vocab_size) == (261, 267)
-    assert tok.decode([256, 257, 258, 260]) == "é" and tok.decode([260, 259], specials=True) == "<|x|>"
+    assert (
+        tok.decode([256, 257, 258, 260]) == "é" and tok.decode([260, 259], specials=True) == "<|x|>"
+    )
 
 
 # --- published encodings ---------------------------------------------------------------------------
@@ -285,12 +349,18 @@ def gpt2() -> Tokenizer:
 def test_gpt2_has_its_own_ids(gpt2):
     assert gpt2.encode("Hello world") == [15496, 995]
     assert (gpt2.kind, gpt2.bos, gpt2.vocab_size) == ("gpt2", 50257, 50263)
-    assert gpt2.decode([15496, 50256]) == "Hello" and gpt2.decode([50256], specials=True) == "<|endoftext|>"
+    assert (
+        gpt2.decode([15496, 50256]) == "Hello"
+        and gpt2.decode([50256], specials=True) == "<|endoftext|>"
+    )
 
 
 def test_gpt2_agrees_with_transformers(gpt2):
     hub = pytest.importorskip("transformers")
-    vocab, merges = json.loads((GPT2 / "encoder.json").read_text(encoding="utf-8")), GPT2 / "vocab.bpe"
+    vocab, merges = (
+        json.loads((GPT2 / "encoder.json").read_text(encoding="utf-8")),
+        GPT2 / "vocab.bpe",
+    )
     pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").splitlines()[1:]]
     theirs = hub.GPT2Tokenizer(vocab=vocab, merges=pairs)
     for text in TALK + [text for text in ODD if "<|" not in text]:

@@ -30,15 +30,28 @@ def test_the_loss_falls_and_the_console_says_what_ran(finished):
     folder, result, _ = finished
     train_loss, val_loss = losses(folder, "train"), losses(folder, "val")
     assert list(train_loss) == list(range(1, 61)) and list(val_loss) == [20, 40, 60]
-    assert train_loss[1] == pytest.approx(math.log(320), rel=0.05)  # an untrained model knows nothing
+    assert train_loss[1] == pytest.approx(
+        math.log(320), rel=0.05
+    )  # an untrained model knows nothing
     assert train_loss[60] < 0.5 * train_loss[1] and val_loss[60] < 0.5 * train_loss[1]
-    assert "256 tokens = 8 sequences of 32 = 1 process(es) x 1 accumulation x 8 sequences" in result.out
+    assert (
+        "256 tokens = 8 sequences of 32 = 1 process(es) x 1 accumulation x 8 sequences"
+        in result.out
+    )
     assert f"python chat.py {folder}" in result.out and "hi → " in result.out
 
 
 def test_run_folder(finished):
     folder, _, args = finished
-    names = {"config.yaml", "tokenizer.json", "metrics.jsonl", "tensorboard", "latest", "best", ".lock"}
+    names = {
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "latest",
+        "best",
+        ".lock",
+    }
     assert {p.name for p in folder.iterdir()} == names | {"step-00000050", "step-00000060"}
     assert (folder / "latest").read_text(encoding="utf-8") == "step-00000060\n"
     assert list((folder / "tensorboard").iterdir())
@@ -48,7 +61,10 @@ def test_run_folder(finished):
     assert meta["step"] == 60 and meta["tokens"] == 60 * 256 and meta["model"]["n_embd"] == 32
     assert len(meta["tokenizer"]) == 64 and meta["data"] and meta["versions"]["torch"]
 
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     fields = {"step", "split", "loss", "tokens", "tokens_per_second", "lr", "grad_norm", "time"}
     assert {frozenset(r) for r in records if r["split"] == "train"} == {frozenset(fields)}
     fields = {"step", "split", "loss", "tokens", "bits_per_byte", "time"}
@@ -57,7 +73,9 @@ def test_run_folder(finished):
     assert abs(records[-1]["time"] - time.time()) < 3600
 
     wanted = settings.load(train.TrainSettings, args)
-    wanted.model.vocab_size = 320  # resolved: 256 bytes, 4 characters and 6 special tokens, rounded up
+    wanted.model.vocab_size = (
+        320  # resolved: 256 bytes, 4 characters and 6 special tokens, rounded up
+    )
     assert settings.load(train.TrainSettings, [str(folder / "config.yaml")]) == wanted
 
 
@@ -78,7 +96,9 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(finished, run):
     assert longer.status == 0 and "continuing from step 60 of 62" in longer.out
     assert list(losses(folder.parent / "second", "train")) == [61, 62]
     # step 60 is evaluated here too and may be the best: its weights have to be in this run, not only in the first
-    assert list(losses(folder.parent / "second", "val")) == [60, 62] and steps(folder.parent / "second") == [60, 62]
+    assert list(losses(folder.parent / "second", "val")) == [60, 62] and steps(
+        folder.parent / "second"
+    ) == [60, 62]
     # the same command again continues what it began, not what it began from
     assert "continuing from step 62 of 64" in run("train", [*elsewhere, "max_steps=64"]).out
 
@@ -96,35 +116,58 @@ def test_a_run_that_begins_with_the_weights_of_another(finished, tmp_path, tiny,
     resume. The first loss tells whether the weights are there: an untrained model's is log(320)."""
     folder, _, _ = finished
     other = tmp_path / "other.txt"
-    other.write_text("\n".join(f"what is new {i}?\nred is new {i}\n" for i in range(300)), encoding="utf-8")
+    other.write_text(
+        "\n".join(f"what is new {i}?\nred is new {i}\n" for i in range(300)), encoding="utf-8"
+    )
     shape = {"model__n_embd": 64, "model__block_size": 16}  # not this run's to say
-    args = tiny(tmp_path, run="second", init_from=folder, data__path=other, data__cache=tmp_path, **shape)
+    args = tiny(
+        tmp_path, run="second", init_from=folder, data__path=other, data__cache=tmp_path, **shape
+    )
     result = run("train", args)
     assert result.status == 0, result.err
-    assert "256 tokens = 8 sequences of 32" in result.out  # once shared by the block size of the settings: 16 of them
+    assert (
+        "256 tokens = 8 sequences of 32" in result.out
+    )  # once shared by the block size of the settings: 16 of them
     loss = losses(tmp_path / "second", "train")
     assert list(loss) == list(range(1, 13)) and loss[1] < 0.8 * math.log(320)
-    meta = json.loads((tmp_path / "second" / "step-00000012" / "meta.json").read_text(encoding="utf-8"))
+    meta = json.loads(
+        (tmp_path / "second" / "step-00000012" / "meta.json").read_text(encoding="utf-8")
+    )
     first = json.loads((folder / "step-00000060" / "meta.json").read_text(encoding="utf-8"))
     assert meta["model"] == first["model"] and meta["tokenizer"] == first["tokenizer"]
     result = run("train", [*args, "max_steps=16"])
     assert result.status == 0 and "continuing from step 12 of 16" in result.out
     # on resume it need not be said again, and stays on record: the search for test texts follows it
     assert run("train", [a for a in args if not a.startswith("init_from=")]).status == 0
-    assert f"init_from: {folder}" in (tmp_path / "second" / "config.yaml").read_text(encoding="utf-8")
-    assert "there is no checkpoint" in mistake(run("train", tiny(tmp_path, run="third", init_from=tmp_path / "none")))
+    assert f"init_from: {folder}" in (tmp_path / "second" / "config.yaml").read_text(
+        encoding="utf-8"
+    )
+    assert "there is no checkpoint" in mistake(
+        run("train", tiny(tmp_path, run="third", init_from=tmp_path / "none"))
+    )
 
 
 def test_the_curves_of_runs(finished, tmp_path, monkeypatch, capsys):
     folder, _, _ = finished
-    monkeypatch.setattr("sys.argv", ["curves", str(folder), str(folder), "--out", str(tmp_path / "both.png")])
+    monkeypatch.setattr(
+        "sys.argv", ["curves", str(folder), str(folder), "--out", str(tmp_path / "both.png")]
+    )
     curves.main()
     shown = capsys.readouterr().out
-    assert "first train" in shown and "optimisation step" in shown and f"wrote {tmp_path / 'both.png'}" in shown
+    assert (
+        "first train" in shown
+        and "optimisation step" in shown
+        and f"wrote {tmp_path / 'both.png'}" in shown
+    )
     assert (tmp_path / "both.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     # a fine-tuning's evaluations have no bits per byte: a traceback
-    tuned = [{"step": 1, "split": "train", "loss": 0.7}, {"step": 1, "split": "val", "loss": 0.7, "accuracy": 0.5}]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in tuned), encoding="utf-8")
+    tuned = [
+        {"step": 1, "split": "train", "loss": 0.7},
+        {"step": 1, "split": "val", "loss": 0.7, "accuracy": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(r)}\n" for r in tuned), encoding="utf-8"
+    )
     (tmp_path / "young").mkdir()  # stopped before its first evaluation: a traceback, too
     (tmp_path / "young" / "metrics.jsonl").write_text(f"{json.dumps(tuned[0])}\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "young")])
@@ -137,12 +180,16 @@ def test_the_curves_of_runs(finished, tmp_path, monkeypatch, capsys):
 
 def test_the_best_checkpoint_outlives_the_newest(tmp_path, tiny, run):
     # a learning rate that goes wild after step 4: the best stays, beside the `keep` newest
-    args = tiny(tmp_path, run="r", max_steps=12, eval_every=2, save_every=2, optim__clip=0, optim__warmup=0)
+    args = tiny(
+        tmp_path, run="r", max_steps=12, eval_every=2, save_every=2, optim__clip=0, optim__warmup=0
+    )
     assert run("train", [*args, "max_steps=4", "optim.min_lr=1"]).status == 0
     assert run("train", [*args, "optim.lr=3"]).status == 0
     val = losses(tmp_path / "r", "val")
     best = min(val, key=val.get)
-    assert best <= 6 and (tmp_path / "r" / "best").read_text(encoding="utf-8") == f"step-{best:08d}\n"
+    assert (
+        best <= 6 and (tmp_path / "r" / "best").read_text(encoding="utf-8") == f"step-{best:08d}\n"
+    )
     assert steps(tmp_path / "r") == [best, 10, 12]
 
 
@@ -150,7 +197,16 @@ def test_the_best_checkpoint_outlives_the_newest(tmp_path, tiny, run):
 
 
 def killable(tiny, out: Path, name: str) -> list[str]:
-    return tiny(out, run=name, max_steps=16, eval_every=4, save_every=3, keep=1, micro_batch=2, model__dropout=0.1)
+    return tiny(
+        out,
+        run=name,
+        max_steps=16,
+        eval_every=4,
+        save_every=3,
+        keep=1,
+        micro_batch=2,
+        model__dropout=0.1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +221,16 @@ def assert_same(folder: Path, reference: Path) -> None:
     assert losses(folder, "val") == losses(reference, "val")
     assert same_weights(folder, reference)
     for pointer in ("latest", "best"):
-        assert (folder / pointer).read_text(encoding="utf-8") == (reference / pointer).read_text(encoding="utf-8")
+        assert (folder / pointer).read_text(encoding="utf-8") == (reference / pointer).read_text(
+            encoding="utf-8"
+        )
     assert steps(folder) == steps(reference)
     assert [p.name for p in folder.glob(".*")] in ([], [".lock"]), "something temporary was left"
 
 
-def test_kill_9_before_any_file_operation_then_resume_is_exact(tmp_path, tiny, start, uninterrupted):
+def test_kill_9_before_any_file_operation_then_resume_is_exact(
+    tmp_path, tiny, start, uninterrupted
+):
     """Killed before its 1st, 2nd, 3rd ... change to the run folder, always in the same run."""
     args, deaths = killable(tiny, tmp_path, "r"), 0
     for count in [*range(1, 60, 2), 10**6]:
@@ -195,7 +255,9 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_a_delicate_moment_then_resume_is_exact(tmp_path, tiny, start, uninterrupted, moment):
+def test_killed_at_a_delicate_moment_then_resume_is_exact(
+    tmp_path, tiny, start, uninterrupted, moment
+):
     args = killable(tiny, tmp_path, "r")
     assert start("train", args, die_at=MOMENTS[moment]).wait().status == -signal.SIGKILL
     assert start("train", args).wait().status == 0
@@ -206,8 +268,13 @@ def test_kill_9_at_random_moments_then_resume_is_exact(tmp_path, tiny, start, un
     draw, args, kills = random.Random(time.time_ns()), killable(tiny, tmp_path, "r"), 0
     for i in range(40):
         process = start("train", args)
-        wait_for(lambda p=process: (tmp_path / "r" / "metrics.jsonl").exists() or not p.alive(), "the run to begin")
-        process.process.join(draw.uniform(0.1, 0.5) * 1.1**i)  # on a busy machine the start alone takes longer
+        wait_for(
+            lambda p=process: (tmp_path / "r" / "metrics.jsonl").exists() or not p.alive(),
+            "the run to begin",
+        )
+        process.process.join(
+            draw.uniform(0.1, 0.5) * 1.1**i
+        )  # on a busy machine the start alone takes longer
         if not process.alive():
             break
         process.kill()
@@ -217,16 +284,25 @@ def test_kill_9_at_random_moments_then_resume_is_exact(tmp_path, tiny, start, un
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, start, run, uninterrupted, number, status):
+def test_a_signal_finishes_the_step_and_saves(
+    tmp_path, tiny, start, run, uninterrupted, number, status
+):
     args = killable(tiny, tmp_path, "r")
     process = start("train", args)
     folder = tmp_path / "r"
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 4, "four steps")
+    wait_for(
+        lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 4,
+        "four steps",
+    )
     process.kill(number)
     stopped = process.wait()
-    assert stopped.status == status and "the same command continues" in stopped.out and not stopped.err
+    assert (
+        stopped.status == status and "the same command continues" in stopped.out and not stopped.err
+    )
     done = max(losses(folder, "train"))
-    assert 4 <= done < 16 and (folder / "latest").read_text(encoding="utf-8") == f"step-{done:08d}\n"
+    assert (
+        4 <= done < 16 and (folder / "latest").read_text(encoding="utf-8") == f"step-{done:08d}\n"
+    )
     assert run("train", args).status == 0
     assert losses(folder, "train") == losses(uninterrupted, "train")
     assert same_weights(folder, uninterrupted)
@@ -234,9 +310,14 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, tiny, start, run, uninte
 
 def test_the_same_signal_twice_in_a_moment_still_saves(tmp_path, tiny, start):
     """Slurm signals every process of a job, and torchrun passes the signal on: a worker gets it twice."""
-    process = start("train", tiny(tmp_path, run="r", max_steps=5000, eval_every=5000, save_every=5000))
+    process = start(
+        "train", tiny(tmp_path, run="r", max_steps=5000, eval_every=5000, save_every=5000)
+    )
     folder = tmp_path / "r"
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 2, "two steps")
+    wait_for(
+        lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 2,
+        "two steps",
+    )
     process.kill(signal.SIGTERM)
     time.sleep(0.01)
     process.kill(signal.SIGTERM)
@@ -253,7 +334,10 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path, tiny, run):
     wild = [*args, "optim.lr=1e30", "optim.clip=0", "save_every=100"]
     message = mistake(run("train", [*wild, "eval_every=100"]))
     # a finite loss may have a gradient that is not: the update would ruin the weights
-    assert re.search(r"at step \d+ the loss is .*(nan|inf); no update was made, the last checkpoint is step 2", message)
+    assert re.search(
+        r"at step \d+ the loss is .*(nan|inf); no update was made, the last checkpoint is step 2",
+        message,
+    )
     assert len(losses(tmp_path / "r", "train")) == 3
     # an evaluation may be the first to meet it: sampling from such a model ended in a traceback
     wild = [*wild, "optim.lr=1e38", "eval_every=3"]
@@ -318,13 +402,17 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, tiny):
 
 @pytest.mark.parametrize("argument, says", MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_mistakes(tmp_path, tiny, run, bad_files, argument, says):
-    message = mistake(run("train", [*tiny(tmp_path / "out", run="r"), argument.format(**bad_files)]))
+    message = mistake(
+        run("train", [*tiny(tmp_path / "out", run="r"), argument.format(**bad_files)])
+    )
     assert says in message and "\n" not in message
     assert not (tmp_path / "out").exists(), "nothing is to be left behind"
 
 
 def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path, tiny, run, bad_files):
-    args = tiny(tmp_path, run="r", max_steps=1, data__path=bad_files["latin"], data__errors="replace")
+    args = tiny(
+        tmp_path, run="r", max_steps=1, data__path=bad_files["latin"], data__errors="replace"
+    )
     assert run("train", args).status == 0
 
 
@@ -352,7 +440,9 @@ def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny)
 )
 def test_what_may_not_change_on_resume(finished, run, tmp_path, argument, says):
     folder, _, args = finished
-    (tmp_path / "other.txt").write_text("\n\n".join(f"one\ntwo {i}" for i in range(400)), encoding="utf-8")
+    (tmp_path / "other.txt").write_text(
+        "\n\n".join(f"one\ntwo {i}" for i in range(400)), encoding="utf-8"
+    )
     config = (folder / "config.yaml").read_bytes()
     message = mistake(run("train", [*args, argument.format(other=tmp_path / "other.txt")]))
     assert says in message and (folder / "config.yaml").read_bytes() == config
@@ -361,4 +451,7 @@ def test_what_may_not_change_on_resume(finished, run, tmp_path, argument, says):
 def test_help_names_every_key(run):
     result = run("train", ["--help"])
     assert result.status == 0 and result.out.startswith("Pretrain a GPT on chat text")
-    assert all(key in result.out for key in ("batch_tokens", "model.n_layer", "optim.lr", "data.path", "sample.top_p"))
+    assert all(
+        key in result.out
+        for key in ("batch_tokens", "model.n_layer", "optim.lr", "data.path", "sample.top_p")
+    )

@@ -27,7 +27,9 @@ torch.set_num_threads(1)
 DATA = Path(os.environ.get("SMALLGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 GPT2_FILES = DATA / "tokenizers" / "gpt2"
 MERGES = ["h e", "l l", "he ll", "Ġ w"]
-IDS = {token: i for i, token in enumerate([*STAND_INS, "he", "ll", "hell", "Ġw", "<|endoftext|>"])}  # 261
+IDS = {
+    token: i for i, token in enumerate([*STAND_INS, "he", "ll", "hell", "Ġw", "<|endoftext|>"])
+}  # 261
 SIZES = dict(vocab_size=len(IDS), n_positions=24, n_layer=2, n_head=4, n_embd=32)
 
 
@@ -54,7 +56,9 @@ def ours(trunk: Trunk) -> GPT:
     """The model of a trunk; every parameter must come from it."""
     model = GPT(GPTConfig(**trunk.fields))
     missing, unexpected = model.load_state_dict(trunk.weights, strict=False)
-    assert not unexpected and set(missing) <= ({"lm_head.weight"} if model.config.tie_weights else set())
+    assert not unexpected and set(missing) <= (
+        {"lm_head.weight"} if model.config.tie_weights else set()
+    )
     assert all(w.dtype == torch.float32 for w in trunk.weights.values())
     return model.eval()
 
@@ -108,7 +112,11 @@ def as_bin(folder: Path, weights: dict, **how: bool) -> None:
 
 def old_names(theirs: nn.Module) -> dict[str, Tensor]:
     """As the files of 2019: without `transformer.`, with the masks of attention, without the tied lm_head."""
-    weights = {n.removeprefix("transformer."): w for n, w in theirs.state_dict().items() if n != "lm_head.weight"}
+    weights = {
+        n.removeprefix("transformer."): w
+        for n, w in theirs.state_dict().items()
+        if n != "lm_head.weight"
+    }
     for i in range(SIZES["n_layer"]):
         weights[f"h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
         weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
@@ -130,7 +138,11 @@ def test_gpt2_gives_the_same_logits(folder, theirs, form):
     idx = some_ids(len(IDS))
     assert_close(ours(trunk)(idx), theirs(idx).logits)
     assert (trunk.rows, trunk.fields["vocab_size"], trunk.fields["block_size"]) == (261, 261, 24)
-    assert (trunk.name, trunk.corpora, trunk.tokenizer.bos) == (str(folder), [f"the text of {folder}"], 261)
+    assert (trunk.name, trunk.corpora, trunk.tokenizer.bos) == (
+        str(folder),
+        [f"the text of {folder}"],
+        261,
+    )
 
 
 @torch.no_grad()
@@ -158,15 +170,24 @@ def test_growth_keeps_the_old_rows_and_what_the_model_says_of_them(saved):
     assert grown["wte.weight"].shape == (rows, 32)
     assert grown["wte.weight"][: trunk.rows].equal(before["wte.weight"])
     assert 0.005 < grown["wte.weight"][trunk.rows :].std() < 0.05
-    assert trunk.weights.keys() == grown.keys() and all(trunk.weights[n].equal(before[n]) for n in before)
+    assert trunk.weights.keys() == grown.keys() and all(
+        trunk.weights[n].equal(before[n]) for n in before
+    )
     idx = some_ids(len(IDS))
-    old, new = ours(trunk)(idx), ours(trunk._replace(weights=grown, fields=trunk.fields | {"vocab_size": rows}))(idx)
+    old, new = (
+        ours(trunk)(idx),
+        ours(trunk._replace(weights=grown, fields=trunk.fields | {"vocab_size": rows}))(idx),
+    )
     assert_close(new[..., : trunk.rows], old, 1e-6)
     assert grow(grown, 5)["wte.weight"].equal(grown["wte.weight"])  # never shrinks
 
 
 def test_an_untied_head_grows_with_the_embedding():
-    weights = {"wte.weight": torch.ones(4, 2000), "lm_head.weight": torch.zeros(4, 2000), "norm.weight": torch.ones(3)}
+    weights = {
+        "wte.weight": torch.ones(4, 2000),
+        "lm_head.weight": torch.zeros(4, 2000),
+        "norm.weight": torch.ones(3),
+    }
     grown = grow(weights, 6, std=0.5)
     for name in ("wte.weight", "lm_head.weight"):
         assert grown[name][:4].equal(weights[name]) and grown[name].shape == (6, 2000)
@@ -179,8 +200,12 @@ def test_a_pickle_is_refused_unexecuted(folder, theirs, tmp_path):
     ran = tmp_path / "ran"
     for how in (True, False):
         (folder / "model.safetensors").touch()
-        as_bin(folder, theirs.state_dict() | {"extra": Evil(ran)}, _use_new_zipfile_serialization=how)
-        with pytest.raises(UserError, match="pytorch_model.bin is damaged, or holds more than tensors"):
+        as_bin(
+            folder, theirs.state_dict() | {"extra": Evil(ran)}, _use_new_zipfile_serialization=how
+        )
+        with pytest.raises(
+            UserError, match="pytorch_model.bin is damaged, or holds more than tensors"
+        ):
             open_trunk(str(folder))
     torch.save({"state_dict": {}, "evil": Evil(ran)}, tmp_path / "cpt.pth")
     with pytest.raises(UserError, match="cpt.pth is damaged, or holds more than tensors"):
@@ -196,12 +221,18 @@ def test_a_pickle_is_refused_unexecuted(folder, theirs, tmp_path):
 @pytest.mark.parametrize(
     "field",
     [
-        {"activation_function": "gelu"}, {"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True},
-        {"scale_attn_weights": False}, {"layer_norm_epsilon": 1e-6}, {"n_inner": 100}, {"model_type": "gpt_neo"},
-        {"add_cross_attention": True}, {"tie_word_embeddings": False},
+        {"activation_function": "gelu"},
+        {"activation_function": "relu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"layer_norm_epsilon": 1e-6},
+        {"n_inner": 100},
+        {"model_type": "gpt_neo"},
+        {"add_cross_attention": True},
+        {"tie_word_embeddings": False},
     ],
     ids=lambda field: "=".join(map(str, *field.items())),
-)  # fmt: skip
+)
 def test_a_gpt2_of_another_form_is_refused_by_the_name_of_the_field(folder, field):
     change(folder, **field)
     with pytest.raises(UserError, match=f"config.json: {next(iter(field))} is "):
@@ -223,7 +254,9 @@ def test_missing_and_damaged_files_of_gpt2(folder):
     name = "transformer.h.1.mlp.c_fc.bias"
     save_file({n: w for n, w in weights.items() if n != name}, folder / "model.safetensors")
     says(r"blocks.1.mlp.fc.bias is absent, and should be \(128,\)")
-    save_file(weights | {"transformer.wpe.weight": torch.zeros(23, 32)}, folder / "model.safetensors")
+    save_file(
+        weights | {"transformer.wpe.weight": torch.zeros(23, 32)}, folder / "model.safetensors"
+    )
     says(r"wpe.weight is \(23, 32\), and should be \(24, 32\)")
     change(folder, n_layer=1)
     save_file(weights, folder / "model.safetensors")
@@ -272,12 +305,16 @@ def test_a_tokenizer_of_another_kind_or_size_is_refused(folder, monkeypatch):
     with pytest.raises(UserError, match="must hold vocab.json and merges.txt.*merges.txt"):
         open_trunk(str(folder))
     write_tokenizer(folder)
-    (folder / "vocab.json").write_text(json.dumps(IDS | {"he": IDS["ll"], "ll": IDS["he"]}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps(IDS | {"he": IDS["ll"], "ll": IDS["he"]}), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="ids are not in the order"):
         open_trunk(str(folder))
     (folder / "merges.txt").write_text("\n".join(MERGES[:-1]), encoding="utf-8")
     shorter = [token for token in IDS if token != "Ġw"]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(shorter)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(shorter)}), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="260 tokens, the weights have 261 rows"):
         open_trunk(str(folder))
     for file in ("vocab.json", "merges.txt"):
@@ -317,7 +354,13 @@ def offline(monkeypatch, tmp_path) -> Path:
 def test_without_network_the_user_learns_which_files_to_put_where(offline):
     with pytest.raises(UserError) as caught:
         open_trunk("gpt2-medium")
-    for word in ("config.json", "model.safetensors", "vocab.json", "merges.txt", "openai-community/gpt2-medium"):
+    for word in (
+        "config.json",
+        "model.safetensors",
+        "vocab.json",
+        "merges.txt",
+        "openai-community/gpt2-medium",
+    ):
         assert word in str(caught.value)
 
 
@@ -327,7 +370,9 @@ def test_what_the_hub_has_cached_is_opened(offline, saved):
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc", encoding="utf-8")
     trunk = open_trunk("gpt2")
-    assert trunk.name == "gpt2" and trunk.weights["wte.weight"].equal(open_trunk(str(saved)).weights["wte.weight"])
+    assert trunk.name == "gpt2" and trunk.weights["wte.weight"].equal(
+        open_trunk(str(saved)).weights["wte.weight"]
+    )
 
 
 def test_nothing_there(tmp_path):
@@ -341,13 +386,22 @@ def test_nothing_there(tmp_path):
 # --- CJL196/small-gpt ------------------------------------------------------------------------------------------------
 
 TEXT = "你好\n好呀ab\n\nab你\ufeff好😀\n\n\n好。"
-CHARS = "好你ab呀\ufeff😀。"  # by frequency (4, 2, 2, 2, then once each), equals by first occurrence
+CHARS = (
+    "好你ab呀\ufeff😀。"  # by frequency (4, 2, 2, 2, then once each), equals by first occurrence
+)
 
 
 class Ancestor:
     """small-gpt's forward pass, written anew as plain functions of its state_dict."""
 
-    def __init__(self, bias: bool = True, gelu: str = "none", vocab: int = 3 + len(CHARS), T: int = 16, C: int = 24):
+    def __init__(
+        self,
+        bias: bool = True,
+        gelu: str = "none",
+        vocab: int = 3 + len(CHARS),
+        T: int = 16,
+        C: int = 24,
+    ):
         self.meta = dict(block_size=T, vocab_size=vocab, n_layer=2, n_head=3, n_embd=C, bias=bias)
         self.gelu, draw, w = gelu, torch.Generator().manual_seed(0), {}
 
@@ -377,9 +431,22 @@ class Ancestor:
     def save(self, file: Path, prefix: str = "", **changes: object) -> Path:
         """With the optimizer beside the weights, as its training writes it."""
         state = {prefix + name: w for name, w in self.w.items()}
-        optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
-        torch.save({"global_step": 3, "global_epoch": 0, "dataset": "data/train.txt", "state_dict": state,
-                    "optimizer": optimizer, **self.meta, **changes}, file)  # fmt: skip
+        optimizer = {
+            "state": {0: {"step": torch.tensor(3.0)}},
+            "param_groups": [{"lr": 1e-3, "params": [0]}],
+        }
+        torch.save(
+            {
+                "global_step": 3,
+                "global_epoch": 0,
+                "dataset": "data/train.txt",
+                "state_dict": state,
+                "optimizer": optimizer,
+                **self.meta,
+                **changes,
+            },
+            file,
+        )
         return file
 
     def __call__(self, idx: Tensor) -> Tensor:
@@ -395,9 +462,13 @@ class Ancestor:
         for i in range(2):
             at = f"transformer.h.{i}"
             h = norm(x, f"{at}.ln1")
-            q, k, v = (linear(h, f"{at}.attention.W_{name}").unflatten(-1, (3, -1)) for name in "qkv")  # (B, T, H, D)
+            q, k, v = (
+                linear(h, f"{at}.attention.W_{name}").unflatten(-1, (3, -1)) for name in "qkv"
+            )  # (B, T, H, D)
             scores = torch.einsum("bthd,bshd->bhts", q, k) / (C // 3) ** 0.5
-            scores = scores.masked_fill(w[f"{at}.attention.attention.mask"][:, :T, :T] == 0, float("-inf"))
+            scores = scores.masked_fill(
+                w[f"{at}.attention.attention.mask"][:, :T, :T] == 0, float("-inf")
+            )
             h = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2)
             x = x + linear(h, f"{at}.attention.out_net")
             h = F.gelu(linear(norm(x, f"{at}.ln2"), f"{at}.ffn.dense1"), approximate=self.gelu)
@@ -429,7 +500,10 @@ def test_small_gpt_keeps_its_ids(tmp_path):
     found = trunk.tokenizer
     assert found.encode(CHARS) == list(range(3, 3 + len(CHARS)))
     assert (found.sep, found.pad, trunk.rows) == (1, 2, 3 + len(CHARS))
-    for text in ("没见过 xyz\n你好", "\x00😁é"):  # characters it never saw are spelled in new ids, and come back
+    for text in (
+        "没见过 xyz\n你好",
+        "\x00😁é",
+    ):  # characters it never saw are spelled in new ids, and come back
         assert found.decode(found.encode(text)) == text
         assert all(i >= trunk.rows for c in text for i in found.encode(c) if c not in CHARS)
     new = {found.bos, found.end, found.cls, found.pair}
@@ -443,14 +517,18 @@ def test_the_vocabulary_is_that_of_a_counter_over_all_dialogues(tmp_path):
     rng = torch.Generator().manual_seed(3)
     numbers = torch.randint(600, (1 << 13,), generator=rng).tolist()
     letters = [chr(0x4E00 + i**2 // 500) for i in numbers]
-    text = "".join("\n" if i % 11 == 0 else "\n\n" if i % 37 == 0 else c for i, c in enumerate(letters))
+    text = "".join(
+        "\n" if i % 11 == 0 else "\n\n" if i % 37 == 0 else c for i, c in enumerate(letters)
+    )
     text = text * 150 + "龙虎虎"
     beside(tmp_path, text, "corpus.txt")
     counts = Counter(c for dialogue in text.split("\n\n") for c in dialogue if c != "\n")
     expected = [c for c, _ in sorted(counts.items(), key=lambda item: item[1], reverse=True)]
     Ancestor(vocab=3 + len(expected), C=3).save(tmp_path / "x.pth")
     assert len(text) > 1 << 20
-    assert open_trunk(str(tmp_path / "x.pth")).tokenizer.encode("".join(expected)) == list(range(3, 3 + len(expected)))
+    assert open_trunk(str(tmp_path / "x.pth")).tokenizer.encode("".join(expected)) == list(
+        range(3, 3 + len(expected))
+    )
 
 
 def test_small_gpt_without_its_corpus_or_with_another(tmp_path):
@@ -489,10 +567,15 @@ def test_small_gpt_without_its_corpus_or_with_another(tmp_path):
 def runs(run, tiny, chat_file, tmp_path_factory) -> Path:
     """A run, and one that goes on from it with another corpus."""
     out = tmp_path_factory.mktemp("runs")
-    (out / "more.txt").write_text(chat_file.read_text(encoding="utf-8").replace("is", "seems"), encoding="utf-8")
+    (out / "more.txt").write_text(
+        chat_file.read_text(encoding="utf-8").replace("is", "seems"), encoding="utf-8"
+    )
     short = dict(max_steps=4, prompts="[]")
     first = run("train", tiny(out, run="first", **short))
-    second = run("train", tiny(out, run="second", init_from=out / "first", data__path=f"{out}/more*@2", **short))
+    second = run(
+        "train",
+        tiny(out, run="second", init_from=out / "first", data__path=f"{out}/more*@2", **short),
+    )
     assert first.status == second.status == 0, first.err + second.err
     return out
 
@@ -520,19 +603,36 @@ def test_corpora_of_broken_chains(tmp_path):
         (tmp_path / name / "config.yaml").write_text(text, encoding="utf-8")
 
     a, b = tmp_path / "a", tmp_path / "b"
-    config("a", f"data: {{path: [gone.txt@1e-1, a@home.txt, {tmp_path}/x*]}}\ninit_from: {b}/step-00000007\n")
+    config(
+        "a",
+        f"data: {{path: [gone.txt@1e-1, a@home.txt, {tmp_path}/x*]}}\ninit_from: {b}/step-00000007\n",
+    )
     config("b", f"data: {{path: gone.txt}}\ninit_from: {a}\n")
     config("classifier", f"data: {{path: labelled.csv}}\ntrunk: {b}\n")
     (tmp_path / "x1").touch(), (tmp_path / "x2").mkdir()
-    assert corpora(str(a)) == ["gone.txt", "a@home.txt", str(tmp_path / "x1")]  # a circle, and a file that is not there
+    assert corpora(str(a)) == [
+        "gone.txt",
+        "a@home.txt",
+        str(tmp_path / "x1"),
+    ]  # a circle, and a file that is not there
     assert corpora(f"{a}/step-00000001") == corpora(str(a))
     labelled = ReviewSettings(path="labelled.csv")
-    assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))] and "gone.txt" in corpora(str(b))
+    assert corpora(str(tmp_path / "classifier")) == [
+        labelled,
+        *corpora(str(b)),
+    ] and "gone.txt" in corpora(str(b))
     config("classifier", f"data: {{path: labelled.csv, from_a_later_version: 1}}\ntrunk: {b}\n")
-    assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))], "the search went no further"
+    assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))], (
+        "the search went no further"
+    )
     config("b", "data: [")
     # what was read there is not known any more: a report must not say that all was searched
-    assert corpora(str(a)) == ["gone.txt", "a@home.txt", str(tmp_path / "x1"), f"the text of {b}/step-00000007"]
+    assert corpora(str(a)) == [
+        "gone.txt",
+        "a@home.txt",
+        str(tmp_path / "x1"),
+        f"the text of {b}/step-00000007",
+    ]
     shutil.rmtree(b)
     assert corpora(str(a))[0] == "gone.txt" and corpora(str(b)) == [f"the text of {b}"]
     config("classifier", "trunk: gpt2\ndata: {path: labelled.csv}\n")
@@ -545,12 +645,16 @@ def test_a_classifier_gives_its_trunk(runs, tmp_path):
     trunk = open_trunk(str(runs / "first"))
     head = {"labels": ["0", "1"], "rows": 100}
     meta = {"step": 7, "model": trunk.fields, "tokenizer": trunk.tokenizer.hash, "head": head}
-    checkpoint.save(tmp_path, GPTClassifier(ours(trunk), 2), [], meta, World(0, 1, torch.device("cpu")), keep=1)
+    checkpoint.save(
+        tmp_path, GPTClassifier(ours(trunk), 2), [], meta, World(0, 1, torch.device("cpu")), keep=1
+    )
     trunk.tokenizer.save(tmp_path / "tokenizer.json")
     again = open_trunk(str(tmp_path))
     assert again.weights.keys() == trunk.weights.keys()
     assert all(again.weights[n].equal(trunk.weights[n]) for n in trunk.weights)
-    assert again.rows == 100  # of the trunk before it, not of the classifier: the others never saw pretraining
+    assert (
+        again.rows == 100
+    )  # of the trunk before it, not of the classifier: the others never saw pretraining
     assert again.fields == trunk.fields and again.name == str(tmp_path / "step-00000007")
 
 
