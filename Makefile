@@ -14,13 +14,13 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 quickstart: $(VENV)/.installed
-	@$(PY) -m smallgpt.corpus embedded --to data
+	@$(PY) scripts/data.py embedded to=data
 	@$(PY) train.py config/quickstart.yaml
-	@$(PY) -m smallgpt.curves checkpoints/quickstart
-	@$(PY) sentiment_sweep.py config/quickstart_sweep.yaml
+	@$(PY) scripts/curves.py checkpoints/quickstart
+	@$(PY) scripts/sweep.py config/quickstart_sweep.yaml
 	@echo
 	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"
-	@echo "Classify with:  $(PY) classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
+	@echo "Classify with:  $(PY) scripts/classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
 
 test: $(VENV)/.installed lint
 	$(PY) -m pytest -q -n 2 --dist worksteal

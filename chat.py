@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from model import GPT, GPTConfig
-from smallgpt import checkpoint, dist, settings
+from smallgpt import console, hardware, settings
+from smallgpt.console import UserError
+from smallgpt.runs import checkpoint
 from smallgpt.sampling import Conversation, SampleSettings
-from smallgpt.settings import UserError
 
 HELP = """\
   /reset              forget the conversation (also: flush)
@@ -148,8 +149,8 @@ def main() -> int:
         raise UserError(
             "which model? python chat.py checkpoints/<run>, a folder that train.py has written"
         )
-    device = dist.choose_device(s.device)
-    dtype, _ = dist.choose_dtype(s.dtype, device)
+    device = hardware.choose_device(s.device)
+    dtype, _ = hardware.choose_dtype(s.dtype, device)
     found, module, tokenizer = checkpoint.open_model(s.checkpoint, GPT, GPTConfig)
     module = module.to(device, dtype).eval()
     chat = Chat(Conversation(module, tokenizer, s.sample))
@@ -178,4 +179,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    settings.cli(main)
+    console.run(main)

@@ -21,14 +21,19 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT, GPTClassifier, GPTConfig
-from smallgpt import checkpoint, dist, frozen, leaks, parallel, report, reviews, runs, settings
-from smallgpt.adversarial import Adversary
-from smallgpt.examples import Buckets, Inputs, drop_tokens, encode, score, share
-from smallgpt.metrics import Metrics, read
+from smallgpt import console, hardware, settings
+from smallgpt.console import UserError
 from smallgpt.optim import OptimSettings, layer_scale, lr_factor, make_optimizers, set_lr, update
-from smallgpt.sets import ReviewSettings
-from smallgpt.settings import UserError
-from smallgpt.trunks import Trunk, grow, open_trunk
+from smallgpt.parallel.strategy import choose
+from smallgpt.parallel.world import StopRequest, World, start
+from smallgpt.runs import checkpoint
+from smallgpt.runs.metrics import Metrics, read
+from smallgpt.sentiment import freeze, leaks, report
+from smallgpt.sentiment import splits as sets_of_examples
+from smallgpt.sentiment.adversarial import Adversary
+from smallgpt.sentiment.batches import Buckets, Inputs, drop_tokens, encode, score, share
+from smallgpt.sentiment.sets import ReviewSettings
+from smallgpt.weights.pretrained import Trunk, grow, open_trunk
 
 
 @dataclass
@@ -93,7 +98,7 @@ class SentimentSettings:
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
-        problems = runs.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run)
         for name in ("batch_size", "micro_tokens", "log_every", "keep"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
@@ -108,7 +113,7 @@ class SentimentSettings:
         ):
             if getattr(self, name) < 0:
                 problems.append(f"{name}={getattr(self, name)} must not be negative")
-        if not frozen.is_valid(self.freeze):
+        if not freeze.is_valid(self.freeze):
             problems.append(
                 f"freeze={self.freeze!r} must be none, trunk or all_but_last:K, such as all_but_last:2"
             )
@@ -136,7 +141,7 @@ def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk
             "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder or a small-gpt .pth"
         )
     trunk = open_trunk(s.trunk)
-    config = runs.shape(trunk.fields, trunk.name, GPTConfig)
+    config = checkpoint.shape(trunk.fields, trunk.name, GPTConfig)
     if s.block_size > config.block_size:
         raise UserError(f"block_size={s.block_size} is more than the trunk's {config.block_size}")
     rows = max(trunk.rows, 64 * math.ceil(trunk.tokenizer.vocab_size / 64))
@@ -145,21 +150,21 @@ def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk
     missing = model.gpt.load_state_dict(grow(trunk.weights, config.vocab_size), strict=False)
     assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys, missing
 
-    frozen.freeze(model, s.freeze, trunk.rows)
+    freeze.freeze(model, s.freeze, trunk.rows)
     if not (s.lm_weight or config.tie_weights):
         model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
     return model, trunk
 
 
-def finetune(s: SentimentSettings, world: dist.World) -> int:
+def finetune(s: SentimentSettings, world: World) -> int:
     """The whole run."""
     say = print if world.main else lambda *_, **__: None
     device, run, cache = world.device, Path(s.out_dir) / s.run, Path(s.out_dir) / ".cache"
-    dtype, why = dist.choose_dtype(s.dtype, device)
-    ctx = dist.autocast(device, dtype)
+    dtype, why = hardware.choose_dtype(s.dtype, device)
+    ctx = hardware.autocast(device, dtype)
     started = time.time()
 
-    data = reviews.load(s.data)
+    data = sets_of_examples.load(s.data)
     torch.manual_seed(s.seed)  # the same head on every rank
     model, trunk = build(s, data.labels)
     model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32).train()
@@ -226,21 +231,21 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         model, s.optim, lambda name: layer_scale(name, config.n_layer, s.layer_decay)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    resumed = runs.starting_point(run, s.resume, say)
+    resumed = checkpoint.starting_point(run, s.resume, say)
     step = resumed.step if resumed else 0
     evaluated = {r["step"]: r for r in read(run, "val") if r["step"] <= step}
     world.must_agree(
         f"{s.out_dir} and data.path", step, len(evaluated), int(data.fingerprint[:8], 16)
     )
     if resumed:
-        runs.check_same(resumed.meta, identity, resumed.path)
+        checkpoint.check_same(resumed.meta, identity, resumed.path)
         checkpoint.load_weights(resumed, model)
         checkpoint.load_optimizers(resumed, model, optimizers, world)
         scaler.load_state_dict(
             resumed.meta["scaler"] or scaler.state_dict()
         )  # {}: that run needed none
         started -= resumed.meta.get("seconds", 0)
-    strategy = parallel.choose(model, world)
+    strategy = choose(model, world)
     if s.compile == "true":
         model.gpt.compile_parts()
     if world.main:
@@ -248,7 +253,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         settings.write(s, run / "config.yaml")
         tokenizer.save(run / "tokenizer.json")
 
-    trainable = frozen.trainable(model)
+    trainable = freeze.trainable(model)
     total = sum(p.numel() for p in model.parameters())
     say(
         f"run      {run}: "
@@ -257,7 +262,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     say(
         f"model    {trunk.name}, {total / 1e6:.1f}M parameters, {trainable:,} of them trained (freeze={s.freeze})"
     )
-    counts = ", ".join(f"{len(data.splits[k]):,} {k}" for k in reviews.SPLITS)
+    counts = ", ".join(f"{len(data.splits[k]):,} {k}" for k in sets_of_examples.SPLITS)
     say(f"data     {s.data.set}: {counts}; {', '.join(data.labels)}")
     say(*(f"         {note}" for note in notes), sep="\n")
     say(
@@ -269,7 +274,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     for split in (
         ("validation",) if s.token_dropout else ("train", "validation")
     ):  # other tokens at every step
-        if why := frozen.keep(model, inputs[split], ctx, s.micro_tokens, room, trunk.rows):
+        if why := freeze.keep(model, inputs[split], ctx, s.micro_tokens, room, trunk.rows):
             say(f"frozen   {split}: {why}")
         room -= sum(state.nbytes for state in inputs[split].kept) / 2**30
     metrics = Metrics(run, world, step, max_steps)
@@ -277,7 +282,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
     def quality(r: dict) -> tuple[float, float]:
         return (-r["loss"] if s.select == "loss" else r[s.select], -r["loss"])
 
-    runs.forget_lost(run, evaluated, quality, world.main)
+    checkpoint.forget_lost(run, evaluated, quality, world.main)
 
     def save() -> None:
         nonlocal saved
@@ -296,7 +301,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         step if resumed and resumed.run == run else 0
     )  # the last step of which this run has a checkpoint
     fresh, began = 0, time.perf_counter()
-    with dist.StopRequest() as stop:
+    with StopRequest() as stop:
         while True:
             last = step >= max_steps
             if step and (last or step % (s.save_every or eval_every) == 0):
@@ -306,12 +311,12 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
                 result = report.evaluate(
                     score(model, inputs["validation"], world, ctx, s.micro_tokens), val
                 )
-                runs.check_loss(run, step, result["loss"])
+                checkpoint.check_loss(run, step, result["loss"])
                 if quality(result) > max(map(quality, evaluated.values()), default=(-math.inf,)):
                     save()
                     if world.main:
-                        runs.point(run, "best", step)
-                        runs.prune(run, s.keep)
+                        checkpoint.point(run, "best", step)
+                        checkpoint.prune(run, s.keep)
                 metrics.log({"step": step, "split": "val", **result})
                 evaluated[step] = result
                 fresh, began = 0, time.perf_counter()
@@ -392,7 +397,7 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
         return 128 + (stop.signal or signal.SIGTERM)
 
     checkpoint.load_weights(
-        runs.required(run / f"step-{best:08d}"), model
+        checkpoint.required(run / f"step-{best:08d}"), model
     )  # other ranks may see an older `best`
     scores = score(model, inputs["test"], world, ctx, s.micro_tokens)
     if world.main:
@@ -421,16 +426,16 @@ def finetune(s: SentimentSettings, world: dist.World) -> int:
             )
         )
         say(
-            f"the report, its pictures and predictions.csv are in {run}; to use it: python classify.py {run} TEXT"
+            f"the report, its pictures and predictions.csv are in {run}; to use it: python scripts/classify.py {run} TEXT"
         )
     return 0
 
 
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
-    with dist.start(s.device) as world, runs.alone(Path(s.out_dir) / s.run, world.main):
+    with start(s.device) as world, checkpoint.alone(Path(s.out_dir) / s.run, world.main):
         return finetune(s, world)
 
 
 if __name__ == "__main__":
-    settings.cli(main)
+    console.run(main)

@@ -20,13 +20,16 @@ from typing import Literal
 import torch
 
 from model import GPT, IGNORE, GPTConfig
-from smallgpt import checkpoint, dist, parallel, runs, settings
-from smallgpt.batches import Corpus
-from smallgpt.corpus import DataSettings, prepare
-from smallgpt.metrics import Metrics, flops_per_token, read
+from smallgpt import console, hardware, settings
+from smallgpt.console import UserError
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
+from smallgpt.parallel.strategy import choose, share_batch
+from smallgpt.parallel.world import StopRequest, World, start
+from smallgpt.runs import checkpoint
+from smallgpt.runs.metrics import Metrics, flops_per_token, read
 from smallgpt.sampling import SampleSettings, replies
-from smallgpt.settings import UserError
+from smallgpt.text.batches import Corpus
+from smallgpt.text.tokens import DataSettings, prepare
 from smallgpt.tokenizer import TokenizerSettings
 
 
@@ -68,7 +71,7 @@ class TrainSettings:
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words."""
-        problems = runs.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run)
         for name in (
             "max_steps",
             "batch_tokens",
@@ -85,7 +88,7 @@ class TrainSettings:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: dist.World, ctx: torch.autocast
+    model: GPT, corpus: Corpus, s: TrainSettings, rows: int, world: World, ctx: torch.autocast
 ) -> dict:
     """Mean loss per target token in nats, and bits per byte, over the fixed validation blocks, shared by all ranks.
 
@@ -121,25 +124,25 @@ def forward(
     return model(x, y, segments)
 
 
-def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel.choose) -> int:
+def train(s: TrainSettings, world: World, strategy_for: Callable = choose) -> int:
     """The whole run. strategy_for(module, world) decides how the model is spread over processes."""
     say = print if world.main else lambda *_: None
     device, run = world.device, Path(s.out_dir) / s.run
-    dtype, why_dtype = dist.choose_dtype(s.dtype, device)
-    compiled, why_compiled = dist.choose_compile(s.compile, device, s.max_steps)
+    dtype, why_dtype = hardware.choose_dtype(s.dtype, device)
+    compiled, why_compiled = hardware.choose_compile(s.compile, device, s.max_steps)
 
-    resumed = runs.starting_point(run, s.resume, say)
+    resumed = checkpoint.starting_point(run, s.resume, say)
     step, tokens = (resumed.step, resumed.meta["tokens"]) if resumed else (0, 0)
     evaluated = {r["step"]: r["loss"] for r in read(run, "val") if r["step"] <= step}
     s.init_from = s.init_from or (
         resumed.meta.get("init_from", "") if resumed else ""
     )  # on record for the leak check
-    begun = resumed or (runs.required(s.init_from) if s.init_from else None)
+    begun = resumed or (checkpoint.required(s.init_from) if s.init_from else None)
     if s.init_from:  # continued pretraining: another corpus, the same shape
         s.model = replace(
-            runs.shape(begun.meta["model"], begun.path, GPTConfig), dropout=s.model.dropout
+            checkpoint.shape(begun.meta["model"], begun.path, GPTConfig), dropout=s.model.dropout
         )
-    shares = parallel.share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
+    shares = share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, world)
     tokenizer = checkpoint.tokenizer_of(begun) if begun else s.tokenizer
     corpus = prepare(s.data, tokenizer, s.model.block_size)
     world.must_agree(
@@ -167,7 +170,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
     optimizers = make_optimizers(module, s.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if resumed:
-        runs.check_same(resumed.meta, identity, resumed.path)
+        checkpoint.check_same(resumed.meta, identity, resumed.path)
     if begun:
         checkpoint.load_weights(begun, module)
     if resumed:
@@ -176,7 +179,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
             resumed.meta["scaler"] or scaler.state_dict()
         )  # {}: that run needed none
     strategy = strategy_for(module, world)
-    runs.forget_lost(run, evaluated, lambda loss: -loss, world.main)
+    checkpoint.forget_lost(run, evaluated, lambda loss: -loss, world.main)
     if compiled:
         module.compile_parts()
     if world.main:
@@ -205,8 +208,8 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         f"torch.compile {'on' if compiled else 'off'}: {why_compiled}"
     )
 
-    ctx = dist.autocast(device, dtype)
-    peak = dist.peak_flops(device) if dtype in (torch.bfloat16, torch.float16) else 0.0
+    ctx = hardware.autocast(device, dtype)
+    peak = hardware.peak_flops(device) if dtype in (torch.bfloat16, torch.float16) else 0.0
     metrics = Metrics(run, world, step, s.max_steps)
 
     def save() -> None:
@@ -237,7 +240,7 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
         step if resumed and resumed.run == run else 0
     )  # the last step of which this run has a checkpoint
     fresh_tokens, began, batches = 0, time.perf_counter(), load(step)
-    with dist.StopRequest() as stop:
+    with StopRequest() as stop:
         while True:
             last = step >= s.max_steps
             if step % s.save_every == 0 or last:
@@ -245,12 +248,12 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
                 fresh_tokens, began = 0, time.perf_counter()
             if step not in evaluated and step and (step % s.eval_every == 0 or last):
                 result = evaluate(module, corpus, s, shares.micro, world, ctx)
-                runs.check_loss(run, step, result["loss"])
+                checkpoint.check_loss(run, step, result["loss"])
                 if result["loss"] < min(evaluated.values(), default=math.inf):
                     save()
                     if world.main:
-                        runs.point(run, "best", step)
-                        runs.prune(run, s.keep)
+                        checkpoint.point(run, "best", step)
+                        checkpoint.prune(run, s.keep)
                 metrics.log({"step": step, "split": "val", "tokens": tokens, **result})
                 evaluated[step] = result["loss"]
                 # the cache's growing shapes would compile again and again, and mark the training shapes as dynamic
@@ -317,9 +320,9 @@ def train(s: TrainSettings, world: dist.World, strategy_for: Callable = parallel
 
 def main() -> int:
     s = settings.load(TrainSettings, doc=__doc__)
-    with dist.start(s.device) as world, runs.alone(Path(s.out_dir) / s.run, world.main):
+    with start(s.device) as world, checkpoint.alone(Path(s.out_dir) / s.run, world.main):
         return train(s, world)
 
 
 if __name__ == "__main__":
-    settings.cli(main)
+    console.run(main)

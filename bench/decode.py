@@ -18,7 +18,7 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
     import torch
 
     from model import GPT, GPTConfig
-    from smallgpt import dist
+    from smallgpt import hardware
     from smallgpt.sampling import Conversation, SampleSettings
     from smallgpt.tokenizer import TokenizerSettings, train
 
@@ -31,7 +31,7 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
         model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = (
             0  # score 0 of thousands: never the likeliest
         )
-    model = model.to(dist.choose_device(args.device), getattr(torch, dtype)).eval()
+    model = model.to(hardware.choose_device(args.device), getattr(torch, dtype)).eval()
     greedy = SampleSettings(temperature=0, repetition_penalty=1.0, max_tokens=args.new)
     talk = Conversation(model, tokenizer, greedy)
     text = alphabet[: args.prompt - 2]  # and the marks around it

@@ -17,12 +17,12 @@ from common import Contender, arguments, compete, shape
 @cache
 def data(path: str, count: int, vocab_size: int):
     """(tokenizer, encoded training examples) of SST-2."""
-    from smallgpt import reviews
-    from smallgpt.examples import encode
-    from smallgpt.sets import ReviewSettings
+    from smallgpt.sentiment import splits
+    from smallgpt.sentiment.batches import encode
+    from smallgpt.sentiment.sets import ReviewSettings
     from smallgpt.tokenizer import TokenizerSettings, train
 
-    found = reviews.load(ReviewSettings(set="sst2", path=path, train_size=count))
+    found = splits.load(ReviewSettings(set="sst2", path=path, train_size=count))
     tokenizer = train(TokenizerSettings("bpe", vocab_size), [e.text for e in found.splits["train"]])
     return tokenizer, encode(found.splits["train"], found.labels, tokenizer, 128, [tokenizer.bos])
 
@@ -30,9 +30,9 @@ def data(path: str, count: int, vocab_size: int):
 def precision(args: argparse.Namespace):
     import torch
 
-    from smallgpt import dist
+    from smallgpt import hardware
 
-    return dist.choose_dtype("auto", torch.device(args.device))
+    return hardware.choose_dtype("auto", torch.device(args.device))
 
 
 def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
@@ -41,17 +41,19 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
     import torch.nn.functional as F
 
     from model import GPT, GPTClassifier, GPTConfig
-    from smallgpt import dist, frozen
-    from smallgpt.examples import Buckets, Inputs
+    from smallgpt import hardware
     from smallgpt.optim import OptimSettings, make_optimizers
-    from smallgpt.parallel import Single
+    from smallgpt.parallel.strategy import Single
+    from smallgpt.parallel.world import World
+    from smallgpt.sentiment import freeze as freezing
+    from smallgpt.sentiment.batches import Buckets, Inputs
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
-    device, (dtype, why) = dist.choose_device(args.device), precision(args)
-    world, ctx = dist.World(0, 1, device), dist.autocast(device, dtype)
+    device, (dtype, why) = hardware.choose_device(args.device), precision(args)
+    world, ctx = World(0, 1, device), hardware.autocast(device, dtype)
     form = dict(pos="learned", norm="layernorm", mlp="gelu", qk_norm=False, bias=True, dropout=0.1)
     model = GPTClassifier(GPT(GPTConfig(**shape(args), **form)), 2).to(device).train()
-    frozen.freeze(model, freeze, model.gpt.config.vocab_size)
+    freezing.freeze(model, freeze, model.gpt.config.vocab_size)
     if model.gpt.config.tie_weights is False:
         model.gpt.lm_head.requires_grad_(False)
     buckets, labels = (
@@ -62,7 +64,7 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
     def train() -> None:
         inputs = Inputs(encoded, tokenizer.pad, 0, device)
-        frozen.keep(model, inputs, ctx, 16384, 4.0, model.gpt.config.vocab_size)
+        freezing.keep(model, inputs, ctx, 16384, 4.0, model.gpt.config.vocab_size)
         for step in range(epochs * buckets.steps_per_epoch):
             rows = buckets.of(step)
             x, lengths = inputs.of(rows)

@@ -37,17 +37,19 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
     import torch
 
     from model import GPT, IGNORE, GPTConfig
-    from smallgpt import dist, parallel
+    from smallgpt import hardware
     from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
+    from smallgpt.parallel.strategy import choose
+    from smallgpt.parallel.world import World
 
-    device = dist.choose_device(args.device)
-    dtype, why = dist.choose_dtype("auto", device)
+    device = hardware.choose_device(args.device)
+    dtype, why = hardware.choose_dtype("auto", device)
     module, s = GPT(GPTConfig(**shape(args), **form)).to(device), OptimSettings()
     optimizers = make_optimizers(module, s)
-    strategy = parallel.choose(module, dist.World(0, 1, device))
+    strategy = choose(module, World(0, 1, device))
     module.compile_parts()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    ctx, (x, y) = dist.autocast(device, dtype), batch(args)
+    ctx, (x, y) = hardware.autocast(device, dtype), batch(args)
     at = 0
 
     def step() -> None:
@@ -102,9 +104,9 @@ def peer(
 
 
 def has_bf16(args: argparse.Namespace) -> bool:
-    from smallgpt import dist
+    from smallgpt import hardware
 
-    return args.device == "cuda" or dist.cpu_has_bf16()
+    return args.device == "cuda" or hardware.cpu_has_bf16()
 
 
 def hugging_face(args: argparse.Namespace, compiled: bool) -> Contender:

@@ -28,8 +28,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from smallgpt import metrics, settings  # noqa: E402
-from smallgpt.corpus import _sources, held_out, read_dialogues  # noqa: E402
+from smallgpt import settings  # noqa: E402
+from smallgpt.runs import metrics  # noqa: E402
+from smallgpt.text.tokens import _sources, held_out, read_dialogues  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
 

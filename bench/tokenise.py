@@ -17,8 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from smallgpt.corpus import DataSettings, prepare  # noqa: E402
-from smallgpt.dialogues import read_dialogues  # noqa: E402
+from smallgpt.text.formats import read_dialogues  # noqa: E402
+from smallgpt.text.tokens import DataSettings, prepare  # noqa: E402
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings, train  # noqa: E402
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.optim import Optimizer
 
-from smallgpt.settings import UserError
+from smallgpt.console import UserError
 
 
 @dataclass

@@ -18,12 +18,10 @@ import functools
 import inspect
 import io
 import math
-import os
 import sys
 import textwrap
-import time
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,14 +32,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from smallgpt.console import UserError
+
 T = TypeVar("T")
 _ALTERNATIVES = (Literal, Union, UnionType)
 _Problem = tuple[str, str]  # the key or section it is about ("" if it may be any), and the message
 _Layer = tuple[str, dict, str | None]  # how its messages begin, its values, the value as typed
-
-
-class UserError(Exception):
-    """A user's mistake: it names the thing and the fix. `cli` shows it without a traceback."""
 
 
 class _Key(NamedTuple):
@@ -68,41 +64,6 @@ def load(schema: type[T], argv: list[str] | None = None, doc: str | None = None)
 def write(settings: Any, path: str | Path) -> None:
     """Write the settings to `path` as YAML that `load` reads back unchanged, in UTF-8."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)), encoding="utf-8")
-
-
-def cli(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with the status it returns; a UserError is one message and status 2."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # files and pipes are UTF-8 everywhere, a console may have to show ?
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
-    try:
-        status = main()
-        sys.stdout.flush()  # a reader that left (`| head`) shows here, not in a traceback at exit
-    except KeyboardInterrupt:
-        status = 130  # 128 + SIGINT, as a shell reports it; 141, below, is SIGPIPE
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # where what is still buffered goes
-        status = 141
-    except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if (
-                type(error).__name__ != "OutOfMemoryError"
-            ):  # torch's, which this module does not import
-                raise
-            error = UserError(
-                "the GPU's memory is full: lower micro_batch (fine-tuning: micro_tokens), or the model"
-            )
-        if (rank := os.environ.get("RANK", "0")) != "0":
-            time.sleep(
-                2
-            )  # mostly all ranks fail alike: then rank 0 says so, and torchrun ends this one meanwhile
-        print(f"error: {error}" if rank == "0" else f"(process {rank}: {error})", file=sys.stderr)
-        status = 2
-    sys.exit(status)
 
 
 def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from smallgpt.settings import UserError
+from smallgpt.console import UserError
 
 FORMAT = 1  # of tokenizer.json
 SPECIALS = (

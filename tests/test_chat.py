@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENV, ROOT, Result, mistake
 
-from smallgpt import corpus
+from helpers import ENV, ROOT, Result, mistake
+from smallgpt.text import tokens
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_commands(talk, tmp_path):
     ):
         assert says in out, says
     assert out.count("(new conversation)") == 2 and "never read" not in out
-    (said,) = corpus.read_dialogues(tmp_path / "said.txt")
+    (said,) = tokens.read_dialogues(tmp_path / "said.txt")
     assert len(said) == 2 and said[0] == "there"
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, IGNORE, GPTClassifier, GPTConfig, LinearCrossEntropy, softmax_slice
-from smallgpt.metrics import flops_per_token
+from smallgpt.runs.metrics import flops_per_token
 
 torch.set_num_threads(
     1

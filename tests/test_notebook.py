@@ -1,12 +1,10 @@
 """docs/ablation.ipynb runs from top to bottom, and says what its last run said."""
 
-from pathlib import Path
-
 import nbformat
 import pandas as pd
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from model import GPT, GPTClassifier, GPTConfig
+from smallgpt.console import UserError
 from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
-from smallgpt.parallel import Single
-from smallgpt.settings import UserError
+from smallgpt.parallel.strategy import Single
 
 torch.set_num_threads(
     1

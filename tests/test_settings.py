@@ -5,15 +5,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from helpers import ROOT
 from smallgpt import settings
-from smallgpt.settings import UserError, load
-
-ROOT = Path(__file__).parents[1]
+from smallgpt.console import UserError
+from smallgpt.settings import load
 
 
 @dataclass
@@ -252,10 +251,10 @@ def test_help_shows_every_key_with_type_default_and_meaning(capsys):
 
 SCRIPT = """
 import sys
-from smallgpt import settings
+from smallgpt import console
 def main():
     {}
-settings.cli(main)
+console.run(main)
 """
 
 
@@ -265,11 +264,11 @@ def run(body: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def test_cli_turns_the_end_of_main_into_an_exit_status():
-    mistake = run("raise settings.UserError('no file x; give one')")
+    mistake = run("raise console.UserError('no file x; give one')")
     assert (mistake.returncode, mistake.stderr) == (2, "error: no file x; give one\n")
     # under torchrun all ranks mostly fail alike: rank 0 says so at once, the others only if they are still there then
     start = time.monotonic()
-    other_rank = run("raise settings.UserError('no file x')", RANK="1")
+    other_rank = run("raise console.UserError('no file x')", RANK="1")
     assert (other_rank.returncode, other_rank.stderr) == (2, "(process 1: no file x)\n")
     assert time.monotonic() - start > 2
     interrupted = run("raise KeyboardInterrupt")
@@ -279,7 +278,7 @@ def test_cli_turns_the_end_of_main_into_an_exit_status():
 
 
 def test_what_goes_to_a_file_is_utf8_on_every_system():
-    """On Windows every Chinese character of `classify.py ... > file` became a question mark."""
+    """On Windows every Chinese character of `scripts/classify.py ... > file` became a question mark."""
     command = [sys.executable, "-c", SCRIPT.format("print(input())")]
     env = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     result = subprocess.run(

@@ -3,7 +3,6 @@
 import base64
 import gzip
 import json
-import os
 import pickle
 import random
 import shutil
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 import tiktoken
 
+from helpers import DATA
 from smallgpt import tokenizer as module
-from smallgpt.gpt2 import tokenizer_of
-from smallgpt.settings import UserError
+from smallgpt.console import UserError
 from smallgpt.tokenizer import SPECIALS, Tokenizer, TokenizerSettings, named, train
+from smallgpt.weights.gpt2 import tokenizer_of
 
-DATA = Path(os.environ.get("SMALLGPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 GPT2 = DATA / "tokenizers" / "gpt2"
 TALK = [
     "你好，世界！",

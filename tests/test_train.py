@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENV, Result, command, losses, mistake, run_train, same_weights, steps, wait_for
 
 import train
-from smallgpt import curves, settings
+from helpers import ENV, Result, command, losses, mistake, run_train, same_weights, steps, wait_for
+from scripts import curves
+from smallgpt import console, settings
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_the_curves_of_runs(finished, tmp_path, monkeypatch, capsys):
     curves.main()
     for run, says in ((tmp_path, "is a fine-tuning"), (tmp_path / "none", "no metrics.jsonl")):
         monkeypatch.setattr("sys.argv", ["curves", str(run)])
-        with pytest.raises(settings.UserError, match=says):
+        with pytest.raises(console.UserError, match=says):
             curves.main()
 
 

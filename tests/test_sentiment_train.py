@@ -1,0 +1,1442 @@
+"""sentiment_train.py: what trains, what a batch and its loss are, which checkpoint is chosen, what the report says.
+
+Most runs here are calls of `finetune` in this process (`fit`); what a user meets goes through the command (`run`).
+"""
+
+import csv
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import struct
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sentiment_train
+from helpers import free_port, last_weights, losses, mistake, same_weights, steps, wait_for
+from model import GPT, GPTClassifier, GPTConfig
+from sentiment_train import SentimentSettings, build, finetune
+from smallgpt import hardware, settings
+from smallgpt.console import UserError
+from smallgpt.hardware import autocast
+from smallgpt.optim import layer_scale, lr_factor, make_optimizers
+from smallgpt.parallel.world import World
+from smallgpt.runs import checkpoint
+from smallgpt.runs.metrics import read
+from smallgpt.sentiment import freeze as freezing
+from smallgpt.sentiment import report, splits
+from smallgpt.sentiment.batches import (
+    Buckets,
+    Encoded,
+    Inputs,
+    drop_tokens,
+    encode,
+    encode_text,
+    pad,
+    score,
+    share,
+)
+from smallgpt.sentiment.sets import Example, ReviewSettings
+from smallgpt.tokenizer import STAND_INS, TokenizerSettings, train
+from smallgpt.weights.gpt2 import FORM, NAMES
+from smallgpt.weights.pretrained import open_trunk
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+BLOCK = 48
+SMALL = {
+    "device": "cpu",
+    "dtype": "float32",
+    "max_steps": 8,
+    "batch_size": 16,
+    "eval_every": 4,
+    "log_every": 1,
+    "optim.lr": 0.01,
+    "optim.warmup": 2,
+}
+WORDS = {
+    "bad": ["dirty", "awful", "noisy", "很差", "太吵"],
+    "good": ["lovely", "great", "quiet", "很好", "干净"],
+    "": "the room was near a big old station, we had our dinner there 房间 离车站 不远 我们 吃了晚饭".split(),
+}
+
+
+# --- a tiny trunk, a tiny set -----------------------------------------------------------------------------------------
+
+
+def table(
+    path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")
+) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def made(n: int, seed: int = 0) -> list[tuple[str, str]]:
+    """n different texts, most of them short, each with a word that decides its label; four of ten are bad."""
+    draw, rows = random.Random(seed), []
+    for i in range(n):
+        label = "bad" if i % 5 < 2 else "good"
+        words = draw.choices(WORDS[""], k=min(20, int(draw.paretovariate(0.8))))
+        words.insert(draw.randrange(len(words) + 1), draw.choice(WORDS[label]))
+        rows.append((f"{' '.join(words)} {seed}.{i}", label))
+    return rows
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """300 reviews; some hold commas, quotes and newlines."""
+    rows = [
+        (t + ', said "he"\nand left' if i % 10 == 0 else t, label)
+        for i, (t, label) in enumerate(made(300))
+    ]
+    return table(tmp_path_factory.mktemp("reviews") / "splits.csv", rows)
+
+
+@pytest.fixture(scope="session")
+def trunk(tmp_path_factory, tiny, run) -> Path:
+    """A run of train.py with two blocks."""
+    out = tmp_path_factory.mktemp("pretrained")
+    shape = dict(model__n_layer=2, model__block_size=BLOCK, batch_tokens=4 * BLOCK)
+    result = run("train", tiny(out, run="trunk", max_steps=4, prompts="[]", **shape))
+    assert result.status == 0, result.err
+    return out / "trunk"
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory) -> Path:
+    """The files of a GPT-2 of two blocks that knows 256 bytes and <|endoftext|>: our special tokens are new to it."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**FORM, vocab_size=257, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32))
+    theirs, weights = {ours: name for name, ours in list(NAMES.items())[:9]}, {}
+    for name, w in gpt.named_parameters():
+        head, part, end = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups()
+        if part in ("attn.q", "attn.k", "attn.v"):
+            if part != "attn.q":
+                continue
+            w = torch.cat([gpt.get_parameter(name.replace(".q.", f".{x}.")) for x in "qkv"])
+            part = "attn.qkv"
+        turned = (
+            w.t()
+            if end == "weight" and part in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+            else w
+        )
+        weights[f"{(head or '').replace('blocks', 'h')}{theirs[part]}.{end}"] = (
+            turned.detach().contiguous()
+        )
+    save_file(weights, folder / "model.safetensors")
+    sizes = dict(vocab_size=257, n_positions=BLOCK, n_layer=2, n_head=2, n_embd=32)
+    (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
+    ids = {token: i for i, token in enumerate([*STAND_INS, "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fine(trunk, labelled) -> Callable[..., list[str]]:
+    """fine(out_dir, key=value...) -> sentiment_train.py's arguments; a dot in a key is written `__`."""
+
+    def args(out_dir: Path, **changes: object) -> list[str]:
+        keys = {**SMALL, "trunk": trunk, "data.path": labelled, "out_dir": out_dir, "run": "r"}
+        keys |= {k.replace("__", "."): v for k, v in changes.items()}
+        return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items()]
+
+    return args
+
+
+@pytest.fixture
+def fit(fine, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """fit(key=value...) -> the folder of a finished run, made in this process, without pictures and baselines."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(report, "baselines", lambda *_: {})
+
+    def fit(**changes: object) -> Path:
+        s = settings.load(SentimentSettings, fine(tmp_path, **changes))
+        assert finetune(s, ALONE) == 0
+        return tmp_path / s.run
+
+    return fit
+
+
+@pytest.fixture
+def asked(fine, tmp_path) -> Callable[..., SentimentSettings]:
+    return lambda **changes: settings.load(SentimentSettings, fine(tmp_path, **changes))
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def predictions(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "predictions.csv", encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_predictions(a: Path, b: Path, tolerance: float) -> None:
+    """The same texts in the same order, with the same probabilities (which the file rounds to 1e-4)."""
+    ours, theirs = predictions(a), predictions(b)
+    assert len(ours) == len(theirs) > 20
+    for x, y in zip(ours, theirs, strict=True):
+        assert (x["text"], x["label"]) == (y["text"], y["label"])
+        assert float(x["p_good"]) == pytest.approx(float(y["p_good"]), abs=tolerance + 1.01e-4)
+
+
+def begun(s: SentimentSettings) -> tuple[GPTClassifier, splits.Reviews, dict[str, Encoded], int]:
+    """What a run has before its first step: the model in float64, the set, its ids, the id of padding."""
+    data = splits.load(s.data)
+    torch.manual_seed(s.seed)
+    model, opened = build(s, data.labels)
+    tok = opened.tokenizer
+    prefix = [tok.bos] if tok.bos < opened.rows else []
+    ids = {
+        k: encode(v, data.labels, tok, s.block_size or BLOCK, prefix)
+        for k, v in data.splits.items()
+    }
+    return model.double(), data, ids, tok.pad
+
+
+def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
+    result = run(
+        "sentiment_train", fine(tmp_path, max_steps=0, epochs=6, eval_every=0, pool="mean")
+    )
+    assert result.status == 0 and not result.err, result.err
+    folder = tmp_path / "r"
+    found, train_loss = result_of(folder), losses(folder, "train")
+    assert (
+        list(train_loss) == list(range(1, max(train_loss) + 1)) and len(losses(folder, "val")) == 6
+    )
+    assert train_loss[1] == pytest.approx(math.log(2), rel=0.1) and min(train_loss.values()) < 0.4
+    majority, tfidf = found["baselines"].values()
+    assert (
+        found["test"]["accuracy"] > majority["accuracy"] + 0.15
+        and tfidf["accuracy"] > majority["accuracy"] + 0.15
+    )
+    assert (
+        result.out.count("| **this model** |") == 1
+        and f"python scripts/classify.py {folder} TEXT" in result.out
+    )
+
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert text in result.out
+    for name, values in found["baselines"].items():
+        assert f"| {name} | {values['accuracy']:.2%} | {values['macro_f1']:.2%} | |" in text
+    assert list(found["baselines"]) == ["always good", "TF-IDF (word) + linear SVM"]
+    assert f"| **this model** | {found['test']['accuracy']:.2%} |" in text
+    assert f"Chosen at step {found['step']} by validation accuracy" in text
+    for name, width in (("curves", 1350), ("confusion", 690)):
+        picture = (folder / f"{name}.png").read_bytes()
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
+        assert struct.unpack(">I", picture[16:20])[0] == width
+    names = {
+        "config.yaml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "latest",
+        "best",
+        ".lock",
+        "result.json",
+        "report.md",
+        "predictions.csv",
+        "curves.png",
+        "confusion.png",
+    }
+    assert {p.name for p in folder.iterdir()} - names == {f"step-{k:08d}" for k in steps(folder)}
+
+    # the same command again: no step, the same report
+    def kept() -> list[object]:
+        return [
+            (folder / "metrics.jsonl").read_bytes(),
+            *(p.stat().st_mtime_ns for p in folder.glob("step-*")),
+        ]
+
+    before, table = kept(), (folder / "predictions.csv").read_bytes()
+    (folder / "predictions.csv").unlink()
+    again = run("sentiment_train", fine(tmp_path, max_steps=0, epochs=6, eval_every=0, pool="mean"))
+    assert (
+        again.status == 0
+        and f"continuing from step {max(train_loss)} of {max(train_loss)}" in again.out
+    )
+    assert kept() == before and (folder / "predictions.csv").read_bytes() == table
+    assert (
+        result_of(folder)["test"] == found["test"]
+        and len(predictions(folder)) == found["examples"]["test"]
+    )
+    meta = json.loads(
+        (folder / f"step-{max(train_loss):08d}" / "meta.json").read_text(encoding="utf-8")
+    )
+    assert (
+        result_of(folder)["seconds"] > meta["seconds"] > 0
+    )  # of the training, not of the last start
+
+
+# --- what trains ------------------------------------------------------------------------------------------------------
+
+
+def trained(model: GPTClassifier) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+BLOCKS = [
+    f"gpt.blocks.{i}.{part}.weight"
+    for i in (0, 1)
+    for part in (
+        "norm1",
+        "attn.q",
+        "attn.k",
+        "attn.v",
+        "attn.proj",
+        "attn.q_norm",
+        "attn.k_norm",
+        "norm2",
+        "mlp.fc",
+        "mlp.proj",
+    )
+]
+TRAINED = {
+    "none": {"head.weight", "gpt.norm.weight", "gpt.wte.weight", *BLOCKS},
+    "trunk": {"head.weight"},
+    "all_but_last:1": {"head.weight", "gpt.norm.weight", *BLOCKS[10:]},
+}
+
+
+@pytest.mark.parametrize("freeze", TRAINED)
+def test_what_trains_by_name(asked, freeze):
+    model, *_ = begun(s := asked(freeze=freeze))
+    assert trained(model) == TRAINED[freeze]
+    names = {p: name for name, p in model.named_parameters()}
+    optimized = [
+        names[p]
+        for o in make_optimizers(model, s.optim)
+        for g in o.param_groups
+        for p in g["params"]
+    ]
+    assert sorted(optimized) == sorted(TRAINED[freeze])
+    dropouts = [
+        model.gpt.drop.p,
+        *(b.drop.p for b in model.gpt.blocks),
+        *(b.attn.dropout for b in model.gpt.blocks),
+    ]
+    n_frozen = {"none": 0, "trunk": 2, "all_but_last:1": 1}[freeze]
+    expected = [0.0 if n_frozen > i else 0.1 for i in range(2)]
+    assert dropouts == [0.0 if n_frozen else 0.1, *expected, *expected]
+
+
+@pytest.mark.parametrize("freeze", ["none", "trunk", "all_but_last:1"])
+def test_a_language_model_head_of_its_own_trains_only_for_its_own_loss(
+    asked, monkeypatch, trunk, freeze
+):
+    untied = open_trunk(str(trunk))
+    weights = untied.weights | {"lm_head.weight": untied.weights["wte.weight"].clone()}
+    untied = untied._replace(fields=untied.fields | {"tie_weights": False}, weights=weights)
+    monkeypatch.setattr(sentiment_train, "open_trunk", lambda _: untied)
+    assert trained(begun(asked(freeze=freeze))[0]) == TRAINED[freeze]
+    if freeze != "trunk":
+        with_lm = trained(begun(asked(freeze=freeze, lm_weight=0.5))[0])
+        assert with_lm == TRAINED[freeze] | ({"gpt.lm_head.weight"} if freeze == "none" else set())
+
+
+def at(folder: Path, step: int) -> dict[str, Tensor]:
+    return load_file(folder / f"step-{step:08d}" / "model.safetensors")
+
+
+def optimized(folder: Path) -> set[str]:
+    """The parameters that the last checkpoint has an optimizer state of."""
+    files = (folder / (folder / "latest").read_text(encoding="utf-8").strip() / "state").glob(
+        "*.safetensors"
+    )
+    return {key.rpartition("/")[0] for file in files for key in safe_open(file, "pt").keys()}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("freeze", ["trunk", "all_but_last:1"])
+def test_new_tokens_train_and_what_is_frozen_stays_bit_for_bit(fit, gpt2, freeze, name):
+    """Weight decay moves a row without a gradient, too: 257 old rows and the padding between them and 320."""
+    # without the mask every text is padded with <|pad|>, which is new to GPT-2
+    folder = fit(
+        trunk=gpt2, mask=False, freeze=freeze, optim__weight_decay=0.5, optim__name=name, cache_gb=4
+    )
+    opened, after = open_trunk(str(gpt2)), last_weights(folder)
+    pad = opened.tokenizer.pad
+    assert (opened.rows, len(after["gpt.wte.weight"])) == (257, 320) and pad >= 257
+    trains = {
+        name for name in after if name.startswith("gpt.blocks.1.") or name.startswith("gpt.norm.")
+    }
+    trains = {"head.weight", "gpt.wte.weight"} | (trains if freeze != "trunk" else set())
+    for part, w in opened.weights.items():
+        assert after[f"gpt.{part}"][: len(w)].equal(w) == (
+            f"gpt.{part}" not in trains or part == "wte.weight"
+        ), part
+    torch.manual_seed(0)
+    before = build(
+        settings.load(SentimentSettings, [str(folder / "config.yaml")]), ["bad", "good"]
+    )[0]
+    moved = (after["gpt.wte.weight"] != before.gpt.wte.weight).any(1)
+    assert moved.nonzero().flatten().tolist() == [pad]
+    assert optimized(folder) == trains
+    rest = sum(w.numel() for name, w in after.items() if name in trains - {"gpt.wte.weight"})
+    assert (
+        result_of(folder)["trainable"] == rest + (320 - 257) * 32
+    )  # not the old rows of the same matrix
+
+
+@pytest.mark.parametrize("freeze", ["trunk", "all_but_last:1"])
+def test_new_tokens_that_no_text_has_cost_nothing(fit, gpt2, freeze, capsys):
+    """GPT-2's texts hold none of our special tokens: nothing has to go down through the frozen blocks, no time, no
+    gradient, and no parameter of which DDP waits in vain for a gradient."""
+    folder = fit(trunk=gpt2, freeze=freeze)
+    assert (
+        "gpt.wte.weight" not in optimized(folder)
+        and "runs every time" not in capsys.readouterr().out
+    )
+    assert result_of(folder)["trainable"] == sum(
+        last_weights(folder)[name].numel() for name in optimized(folder)
+    )
+    meta = json.loads((folder / "step-00000008" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["head"]["prefix"] == []  # a token that GPT-2 never saw would only disturb it
+
+
+def test_a_fine_tuned_gpt2_as_trunk_is_still_a_gpt2(fit, gpt2):
+    """It had forgotten which rows come from pretraining, and began every text with an untrained token."""
+    first = fit(trunk=gpt2)
+    second = fit(trunk=first, run="again", max_steps=1)
+    assert open_trunk(str(second)).rows == open_trunk(str(first)).rows == 257
+    assert (
+        json.loads((second / "step-00000001" / "meta.json").read_text(encoding="utf-8"))["head"][
+            "prefix"
+        ]
+        == []
+    )
+
+
+# --- the frozen part is asked once -----------------------------------------------------------------------------------
+
+CASES = [
+    (f, m, p) for f in ("trunk", "all_but_last:1") for m in (True, False) for p in ("last", "mean")
+]
+
+
+@pytest.mark.parametrize("freeze, mask, pool", CASES)
+def test_what_is_kept_equals_what_is_computed_every_time(fit, monkeypatch, freeze, mask, pool):
+    calls = []
+    below = freezing.below
+    monkeypatch.setattr(freezing, "below", lambda *a: calls.append(1) or below(*a))
+    case = dict(
+        freeze=freeze,
+        mask=mask,
+        pool=pool,
+        dropout=0.3,
+        micro_tokens=512,
+        max_steps=6,
+        eval_every=3,
+    )
+    kept = fit(run="kept", **case)
+    assert calls
+    calls.clear()
+    plain = fit(run="plain", cache_gb=0, **case)
+    assert not calls
+    for split in ("train", "val"):
+        for x, y in zip(read(kept, split), read(plain, split), strict=True):
+            assert all(x[k] == pytest.approx(y[k], abs=1e-4) for k in ("loss", "accuracy"))
+    assert_same_predictions(kept, plain, 1e-4)
+    if freeze != "trunk" and mask:  # dropout was at work, and the same in both
+        dry = fit(run="dry", **case | {"dropout": 0.0})
+        assert losses(dry, "train") != pytest.approx(losses(kept, "train"), abs=0.01)
+
+
+def test_the_language_model_loss_goes_with_what_is_kept(fit):
+    case = dict(freeze="all_but_last:1", lm_weight=0.5, micro_tokens=512)
+    kept, plain = fit(run="kept", **case), fit(run="plain", cache_gb=0, **case)
+    assert losses(kept, "train") == pytest.approx(losses(plain, "train"), abs=1e-4)
+    norms = [[r["grad_norm"] for r in read(folder, "train")] for folder in (kept, plain)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    without = fit(run="without", **case | {"lm_weight": 0})
+    assert losses(without, "train") != pytest.approx(losses(kept, "train"), abs=1e-3)
+
+
+def test_too_much_to_keep_is_said_and_computed(fit, capsys):
+    folder = fit(freeze="all_but_last:1", cache_gb=1e-6)
+    said = capsys.readouterr().out
+    assert (
+        len(
+            re.findall(
+                r"frozen   (?:train|validation): .*\(cache_gb=1e-06\): it runs every time", said
+            )
+        )
+        == 2
+    )
+    assert losses(folder, "train") == pytest.approx(
+        losses(fit(run="s", freeze="all_but_last:1"), "train"), abs=1e-4
+    )
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_text_has_the_same_scores_in_any_company(asked, mask, pool):
+    """And they are those of the text by hand: alone; or, without the mask, padded to the whole block."""
+    model, _, ids, fill = begun(asked(mask=mask, pool=pool))
+    data, model = ids["test"], model.eval()
+    assert len({*data.lengths}) > 10 and data.lengths.max() == BLOCK  # there is something to pad
+    width = 0 if mask else BLOCK
+    by_hand = []
+    for i in data.ids:
+        idx = torch.full((1, BLOCK), fill)
+        idx[0, : len(i)] = torch.from_numpy(i)
+        h = model.gpt.trunk(idx if not mask else idx[:, : len(i)])[0]
+        by_hand.append(model.head(h[-1] if pool == "last" else h.mean(0)).numpy())
+    inputs = Inputs(data, fill, width, CPU)
+    for tokens in (1, 300, 10**6):  # each alone, some together, all together
+        found = score(model, inputs, ALONE, autocast(CPU, torch.float64), tokens)
+        assert np.abs(found - by_hand).max() < 1e-12 and model.training  # training goes on
+    model.eval()
+    # a batch in training order is padded to its longest
+    rows = np.array([int(data.lengths.argmin()), int(data.lengths.argmax())])
+    assert np.abs(model(*inputs.of(rows)).numpy() - np.array(by_hand)[rows]).max() < 1e-12
+    # the other way to treat padding gives other scores: the two are told apart
+    other = GPTClassifier(model.gpt, 2, pool, not mask).eval().double()
+    other.head = model.head
+    both = Inputs(data, fill, BLOCK - width, CPU)
+    assert (
+        np.abs(score(other, both, ALONE, autocast(CPU, torch.float64), 300) - by_hand).max() > 1e-3
+    )
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def skewed(n: int) -> np.ndarray:
+    """Lengths like those of reviews: most are short, the longest are cut at the block."""
+    return np.random.default_rng(0).lognormal(4.2, 0.9, n).clip(2, 512).astype(int)
+
+
+@pytest.mark.parametrize("n, size", [(1, 4), (7, 8), (64, 16), (1000, 16), (5003, 32)])
+def test_an_epoch_has_every_example_once(n, size):
+    buckets = Buckets(skewed(n), size, seed=3)
+    k = buckets.steps_per_epoch
+    assert k == math.ceil(n / size)
+    orders = []
+    for epoch in (0, 1, 7):
+        batches = [buckets.of(epoch * k + i) for i in range(k)]
+        assert sorted(np.concatenate(batches)) == list(range(n))
+        assert sorted(map(len, batches)) == sorted(
+            [size] * (n // size) + [n % size] * (n % size > 0)
+        )
+        orders.append(np.concatenate(batches).tolist())
+    other = Buckets(skewed(n), size, seed=4)
+    if n > 50:
+        assert len({*map(tuple, orders)}) == 3
+        assert np.concatenate([other.of(i) for i in range(k)]).tolist() != orders[0]
+    # a pure function of (seed, step): whatever was asked before
+    for step in (7 * k + k // 2, 0, 3 * k - 1):
+        assert Buckets(skewed(n), size, seed=3).of(step).tolist() == buckets.of(step).tolist()
+
+
+def test_there_is_little_padding_and_still_a_mixture():
+    lengths, size = skewed(5003), 32
+    buckets = Buckets(lengths, size, seed=0)
+    batches = [buckets.of(i) for i in range(buckets.steps_per_epoch)]
+    padded = sum(len(b) * lengths[b].max() for b in batches)
+    assert 1 - lengths.sum() / padded < 0.1
+    chance = np.array_split(np.random.default_rng(1).permutation(len(lengths)), len(batches))
+    assert 1 - lengths.sum() / sum(len(b) * lengths[b].max() for b in chance) > 0.5  # what it saves
+    # no length has a part of the epoch to itself, and neighbours change from epoch to epoch
+    means = [lengths[b].mean() for b in batches]
+    assert abs(np.mean(means[:78]) - np.mean(means[78:])) < 0.25 * np.mean(means)
+    first, later = (
+        {*batches[0]},
+        (buckets.of(buckets.steps_per_epoch + i) for i in range(len(batches))),
+    )
+    assert max(len(first & {*b}) for b in later) < size // 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 33])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_shares_of_all_ranks_are_the_batch(n, size):
+    rows = np.random.default_rng(0).permutation(100)[:n]
+    for longest, most in ((10, 10**6), (10, 25), (10, 19), (10, 1), (48, 400)):
+        shares = [share(rows, longest, World(r, size, CPU), most) for r in range(size)]
+        assert sorted(np.concatenate([part for parts in shares for part in parts])) == sorted(rows)
+        assert len({*map(len, shares)}) == 1  # each micro-batch is a collective
+        for part in (part for parts in shares for part in parts):
+            assert len(part) * longest <= most or len(part) == 1
+        counts = [sum(map(len, parts)) for parts in shares]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_tokens_left_out_close_up_and_the_first_and_the_separator_stay():
+    """Token 1 begins each text, 9 separates, 0 is padding; the others count up, so their order can be seen."""
+    torch.manual_seed(0)
+    lengths = torch.tensor([40, 3, 1, 40])
+    idx = torch.where(torch.arange(40) < lengths[:, None], torch.arange(40) + 10, 0)
+    idx[:, 0], idx[0, 20] = 1, 9
+    left = []
+    for width in (0, 40):
+        for _ in range(200):
+            x, n = drop_tokens(idx, lengths, 0.3, fill=0, sep=9, width=width)
+            assert (
+                x.size(1) == (width or n.max())
+                and n[2] == 1
+                and (x[:, 0] == 1).all()
+                and (x[0] == 9).sum() == 1
+            )
+            for row, was, k in zip(x, idx, n.tolist(), strict=True):
+                assert (row[k:] == 0).all() and set(row[:k].tolist()) <= set(was.tolist())
+                ordered = row[:k][row[:k] >= 10]
+                assert (ordered.diff() > 0).all()
+            left.append(int(n[3]))
+    assert np.mean(left) == pytest.approx(1 + 0.7 * 39, rel=0.02)
+    assert torch.equal(drop_tokens(idx, lengths, 0.0, 0, 9, 40)[0], idx)
+    for words in ([1, 33], [1, 33, 9, 34]):  # neither a text nor a pair loses all its words
+        idx, n = torch.tensor([words] * 50), torch.full((50,), len(words))
+        assert ((drop_tokens(idx, n, 0.9, 0, 9, 0)[0] > 9).sum(1) >= 1).all()
+
+
+@pytest.mark.parametrize("freeze", ["none", "trunk"])
+def test_token_dropout_is_drawn_anew_at_each_step_and_the_same_again_on_resume(
+    fit, tmp_path, monkeypatch, freeze
+):
+    """Also above a frozen part, which must not be asked only once then."""
+    seen, drop = [], drop_tokens
+    monkeypatch.setattr(
+        sentiment_train, "drop_tokens", lambda *a: seen.append(drop(*a)) or seen[-1]
+    )
+    case = dict(freeze=freeze, token_dropout=0.4, dropout=0.0, save_every=4, keep=2)
+    whole = fit(run="whole", **case)
+    assert len(seen) == 8 and {x.dtype for x, _ in seen} == {torch.int64}
+    part = fit(run="part", resume=whole / "step-00000004", **case)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(seen[4:8], seen[8:], strict=True))
+    again, first = losses(part, "train"), losses(whole, "train")
+    assert list(again) == [5, 6, 7, 8] and all(again[k] == first[k] for k in again)
+
+
+# --- long texts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return train(TokenizerSettings("char", min_count=1), ["abcdefghijklmnopqrstuvwxyz0123456789"])
+
+
+def test_a_long_text_keeps_its_beginning_and_its_end(tok):
+    text = "abcdefghijklmnopqrstuvwxyz"
+    cases = {
+        27: text,
+        26: text,
+        25: text[:13] + text[14:],
+        10: "abcdevwxyz",
+        9: "abcdewxyz",
+        1: "a",
+    }
+    for block, kept in cases.items():
+        ids, cut = encode_text(tok, text, "", block, [])
+        assert tok.decode(ids) == kept and len(ids) == len(kept) and cut == (block < 26)
+    ids, cut = encode_text(tok, text, "", 10, [tok.bos])
+    assert ids[0] == tok.bos and tok.decode(ids) == "abcdewxyz" and cut
+    ids, cut = encode_text(tok, text * 10_000, "", 8, [tok.bos])
+    assert tok.decode(ids) == "abcdxyz" and len(ids) == 8 and cut
+
+
+@pytest.mark.parametrize(
+    "a, b, block, kept_a, kept_b",
+    [
+        (26, 26, 21, 10, 10),  # a separator between ten and ten
+        (26, 3, 21, 17, 3),  # the longer side gives first
+        (3, 26, 21, 3, 17),
+        (26, 26, 20, 10, 9),
+        (8, 12, 21, 8, 12),  # fits exactly
+        (12, 8, 20, 11, 8),
+        (26, 26, 3, 1, 1),
+    ],
+)
+def test_a_pair_keeps_both_sides(tok, a, b, block, kept_a, kept_b):
+    text = "abcdefghijklmnopqrstuvwxyz"
+    ids, cut = encode_text(tok, text[:a], text[:b][::-1], block, [])
+    at = ids.index(tok.sep)
+    assert (at, len(ids) - at - 1) == (kept_a, kept_b) and ids.count(tok.sep) == 1
+    assert cut == ((kept_a, kept_b) != (a, b)) and len(ids) <= block
+    for side, whole in ((tok.decode(ids[:at]), text[:a]), (tok.decode(ids[at:]), text[:b][::-1])):
+        half = len(side) // 2
+        assert whole.startswith(side[: len(side) - half]) and whole.endswith(
+            side[len(side) - half :]
+        )
+    longer, cut = encode_text(tok, text[:a] * 5000, text[:b], block, [tok.bos])
+    assert len(longer) == block and cut and longer[0] == tok.bos and tok.sep in longer
+
+
+def test_the_first_word_is_the_token_that_it_is_later_on(tok):
+    """BPE joins the space before a word to it, so a text's first word was another token, rarer or in pieces."""
+    bpe = train(
+        TokenizerSettings("bpe", vocab_size=300),
+        ["the good film and the good plot are so good"] * 9,
+    )
+    ids, _ = encode_text(bpe, "good plot", "good film", 20, [])
+    first, again = ids[0], ids[ids.index(bpe.sep) + 1]
+    assert first == again == bpe.encode("so good")[-1] != bpe.encode("good")[0]
+    assert bpe.decode(ids[: ids.index(bpe.sep)]) == " good plot"
+    for text in ("很好", "12 good", "'good'", "", " good"):  # no word to be joined to
+        assert encode_text(bpe, text, "", 40, [])[0] == bpe.encode(text)
+    assert encode_text(tok, "good", "", 9, [])[0] == tok.encode(
+        "good"
+    )  # characters: a space is one of its own
+
+
+def test_what_was_cut_is_counted(tok):
+    sizes = [(5, 0, "x"), (6, 0, "y"), (2, 2, "y"), (3, 3, "x")]
+    found = encode(
+        [Example("a" * n, "b" * m, label) for n, m, label in sizes], ["x", "y"], tok, 5, []
+    )
+    assert (
+        found.cut == 2
+        and found.labels.tolist() == [0, 1, 1, 0]
+        and found.lengths.tolist() == [5, 5, 5, 5]
+    )
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"class_weights": "balanced", "label_smoothing": 0.1},
+        {"class_weights": "balanced", "lm_weight": 0.3},
+        {"lm_weight": 2.0, "label_smoothing": 0.2, "mask": False},
+        {"adversarial": 0.3},
+        {"adversarial": 0.1, "class_weights": "balanced", "lm_weight": 0.3},
+        {"adversarial": 0.2, "label_smoothing": 0.1, "mask": False},
+    ],
+    ids=str,
+)
+def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes):
+    """Loss and gradient equal F.cross_entropy's mean over the batch, and Hugging Face's language-model loss. With
+    `adversarial`, the loss of embeddings perturbed along their own gradient is added."""
+    s = asked(dropout=0.0, **changes)
+    model, data, ids, fill = begun(s)
+    rows = Buckets(ids["train"].lengths, s.batch_size, s.seed).of(0)
+    idx, lengths = pad([ids["train"].ids[i] for i in rows], fill, 0 if s.mask else BLOCK)
+    y = torch.from_numpy(ids["train"].labels)
+    count = torch.bincount(y).double()
+    weight = len(y) / (2 * count) if s.class_weights == "balanced" else None
+    assert len({*y[rows].tolist()}) == 2 and count[0] != count[1]
+    labels = idx.masked_fill(torch.arange(idx.size(1)) >= lengths[:, None], -100)
+
+    def both(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = model.gpt.trunk(embedded)
+        pooled = h[torch.arange(len(rows)), lengths - 1] if s.mask else h[:, -1]
+        loss = F.cross_entropy(
+            model.head(pooled), y[rows], weight=weight, label_smoothing=s.label_smoothing
+        )
+        lm = F.cross_entropy(
+            model.gpt.lm_head(h)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
+        return loss, loss + s.lm_weight * lm
+
+    embedded = model.gpt.wte(idx)
+    loss, total = both(embedded)
+    if s.adversarial:
+        (grad,) = torch.autograd.grad(total, embedded, retain_graph=True)
+        moves = [
+            g / g.norm() * s.adversarial * model.gpt.wte.weight.norm(dim=1).median() for g in grad
+        ]
+        total = total + both(embedded + torch.stack(moves).detach())[1]
+    total.backward()
+    loss = float(loss.detach())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    for tokens in (60, 10**6):
+        folder = fit(
+            run=f"r{tokens}",
+            dtype="float64",
+            max_steps=1,
+            micro_tokens=tokens,
+            dropout=0.0,
+            **changes,
+        )
+        (record,) = read(folder, "train")
+        assert record["loss"] == pytest.approx(loss, rel=1e-9)
+        assert record["grad_norm"] == pytest.approx(float(norm), rel=1e-9)
+
+
+def test_layer_decay_by_name(asked, fit):
+    expected = {
+        "head.weight": 1.0,
+        "gpt.norm.weight": 1.0,
+        "gpt.blocks.1.attn.q.weight": 0.5,
+        "gpt.blocks.1.norm2.weight": 0.5,
+        "gpt.blocks.0.mlp.fc.weight": 0.25,
+        "gpt.wte.weight": 0.125,
+        "gpt.wpe.weight": 0.125,
+    }
+    assert {name: layer_scale(name, 2, 0.5) for name in expected} == expected
+    assert layer_scale("gpt.blocks.0.mlp.fc.weight", 12, 0.9) == pytest.approx(0.9**12)
+    s = asked(layer_decay=0.5)
+    model, *_ = begun(s)
+    names = {p: name for name, p in model.named_parameters()}
+    (adamw,) = make_optimizers(model, s.optim, lambda name: layer_scale(name, 2, 0.5))
+    rates = {names[p]: g["peak_lr"] for g in adamw.param_groups for p in g["params"]}
+    assert rates.keys() == TRAINED["none"]
+    assert all(
+        rates[name] == pytest.approx(0.01 * x) for name, x in expected.items() if name in rates
+    )
+    # what is logged is the rate of the head, whatever group comes first
+    logged = [r["lr"] for r in read(fit(layer_decay=0.5), "train")]
+    assert logged == pytest.approx([0.01 * lr_factor(i, 8, s.optim) for i in range(8)])
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lm_weight": 0.3, "class_weights": "balanced", "micro_tokens": 200},
+        {"adversarial": 0.2, "micro_tokens": 200},
+        {
+            "freeze": "trunk",
+            "trunk": "gpt2",
+        },  # of the embedding only new rows may train, and no text has them
+        {"freeze": "all_but_last:1", "mask": False, "trunk": "gpt2"},
+    ],
+    ids=str,
+)
+def test_two_processes_are_one(fine, fit, tmp_path, gpt2, start_ranks, changes):
+    """33 examples in batches of 16: in every epoch one batch has a single example, and one rank none."""
+    changes = {**changes, **({"trunk": gpt2} if "trunk" in changes else {})}
+    case = dict(
+        dtype="float64", data__train_size=33, max_steps=7, eval_every=4, dropout=0.0, **changes
+    )
+    args = fine(tmp_path, run="two", **case)
+    for result in [p.wait() for p in start_ranks(2, args, script="sentiment_train")]:
+        assert result.status == 0, result.err
+    one, two = fit(run="one", **case), tmp_path / "two"
+    for split, n in (("train", 7), ("val", 2)):
+        a, b = read(one, split), read(two, split)
+        assert len(a) == len(b) == n and len({r["loss"] for r in a}) > 1
+        for key in ("loss", "accuracy", "grad_norm" if split == "train" else "macro_f1"):
+            assert [r[key] for r in a] == pytest.approx([r[key] for r in b], rel=1e-9, abs=1e-15), (
+                key
+            )
+    assert_same_predictions(one, two, 1e-9)
+    x, y = result_of(one), result_of(two)
+    assert x["step"] == y["step"] and x["test"] == pytest.approx(y["test"], rel=1e-9)
+    assert (
+        len((two / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 9
+    )  # one of them wrote
+
+
+# --- exact resume -----------------------------------------------------------------------------------------------------
+
+KILLABLE = dict(
+    max_steps=14, eval_every=4, save_every=3, micro_tokens=400, lm_weight=0.1, adversarial=0.1
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, fine, run) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert run("sentiment_train", fine(out, **KILLABLE)).status == 0
+    return out / "r"
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    for split in ("train", "val"):
+        assert losses(folder, split) == losses(reference, split)
+    assert same_weights(folder, reference) and steps(folder) == steps(reference)
+    a, b = result_of(folder), result_of(reference)
+    assert all(a[k] == b[k] for k in ("step", "test", "baselines", "notes", "trainable"))
+    assert (folder / "predictions.csv").read_bytes() == (reference / "predictions.csv").read_bytes()
+
+
+MOMENTS = {
+    "evaluated and saved, before best names it": (1, ".best.tmp"),
+    "trained, before the report": (1, "report.md"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_delicate_moment_then_resume_is_exact(
+    fine, tmp_path, start, uninterrupted, moment
+):
+    args = fine(tmp_path, **KILLABLE)
+    assert start("sentiment_train", args, die_at=MOMENTS[moment]).wait().status == -signal.SIGKILL
+    assert start("sentiment_train", args).wait().status == 0
+    assert_same(tmp_path / "r", uninterrupted)
+
+
+def test_kill_9_at_random_moments_then_resume_is_exact(fine, tmp_path, start, uninterrupted):
+    draw, args, kills = random.Random(time.time_ns()), fine(tmp_path, **KILLABLE), 0
+    metrics = tmp_path / "r" / "metrics.jsonl"
+
+    def lines() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    while kills < 2:
+        process, target = start("sentiment_train", args), lines() + draw.randrange(1, 8)
+        wait_for(lambda p=process, n=target: lines() >= n or not p.alive(), "some steps")
+        time.sleep(draw.uniform(0, 0.02))
+        if not process.alive():
+            break
+        process.kill()
+        kills += process.wait().status == -signal.SIGKILL
+    assert start("sentiment_train", args).wait().status == 0 and kills
+    assert_same(tmp_path / "r", uninterrupted)
+
+
+def test_a_signal_saves_and_the_same_command_continues(fine, tmp_path, start, run, uninterrupted):
+    args, folder = fine(tmp_path, **KILLABLE), tmp_path / "r"
+    process = start("sentiment_train", args)
+    wait_for(
+        lambda: (folder / "metrics.jsonl").exists() and len(losses(folder, "train")) >= 2,
+        "two steps",
+    )
+    process.kill(signal.SIGTERM)
+    stopped = process.wait()
+    assert stopped.status == 143 and "the same command continues" in stopped.out and not stopped.err
+    done = max(losses(folder, "train"))
+    assert (
+        2 <= done < 14 and (folder / "latest").read_text(encoding="utf-8") == f"step-{done:08d}\n"
+    )
+    assert not (folder / "report.md").exists()
+    again = run("sentiment_train", args)
+    assert again.status == 0 and f"continuing from step {done} of 14" in again.out
+    assert_same(folder, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"freeze": "trunk", "lm_weight": 0, "adversarial": 0}, "freeze was none and is now trunk"),
+        ({"pool": "mean"}, "head was {"),
+        ({"select": "loss"}, "select was accuracy and is now loss"),
+        ({"batch_size": 8}, "batch_size was 16 and is now 8"),
+        ({"trunk": "gpt2"}, "the tokenizer's hash was"),
+        ({"data__split_seed": 1}, "the corpus (or its split) has changed"),
+        ({"resume": "never"}, "already holds checkpoints"),
+    ],
+    ids=str,
+)
+def test_what_may_not_change_on_resume(fine, gpt2, uninterrupted, run, changes, says):
+    changes = {**changes, **({"trunk": gpt2} if "trunk" in changes else {})}
+    config, result = (
+        (uninterrupted / name).read_bytes() for name in ("config.yaml", "result.json")
+    )
+    message = mistake(run("sentiment_train", fine(uninterrupted.parent, **{**KILLABLE, **changes})))
+    assert says in message and "\n" not in message
+    assert config == (uninterrupted / "config.yaml").read_bytes()
+    assert result == (uninterrupted / "result.json").read_bytes()
+
+
+def test_a_setting_that_an_older_version_lacked_was_off():
+    now = {"model": {"n_layer": 2}, "freeze": "none", "adversarial": 0.0}
+    older = {"model": {"n_layer": 2}, "freeze": "none"}
+    checkpoint.check_same(older, now, Path("r"))
+    for changed in ({"adversarial": 0.1}, {"freeze": "trunk"}, {"model": {"n_layer": 3}}):
+        with pytest.raises(UserError, match="cannot continue from r"):
+            checkpoint.check_same(older, now | changed, Path("r"))
+
+
+# --- which checkpoint is chosen ---------------------------------------------------------------------------------------
+
+
+def verdicts(
+    monkeypatch, values: list[tuple[float, float, float]]
+) -> list[tuple[float, float, float]]:
+    """Let the validation of each evaluation be these (accuracy, macro F1, loss); the test stays what it is. Returns
+    the list of those still to come."""
+    evaluate, left = report.evaluate, list(values)
+
+    def scripted(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        if len(labels) > 40:  # the test
+            return evaluate(scores, labels)
+        return dict(zip(("accuracy", "macro_f1", "loss"), left.pop(0), strict=True))
+
+    monkeypatch.setattr(report, "evaluate", scripted)
+    return left
+
+
+VALUES = [
+    (0.5, 0.4, 1.0),
+    (0.8, 0.5, 0.6),
+    (0.8, 0.7, 0.5),
+    (0.8, 0.7, 0.5),
+    (0.7, 0.6, 0.1),
+    (0.7, 0.1, 0.1),
+]
+
+
+@pytest.mark.parametrize(
+    "changes, best, last",
+    [
+        ({}, 3, 6),  # of three with 80 % the lowest loss, of two with that the earlier
+        ({"select": "macro_f1"}, 3, 6),
+        ({"select": "loss"}, 5, 6),
+        ({"patience": 2}, 3, 5),
+        ({"patience": 1, "select": "macro_f1"}, 3, 4),
+        ({"patience": 4}, 3, 6),
+    ],
+    ids=str,
+)
+def test_validation_chooses_and_the_test_is_of_what_it_chose(fit, monkeypatch, changes, best, last):
+    left = verdicts(monkeypatch, VALUES)
+    case = dict(max_steps=6, eval_every=1, keep=10, **changes)
+    folder = fit(**case)
+    assert len(left) == 6 - last and steps(folder) == list(range(1, last + 1))
+    assert (folder / "best").read_text(encoding="utf-8") == f"step-{best:08d}\n"
+    found = result_of(folder)
+    assert found["step"] == best and found["validation"]["loss"] == VALUES[best - 1][2]
+
+    # recomputed from the weights of that checkpoint, each text alone
+    model, data, ids, _ = begun(settings.load(SentimentSettings, [str(folder / "config.yaml")]))
+    model.load_state_dict(at(folder, best), strict=False)
+    model.eval()
+    with torch.no_grad():
+        h = [model(torch.from_numpy(i)[None], torch.tensor([len(i)]))[0] for i in ids["test"].ids]
+    scores, y = torch.stack(h), torch.from_numpy(ids["test"].labels)
+    assert found["test"]["loss"] == pytest.approx(float(F.cross_entropy(scores, y)), abs=1e-5)
+    assert found["test"]["accuracy"] == pytest.approx(
+        float((scores.argmax(1) == y).double().mean())
+    )
+    for row, e, p in zip(
+        predictions(folder), data.splits["test"], scores.softmax(1)[:, 1].tolist(), strict=True
+    ):
+        assert (row["text"], row["label"]) == (e.text, e.label) and float(
+            row["p_good"]
+        ) == pytest.approx(p, abs=1e-3)
+
+    # once more, with a `best` that another process still sees as it was: the same checkpoint; and nothing is evaluated
+    (folder / "best").write_text("step-00000001\n", encoding="utf-8")
+    left.clear()
+    assert result_of(fit(**case)) | {"seconds": 0, "validation": 0} == found | {
+        "seconds": 0,
+        "validation": 0,
+    }
+
+
+def test_the_labels_of_the_test_change_nothing_but_its_scores(fit, tmp_path):
+    train_rows, test_rows = made(120, 1), made(60, 2)
+    table(tmp_path / "train.csv", train_rows)
+    table(tmp_path / "test.csv", test_rows)
+    table(
+        tmp_path / "turned.csv",
+        [(text, {"bad": "good", "good": "bad"}[label]) for text, label in test_rows],
+    )
+    case = dict(data__path=tmp_path / "train.csv", max_steps=12, eval_every=2)
+    a = fit(run="a", data__test_path=tmp_path / "test.csv", **case)
+    b = fit(run="b", data__test_path=tmp_path / "turned.csv", **case)
+    assert losses(a, "train") == losses(b, "train") and losses(a, "val") == losses(b, "val")
+    x, y = result_of(a), result_of(b)
+    assert x["step"] == y["step"] and x["validation"] | {"time": 0} == y["validation"] | {"time": 0}
+    assert x["test"]["accuracy"] == pytest.approx(1 - y["test"]["accuracy"])
+    assert [p["prediction"] for p in predictions(a)] == [p["prediction"] for p in predictions(b)]
+
+
+def test_a_run_that_begins_from_anothers_checkpoint_keeps_its_own(fit, monkeypatch):
+    """Its first evaluation may be its best, before its first step: `best` then named a folder that was never written,
+    and the test was made with the last checkpoint under the number of the first."""
+    first = fit()
+    left = verdicts(monkeypatch, [(0.9, 0.9, 0.1), (0.5, 0.5, 0.9)])
+    folder = fit(run="s", resume=first / "step-00000008", max_steps=12)
+    assert not left and result_of(folder)["step"] == 8 and steps(folder) == [8, 12]
+    assert all(at(folder, 8)[name].equal(w) for name, w in at(first, 8).items())
+    assert result_of(folder)["test"] == result_of(first)["test"]
+
+
+# --- users' mistakes: one sentence, status 2, no traceback ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bad")
+    rows = made(60, 5)
+    files = {
+        "one": table(folder / "one.csv", [(text, "good") for text, _ in rows]),
+        "columns": table(folder / "columns.csv", rows, ("review", "stars")),
+        "nan": table(folder / "nan.csv", [*rows[:3], ("a text without", "NaN"), *rows[4:]]),
+        "meh": table(folder / "meh.csv", [*made(20, 6), ("so so", "meh")]),
+        "latin": folder / "latin.csv",
+        "empty": folder / "trunk",
+    }
+    files["latin"].write_bytes(
+        b"Text,Sentiment\n" + b"".join(b"caf\xe9 no %d,good\n" % i for i in range(30))
+    )
+    files["empty"].mkdir()
+    return files
+
+
+@pytest.mark.parametrize(
+    "argument, says",
+    [
+        ("trunk=''", "trunk is not set: give a run folder of train.py, gpt2"),
+        ("trunk={empty}", "there is no checkpoint (no step-... folder) in "),
+        ("trunk=/no/such/folder", "there is no trunk '/no/such/folder'"),
+        ("data.path=/no/such/file.csv", "there is no file /no/such/file.csv"),
+        (
+            "data.path={columns} data.label_column=stars",
+            "no column 'Text'; it has: review, stars. Set data.text_",
+        ),
+        (
+            "data.label_column=label",
+            "no column 'label'; it has: Text, Sentiment. Set data.label_column",
+        ),
+        ("data.path={one}", "training examples have the label 'good'"),
+        ("data.path={nan}", "1 example(s) of the train split have no label, the first is row 4"),
+        (
+            "data.test_path={meh}",
+            "the test split has the label 'meh', which no training example has (they have bad,",
+        ),
+        (
+            "data.path={latin}",
+            "latin.csv, line 2: neither UTF-8 nor GB18030; name its encoding in data.encoding",
+        ),
+        ("freeze=all_but_last:9", "freeze=all_but_last:9: the trunk has 2 blocks"),
+        ("freeze=nonsense", "freeze='nonsense' must be none, trunk or all_but_last:K"),
+        ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
+        ("block_size=49", "block_size=49 is more than the trunk's 48"),
+        ("adversarial=0.1 freeze=trunk", "adversarial=0.1 must be 0, or positive with freeze=none"),
+        ("adversarial=-0.1", "adversarial=-0.1 must be 0, or positive"),
+        ("adversarial=nan", "adversarial=nan is no number to work with"),
+        ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
+        ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
+        ("label_smoothing=1", "dropout and label_smoothing must be in [0, 1)"),
+        ("dropout=1.5", "dropout and label_smoothing must be in [0, 1)"),
+        ("data.train_size=1", "data.train_size=1 leaves no example of the label"),
+        (
+            "optim.lr=1e30 optim.clip=0",
+            "no update was made, the last checkpoint is step 0: lower optim.lr",
+        ),
+    ],
+    ids=lambda v: v.partition(" ")[0],
+)
+def test_mistakes(fine, tmp_path, run, bad, argument, says):
+    message = mistake(
+        run("sentiment_train", [*fine(tmp_path / "out"), *argument.format(**bad).split(" ")])
+    )
+    assert says in message and "\n" not in message
+    assert not (tmp_path / "out" / "r" / "best").exists()
+
+
+@pytest.mark.parametrize("differs", ["out_dir", "data.path"])
+def test_machines_that_see_different_files_are_told(fine, tmp_path, labelled, run, start, differs):
+    """Each machine has a disk of its own: the first one had a checkpoint and waited for the second in loading it."""
+    if differs == "out_dir":
+        assert run("sentiment_train", fine(tmp_path, max_steps=4)).status == 0
+    other = tmp_path / "other.csv"
+    other.write_text(
+        labelled.read_text(encoding="utf-8").replace("lovely", "awful"), encoding="utf-8"
+    )
+    elsewhere = {"out_dir": tmp_path / "elsewhere", "data.path": other}[differs]
+    env = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "LOCAL_RANK": "0",
+    }
+    argv = fine(tmp_path), [*fine(tmp_path), f"{differs}={elsewhere}"]
+    processes = [
+        start("sentiment_train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)
+    ]
+    for result in (p.wait() for p in processes):
+        assert (
+            result.status == 2
+            and "the processes see different files: all machines must share" in result.err
+        )
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(
+    fit, tmp_path, monkeypatch
+):
+    """It was written as null, which the next start of the run could not compare with anything."""
+    evaluate = report.evaluate
+    monkeypatch.setattr(report, "evaluate", lambda *args: evaluate(*args) | {"loss": math.nan})
+    with pytest.raises(UserError, match="the validation loss is nan at step 4: lower optim.lr"):
+        fit()
+    assert not (tmp_path / "r" / "best").exists()
+    monkeypatch.setattr(report, "evaluate", evaluate)
+    assert result_of(fit())["step"] in (4, 8)
+
+
+def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_path):
+    """The newest step was the best and was lost; that of the others had been pruned, and the report asked for it."""
+    folder = fit(eval_every=2, save_every=2, keep=2)
+    records = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    for record in records:
+        if record["split"] == "val":
+            record["accuracy"] = {2: 0.99, 4: 0.5, 6: 0.4, 8: 1.0}[record["step"]]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+    )
+    for step in (2, 4, 8):
+        shutil.rmtree(folder / f"step-0000000{step}", ignore_errors=True)
+    (folder / "best").write_text("step-00000008", encoding="utf-8")
+    assert result_of(fit(eval_every=2, save_every=2, keep=2))["step"] in (6, 8)
+
+
+def test_a_run_goes_on_where_auto_chooses_float16(fit, monkeypatch):
+    """Begun on a CPU, which needs no gradient scaler, and continued on a GPU without bf16, which does."""
+    fit(max_steps=4)
+    monkeypatch.setattr(hardware, "choose_dtype", lambda *_: (torch.float16, "as on a V100"))
+    assert result_of(fit(max_steps=8))["step"] in (4, 8)
+
+
+def test_empty_texts_are_dropped_and_counted(fit, tmp_path):
+    rows = made(120, 7)
+    table(
+        tmp_path / "gaps.csv",
+        [*rows[:50], ("", "good"), (" \t", "bad"), ("\n", "good"), *rows[50:]],
+    )
+    folder = fit(data__path=tmp_path / "gaps.csv", max_steps=2)
+    assert "- train: dropped 3 with an empty text" in (folder / "report.md").read_text(
+        encoding="utf-8"
+    )
+    assert sum(result_of(folder)["examples"].values()) == 120
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory, trunk, labelled) -> tuple[Path, int, int]:
+    """The trunk, but its corpus holds seven of the test texts; that number; and how many test texts there are."""
+    folder = tmp_path_factory.mktemp("leaky")
+    data = splits.load(ReviewSettings(path=str(labelled)))
+    long = [
+        e.text
+        for e in data.splits["test"]
+        if sum(c.isalnum() for c in e.text) >= 20 and "\n" not in e.text
+    ]
+    also = [e.text for e in data.splits["train"][:20]]  # what is trained on may have been read
+    text = "\n\n".join(
+        [*also, *(f"Well, {t.upper()}!" for t in long[:7]), *(t[: len(t) // 2] for t in long[7:])]
+    )
+    (folder / "corpus.txt").write_text(text + "\n", encoding="utf-8")
+    shutil.copytree(trunk, folder / "trunk")
+    config = folder / "trunk" / "config.yaml"
+    lines = re.sub(
+        r"(?m)^  path:.*$", f"  path: {folder / 'corpus.txt'}", config.read_text(encoding="utf-8")
+    )
+    config.write_text(lines, encoding="utf-8")
+    assert open_trunk(str(folder / "trunk")).corpora == [str(folder / "corpus.txt")]
+    return folder / "trunk", 7, len(data.splits["test"])
+
+
+def test_a_trunk_that_has_read_the_test_is_refused(fine, fit, leaky, tmp_path, run):
+    trunk, found, n = leaky
+    message = mistake(run("sentiment_train", fine(tmp_path, trunk=trunk)))
+    assert message.startswith(f"{found} of {n} test texts are in what {trunk}")
+    assert "allow_leaks=true" in message
+    folder = fit(trunk=trunk, allow_leaks=True, max_steps=2)
+    said = (folder / "report.md").read_text(encoding="utf-8")
+    assert f"test texts found in the trunk's training text: {found}" in said
+    (trunk.parent / "corpus.txt").rename(trunk.parent / "gone.txt")
+    said = (fit(run="s", trunk=trunk, max_steps=2) / "report.md").read_text(encoding="utf-8")
+    (trunk.parent / "gone.txt").rename(trunk.parent / "corpus.txt")
+    assert f"not searched for test texts, being absent: {trunk.parent / 'corpus.txt'}" in said
+
+
+def test_a_classifier_as_trunk_is_searched_for_what_it_was_trained_on(
+    fine, fit, labelled, tmp_path, run
+):
+    """Its labelled texts stand in no corpus file: a classifier of the hotel reviews of others passed for innocent. The
+    same set in the same split is no leak, as only its training split was read."""
+    copy = Path(shutil.copy(labelled, tmp_path / "copy.csv"))
+    first = fit(max_steps=2, data__path=copy)
+    again = fit(run="again", trunk=first, max_steps=2)
+    assert "test texts found in the trunk's training text: 0" in (again / "report.md").read_text(
+        encoding="utf-8"
+    )
+    message = mistake(
+        run("sentiment_train", fine(tmp_path, run="other", trunk=again, data__split_seed=5))
+    )
+    assert re.match(rf"\d+ of \d+ test texts are in what {again}", message) and message[0] != "0"
+    copy.unlink()
+    said = (fit(run="third", trunk=first, max_steps=2) / "report.md").read_text(encoding="utf-8")
+    assert f"not searched for test texts, being absent: csv in {copy}" in said
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 3, 7])
+def test_scores_are_those_of_scikit_learn(k):
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(k)
+    for n in (1, 5, 200):
+        scores, labels = (
+            draw.normal(size=(n, k)) * 5,
+            draw.integers(0, max(2, k - 1), n),
+        )  # the last class is never met
+        found, guess = report.evaluate(scores, labels), scores.argmax(1)
+        assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels, guess))
+        f1 = metrics.f1_score(labels, guess, average="macro", labels=range(k), zero_division=0)
+        assert found["macro_f1"] == pytest.approx(f1)
+        p = torch.from_numpy(scores).softmax(1).numpy()
+        assert found["loss"] == pytest.approx(
+            metrics.log_loss(labels, p, labels=range(k)), rel=1e-6
+        )
+        counts = metrics.confusion_matrix(labels, guess, labels=range(k))
+        assert report.confusion(guess, labels, k).tolist() == counts.tolist()
+    assert report.evaluate(np.array([[1e4, -1e4]]), np.array([1]))["loss"] == 2e4  # no overflow
+
+
+NAMES_OF_LABELS = ["$", "$$", "a|b", "好评"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, list[Example], np.ndarray]:
+    """The files of a report on awkward texts with awkward labels."""
+    folder, draw = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
+    records = [
+        {"step": i, "split": k, "loss": 1 / i, "accuracy": 0.5}
+        for i in (1, 2)
+        for k in ("train", "val")
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+    )
+    texts = [
+        'a, b; "c"\nand\r\n\nd',
+        '"',
+        ",",
+        "'",
+        "=1+1",
+        "a\ttab",
+        "<b>|bold|</b>",
+        "好，\u2028“很好”",
+        "NA",
+        "#",
+    ]
+    labels = draw.integers(0, 4, 60)
+    examples = [
+        Example(texts[i % 10], ["", "x\ny"][i % 3 == 0], NAMES_OF_LABELS[labels[i]])
+        for i in range(60)
+    ]
+    scores = draw.normal(size=(60, 4)) * 3
+    test = report.evaluate(scores, labels)
+    keys = {
+        "set": "csv",
+        "trunk": "t",
+        "mask": True,
+        "freeze": "none",
+        "seed": 0,
+        "trainable": 5,
+        "step": 2,
+    }
+    result = {
+        **keys,
+        "select": "accuracy",
+        "validation": test,
+        "test": test,
+        "notes": ["a note"],
+        "seconds": 1.0,
+        "baselines": {"always $$": test, "TF-IDF (word) + linear SVM": test},
+        "examples": {"train": 9, "validation": 9, "test": 60},
+    }
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # where no font has Chinese, the picture shows boxes
+        report.write(folder, examples, scores, labels, NAMES_OF_LABELS, result)
+    return folder, examples, scores
+
+
+def test_many_classes_are_drawn_in_a_picture_of_bounded_size(written, tmp_path):
+    """151 intents took 18,500 x 18,500 pixels, and with 545 the run failed after all its training."""
+    folder, _, _ = written
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    shutil.copy(folder / "metrics.jsonl", tmp_path)
+    report.draw(tmp_path, np.eye(600, dtype=int), [f"intent {i}" for i in range(600)], result)
+    width, height = struct.unpack(">II", (tmp_path / "confusion.png").read_bytes()[16:24])
+    assert max(width, height) <= 4000
+
+
+def test_predictions_are_a_table_that_pandas_reads(written):
+    pandas = pytest.importorskip("pandas")
+    folder, examples, scores = written
+    found = pandas.read_csv(folder / "predictions.csv", keep_default_na=False)
+    p_names = [f"p_{name}" for name in NAMES_OF_LABELS]
+    assert list(found.columns) == ["text", "pair", "label", "prediction", "probability", *p_names]
+    for column in ("text", "pair", "label"):
+        assert found[column].tolist() == [getattr(e, column) for e in examples]
+    assert found["prediction"].tolist() == [NAMES_OF_LABELS[i] for i in scores.argmax(1)]
+    p = torch.from_numpy(scores).softmax(1).numpy()
+    assert np.abs(found[p_names].to_numpy() - p).max() < 1e-4
+    assert np.abs(found["probability"] - p.max(1)).max() < 1e-4
+
+
+def test_the_report_is_whole_whatever_texts_and_labels_hold(written):
+    folder, _, _ = written
+    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| label"))
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in lines[start : start + 6]]
+    assert cells == [6] * 6  # label, four predictions
+    errors = lines[lines.index("The surest errors:") + 2 :]
+    assert len(errors) == 10 and all(line.startswith("- ") for line in errors)
+    sure = [int(re.search(r"\((\d+)%\)", line)[1]) for line in errors]
+    assert sure == sorted(sure, reverse=True) and not any("<b>" in line for line in errors)
+    for name in ("curves", "confusion"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("language", ["english", "chinese"])
+def test_baselines_are_scikit_learns_own(language, tmp_path):
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    from sklearn.dummy import DummyClassifier
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
+    # labels of which a third is wrong: what is said of a text then depends on every detail of the pipeline
+    rows = [(text, label if i % 3 else "good") for i, (text, label) in enumerate(made(600, 3))]
+    if language == "chinese":
+        rows = [(re.sub(r"[ a-z,]", "", text) + "好", label) for text, label in rows]
+    data = splits.load(ReviewSettings(path=str(table(tmp_path / "r.csv", rows))))
+    words = dict(token_pattern=r"\w+|[^\w\s]+", ngram_range=(1, 2))
+    kind = {"english": words, "chinese": dict(analyzer="char", ngram_range=(1, 3))}[language]
+    tfidf = text.TfidfVectorizer(sublinear_tf=True, **kind)
+    (x, y), (x_test, y_test) = (
+        [[e.text for e in side], [e.label for e in side]]
+        for side in (data.splits["train"], data.splits["test"])
+    )
+    with warnings.catch_warnings(action="error"):
+        found = report.baselines(data, tmp_path / "cache")
+    word = {"english": "word", "chinese": "char"}[language]
+    assert list(found) == ["always good", f"TF-IDF ({word}) + linear SVM"]
+    models = [DummyClassifier(strategy="most_frequent"), make_pipeline(tfidf, LinearSVC(C=0.5))]
+    for values, model in zip(found.values(), models, strict=True):
+        guess = model.fit(x, y).predict(x_test)
+        f1 = f1_score(y_test, guess, average="macro", zero_division=0)
+        assert values == pytest.approx({"accuracy": accuracy_score(y_test, guess), "macro_f1": f1})
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text('{"kept": {}}', encoding="utf-8")
+    assert report.baselines(data, tmp_path / "cache") == {
+        "kept": {}
+    }  # computed once for all runs on these examples
+    other = splits.load(ReviewSettings(path=str(tmp_path / "r.csv"), split_seed=1))
+    assert list(report.baselines(other, tmp_path / "cache")) == list(found)
+
+
+def test_settings_and_errors_are_of_one_kind():
+    assert (
+        SentimentSettings().check() == [] and asdict(SentimentSettings())["optim"]["min_lr"] == 0.0
+    )
+    with pytest.raises(UserError, match="epochs must be positive"):
+        settings.load(SentimentSettings, ["epochs=0"])
