@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from model import GPT, GPTConfig
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
@@ -151,7 +150,7 @@ def main() -> int:
         )
     device = hardware.choose_device(s.device)
     dtype, _ = hardware.choose_dtype(s.dtype, device)
-    found, module, tokenizer = checkpoint.open_model(s.checkpoint, GPT, GPTConfig)
+    found, module, tokenizer = checkpoint.open_model(s.checkpoint)
     module = module.to(device, dtype).eval()
     chat = Chat(Conversation(module, tokenizer, s.sample))
     tty = sys.stdin.isatty()

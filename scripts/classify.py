@@ -75,7 +75,7 @@ def cloze(
 
     Of each word the log-likelihood given the text less that given no text (Holtzman et al. 2021, Surface form
     competition: a frequent word is not a frequent label); the best word of a label counts."""
-    _, model, tokenizer = checkpoint.open_model(path, GPT, GPTConfig)
+    _, model, tokenizer = checkpoint.open_model(path)
     model = model.to(device).eval()
     size = model.config.block_size
     before, after = template.split("{word}")

@@ -247,3 +247,48 @@ def _meanings(cls: type) -> dict[str, str]:
                     comments[line] for line in lines if line in comments
                 )
     return meanings
+
+
+def identity(s: Any) -> dict[str, Any]:
+    """SHIM until the settings branch is merged."""
+    from dataclasses import asdict
+
+    free = {
+        "run",
+        "out_dir",
+        "device",
+        "dtype",
+        "compile",
+        "max_steps",
+        "micro_batch",
+        "eval_every",
+        "save_every",
+        "log_every",
+        "keep",
+        "resume",
+        "init_from",
+        "prompts",
+        "sample",
+        "epochs",
+        "micro_tokens",
+        "patience",
+        "trunk",
+        "allow_leaks",
+        "cache_gb",
+    }
+    flat = {}
+
+    def walk(d: dict, prefix: str) -> None:
+        for k, v in d.items():
+            if isinstance(v, dict):
+                walk(v, prefix + k + ".")
+            else:
+                flat[prefix + k] = v
+
+    walk({k: v for k, v in asdict(s).items() if k not in free}, "")
+    drop = {"data.path", "data.test_path", "data.cache"}
+    return {
+        k: v
+        for k, v in flat.items()
+        if k not in drop and not (k.startswith("optim.") and k != "optim.name")
+    }

@@ -8,6 +8,7 @@ and can be killed. What depends on how a user starts a script (torchrun, a termi
 import importlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -100,6 +101,14 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = 60) ->
     while not condition():
         assert time.monotonic() < end, f"waited {timeout} s in vain for {what}"
         time.sleep(0.005)
+
+
+def drawn_seed() -> random.Random:
+    """Moments that differ from run to run; the seed is printed where the test fails, and
+    SMALLGPT_SEED sets it."""
+    seed = int(os.environ.get("SMALLGPT_SEED", time.time_ns()))
+    print(f"SMALLGPT_SEED={seed}")
+    return random.Random(seed)
 
 
 def free_port() -> int:

@@ -26,28 +26,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sentiment_train
-from helpers import free_port, last_weights, losses, mistake, same_weights, steps, wait_for
+from helpers import (
+    drawn_seed,
+    free_port,
+    last_weights,
+    losses,
+    mistake,
+    same_weights,
+    steps,
+    wait_for,
+)
 from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, build, finetune
 from smallgpt import hardware, settings
 from smallgpt.console import UserError
-from smallgpt.hardware import autocast
 from smallgpt.optim import layer_scale, lr_factor, make_optimizers
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
-from smallgpt.runs import checkpoint
+from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.metrics import read
-from smallgpt.sentiment import freeze as freezing
+from smallgpt.runs.run import check_same
 from smallgpt.sentiment import report, splits
 from smallgpt.sentiment.batches import (
     Buckets,
     Encoded,
     Inputs,
+    collate,
     drop_tokens,
     encode,
     encode_text,
-    pad,
     score,
-    share,
+    share_rows,
 )
 from smallgpt.sentiment.sets import Example, ReviewSettings
 from smallgpt.tokenizer import STAND_INS, TokenizerSettings, train
@@ -323,7 +332,7 @@ def test_what_trains_by_name(asked, freeze):
     names = {p: name for name, p in model.named_parameters()}
     optimized = [
         names[p]
-        for o in make_optimizers(model, s.optim)
+        for o in make_optimizers(dict(model.named_parameters()), s.optim)
         for g in o.param_groups
         for p in g["params"]
     ]
@@ -435,8 +444,8 @@ CASES = [
 @pytest.mark.parametrize("freeze, mask, pool", CASES)
 def test_what_is_kept_equals_what_is_computed_every_time(fit, monkeypatch, freeze, mask, pool):
     calls = []
-    below = freezing.below
-    monkeypatch.setattr(freezing, "below", lambda *a: calls.append(1) or below(*a))
+    run_frozen = GPTClassifier.run_frozen
+    monkeypatch.setattr(GPTClassifier, "run_frozen", lambda *a: calls.append(1) or run_frozen(*a))
     case = dict(
         freeze=freeze,
         mask=mask,
@@ -506,19 +515,17 @@ def test_a_text_has_the_same_scores_in_any_company(asked, mask, pool):
         by_hand.append(model.head(h[-1] if pool == "last" else h.mean(0)).numpy())
     inputs = Inputs(data, fill, width, CPU)
     for tokens in (1, 300, 10**6):  # each alone, some together, all together
-        found = score(model, inputs, ALONE, autocast(CPU, torch.float64), tokens)
+        found = score(Single(model, ALONE, torch.float64), inputs, tokens)
         assert np.abs(found - by_hand).max() < 1e-12 and model.training  # training goes on
     model.eval()
     # a batch in training order is padded to its longest
     rows = np.array([int(data.lengths.argmin()), int(data.lengths.argmax())])
-    assert np.abs(model(*inputs.of(rows)).numpy() - np.array(by_hand)[rows]).max() < 1e-12
+    assert np.abs(model(*inputs.of(rows)[:2]).numpy() - np.array(by_hand)[rows]).max() < 1e-12
     # the other way to treat padding gives other scores: the two are told apart
     other = GPTClassifier(model.gpt, 2, pool, not mask).eval().double()
     other.head = model.head
     both = Inputs(data, fill, BLOCK - width, CPU)
-    assert (
-        np.abs(score(other, both, ALONE, autocast(CPU, torch.float64), 300) - by_hand).max() > 1e-3
-    )
+    assert np.abs(score(Single(other, ALONE, torch.float64), both, 300) - by_hand).max() > 1e-3
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -574,7 +581,7 @@ def test_there_is_little_padding_and_still_a_mixture():
 def test_the_shares_of_all_ranks_are_the_batch(n, size):
     rows = np.random.default_rng(0).permutation(100)[:n]
     for longest, most in ((10, 10**6), (10, 25), (10, 19), (10, 1), (48, 400)):
-        shares = [share(rows, longest, World(r, size, CPU), most) for r in range(size)]
+        shares = [share_rows(rows, longest, r, size, most) for r in range(size)]
         assert sorted(np.concatenate([part for parts in shares for part in parts])) == sorted(rows)
         assert len({*map(len, shares)}) == 1  # each micro-batch is a collective
         for part in (part for parts in shares for part in parts):
@@ -734,7 +741,7 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes
     s = asked(dropout=0.0, **changes)
     model, data, ids, fill = begun(s)
     rows = Buckets(ids["train"].lengths, s.batch_size, s.seed).of(0)
-    idx, lengths = pad([ids["train"].ids[i] for i in rows], fill, 0 if s.mask else BLOCK)
+    idx, lengths = collate([ids["train"].ids[i] for i in rows], fill, 0 if s.mask else BLOCK)
     y = torch.from_numpy(ids["train"].labels)
     count = torch.bincount(y).double()
     weight = len(y) / (2 * count) if s.class_weights == "balanced" else None
@@ -742,7 +749,8 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes
     labels = idx.masked_fill(torch.arange(idx.size(1)) >= lengths[:, None], -100)
 
     def both(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        h = model.gpt.trunk(embedded)
+        context = model.gpt.context(embedded.size(1), CPU)
+        h = model.gpt.norm(model.gpt.run_blocks(embedded, context))
         pooled = h[torch.arange(len(rows)), lengths - 1] if s.mask else h[:, -1]
         loss = F.cross_entropy(
             model.head(pooled), y[rows], weight=weight, label_smoothing=s.label_smoothing
@@ -792,7 +800,9 @@ def test_layer_decay_by_name(asked, fit):
     s = asked(layer_decay=0.5)
     model, *_ = begun(s)
     names = {p: name for name, p in model.named_parameters()}
-    (adamw,) = make_optimizers(model, s.optim, lambda name: layer_scale(name, 2, 0.5))
+    (adamw,) = make_optimizers(
+        dict(model.named_parameters()), s.optim, lambda name: layer_scale(name, 2, 0.5)
+    )
     rates = {names[p]: g["peak_lr"] for g in adamw.param_groups for p in g["params"]}
     assert rates.keys() == TRAINED["none"]
     assert all(
@@ -884,7 +894,7 @@ def test_killed_at_a_delicate_moment_then_resume_is_exact(
 
 
 def test_kill_9_at_random_moments_then_resume_is_exact(fine, tmp_path, start, uninterrupted):
-    draw, args, kills = random.Random(time.time_ns()), fine(tmp_path, **KILLABLE), 0
+    draw, args, kills = drawn_seed(), fine(tmp_path, **KILLABLE), 0
     metrics = tmp_path / "r" / "metrics.jsonl"
 
     def lines() -> int:
@@ -926,11 +936,11 @@ def test_a_signal_saves_and_the_same_command_continues(fine, tmp_path, start, ru
     "changes, says",
     [
         ({"freeze": "trunk", "lm_weight": 0, "adversarial": 0}, "freeze was none and is now trunk"),
-        ({"pool": "mean"}, "head was {"),
+        ({"pool": "mean"}, "pool was last and is now mean"),
         ({"select": "loss"}, "select was accuracy and is now loss"),
         ({"batch_size": 8}, "batch_size was 16 and is now 8"),
         ({"trunk": "gpt2"}, "the tokenizer's hash was"),
-        ({"data__split_seed": 1}, "the corpus (or its split) has changed"),
+        ({"data__split_seed": 1}, "data.split_seed was 0 and is now 1"),
         ({"resume": "never"}, "already holds checkpoints"),
     ],
     ids=str,
@@ -947,12 +957,13 @@ def test_what_may_not_change_on_resume(fine, gpt2, uninterrupted, run, changes, 
 
 
 def test_a_setting_that_an_older_version_lacked_was_off():
-    now = {"model": {"n_layer": 2}, "freeze": "none", "adversarial": 0.0}
-    older = {"model": {"n_layer": 2}, "freeze": "none"}
-    checkpoint.check_same(older, now, Path("r"))
-    for changed in ({"adversarial": 0.1}, {"freeze": "trunk"}, {"model": {"n_layer": 3}}):
+    now = {"model.n_layer": 2, "freeze": "none", "adversarial": 0.0}
+    older = Checkpoint(Path("r"), {"settings": {"model.n_layer": 2, "freeze": "none"}})
+    defaults = {"adversarial": 0.0, "freeze": "none"}
+    check_same(older, now, defaults)
+    for changed in ({"adversarial": 0.1}, {"freeze": "trunk"}, {"model.n_layer": 3}):
         with pytest.raises(UserError, match="cannot continue from r"):
-            checkpoint.check_same(older, now | changed, Path("r"))
+            check_same(older, now | changed, defaults)
 
 
 # --- which checkpoint is chosen ---------------------------------------------------------------------------------------

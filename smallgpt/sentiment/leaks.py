@@ -128,7 +128,7 @@ def search(texts: list[str], corpora: Corpora, cache: Path) -> tuple[int, list[s
         for r in sets:
             held.read(text for e in r.splits["train"] for text in e[:2])
         cache.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept, json.dumps(held.found))
+        write_atomic(kept, json.dumps(held.found), shared=True)
     return json.loads(kept.read_text(encoding="utf-8")), missing
 
 

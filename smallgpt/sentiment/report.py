@@ -72,7 +72,7 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, dict[str, float]]:
         ),
     }
     cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept, json.dumps(found, ensure_ascii=False))
+    write_atomic(kept, json.dumps(found, ensure_ascii=False), shared=True)
     return found
 
 
