@@ -50,104 +50,73 @@ from smallgpt.sentiment.batches import (
 )
 from smallgpt.sentiment.sets import ReviewSettings
 from smallgpt.sentiment.splits import Reviews
+from smallgpt.settings import (
+    Amount,
+    Count,
+    Device,
+    Free,
+    Positive,
+    PositiveFloat,
+    PositiveFraction,
+    Precision,
+    Rate,
+    Switch,
+)
 from smallgpt.weights.pretrained import Trunk, grow, open_trunk
+
+OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 
 
 @dataclass
 class SentimentSettings:
-    run: str = "sentiment"  # name of the run's folder under out_dir
-    out_dir: str = "checkpoints"  # where run folders live
+    run: Free[str] = "sentiment"  # name of the run's folder under out_dir
+    out_dir: Free[str] = "checkpoints"  # where run folders live
     seed: int = 0  # of the head, the order of the batches and dropout
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = (
-        "auto"  # precision of matrix products
-    )
-    compile: Literal["auto", "true", "false"] = (
-        "auto"  # torch.compile; auto = no: every batch has a new shape
-    )
-    epochs: float = 3.0  # passes over the training examples
-    max_steps: int = 0  # optimisation steps instead of epochs; 0 = by epochs
-    batch_size: int = 32  # examples per step, over all processes
-    micro_tokens: int = 16384  # at most so many tokens per forward pass and process (memory)
-    eval_every: int = 0  # steps between evaluations; 0 = once an epoch
-    save_every: int = 0  # steps between checkpoints; 0 = at evaluations
-    log_every: int = 10  # steps between records of the training loss
-    patience: int = 0  # stop after so many evaluations without a better one; 0 = never
-    select: Literal["accuracy", "macro_f1", "loss"] = (
-        "accuracy"  # of the validation split: what chooses the checkpoint
-    )
-    keep: int = 1  # newest checkpoints kept, besides the best
-    resume: str = (
-        "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
-    )
-    trunk: str = ""  # run or step folder of train.py | gpt2, gpt2-medium, ... or its folder | small-gpt's .pth
-    allow_leaks: bool = (
-        False  # go on although the trunk has read test texts (the result is then worth nothing)
-    )
-    mask: bool = (
-        True  # pool real tokens only; false = pad to block_size and read the padding like text
-    )
-    freeze: str = "none"  # none | trunk (train the head) | all_but_last:2 (train the last 2 blocks, norm and head)
-    pool: Literal["last", "mean"] = (
-        "last"  # hidden state that the head reads: the last token's, or the mean
-    )
-    block_size: int = 0  # longest text in tokens, longer ones lose their middle; 0 = the trunk's
-    dropout: float = 0.1  # in the trained part of the trunk
-    token_dropout: float = (
-        0.0  # share of the tokens left out of each training text, others at every step
-    )
-    adversarial: float = (
-        0.0  # length of a text's perturbation, in typical token embeddings, such as 0.1; 0 = off
-    )
-    class_weights: Literal["none", "balanced"] = (
-        "none"  # balanced = each class counts the same in the loss
-    )
-    label_smoothing: float = 0.0  # share of the target spread over all classes
-    layer_decay: float = 1.0  # learning rate of a layer, as a fraction of the one above it
-    lm_weight: float = 0.0  # weight of the language-model loss beside the classification loss
-    cache_gb: float = (
-        4.0  # memory for what the frozen part says of each example, computed once; 0 = every time
-    )
+    device: Free[Device] = "auto"  # auto = a GPU if there is one
+    dtype: Free[Precision] = "auto"  # precision of matrix products
+    compile: Free[Switch] = "auto"  # torch.compile; auto = no: every batch has a new shape
+    epochs: Free[PositiveFloat] = 3.0  # passes over the training examples
+    max_steps: Free[Count] = 0  # optimisation steps instead of epochs; 0 = by epochs
+    batch_size: Positive = 32  # examples per step, over all processes
+    micro_tokens: Free[Positive] = 16384  # most tokens per forward pass and process (memory)
+    eval_every: Free[Count] = 0  # steps between evaluations; 0 = once an epoch
+    save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
+    log_every: Free[Positive] = 10  # steps between records of the training loss
+    patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
+    select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
+    keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
+    resume: Free[str] = "auto"  # auto = this run | never | run or step folder to go on from
+    trunk: Free[str] = ""  # run of train.py | gpt2, ... or its folder | .pth of small-gpt
+    allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
+    mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
+    freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks
+    pool: Literal["last", "mean"] = "last"  # the head reads the last token's state, or the mean
+    block_size: Count = 0  # longest text in tokens, longer lose their middle; 0 = the trunk's
+    dropout: Rate = 0.1  # in the trained part of the trunk
+    token_dropout: Rate = 0.0  # share of each training text's tokens left out, new at every step
+    adversarial: Amount = 0.0  # length of a perturbation, in token embeddings, such as 0.1; 0 = off
+    class_weights: Literal["none", "balanced"] = "none"  # balanced = each class counts the same
+    label_smoothing: Rate = 0.0  # share of the target spread over all classes
+    layer_decay: PositiveFraction = 1.0  # a layer's learning rate, as a fraction of the one above
+    lm_weight: Amount = 0.0  # weight of the language-model loss beside the classification loss
+    cache_gb: Free[Amount] = 4.0  # memory for states of the frozen part; 0 = computed every time
     data: ReviewSettings = field(default_factory=ReviewSettings)  # the labelled set
-    optim: OptimSettings = field(
-        default_factory=lambda: OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
-    )  # optimizer
+    optim: OptimSettings = field(default_factory=lambda: replace(OPTIM))  # optimizer
 
     def check(self) -> list[str]:
-        """Problems with these settings, in plain words."""
+        """Problems that the types do not show, in plain words."""
         problems = checkpoint.name_problems(self.run)
-        for name in ("batch_size", "micro_tokens", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be at least 1")
-        for name in (
-            "max_steps",
-            "eval_every",
-            "save_every",
-            "patience",
-            "block_size",
-            "lm_weight",
-            "cache_gb",
-        ):
-            if getattr(self, name) < 0:
-                problems.append(f"{name}={getattr(self, name)} must not be negative")
         if not freeze.is_valid(self.freeze):
-            problems.append(
-                f"freeze={self.freeze!r} must be none, trunk or all_but_last:K, such as all_but_last:2"
-            )
+            choices = "none, trunk or all_but_last:K, such as all_but_last:2"
+            problems.append(f"freeze={self.freeze!r} must be {choices}")
         if self.freeze == "trunk" and self.lm_weight:
             problems.append("lm_weight trains the trunk, and freeze=trunk forbids it: choose one")
-        if not 0 <= self.token_dropout < 1 or (self.token_dropout and self.lm_weight):
+        if self.token_dropout and self.lm_weight:
             problems.append(
-                "token_dropout must be in [0, 1), and 0 with lm_weight: there is no next word in a gap"
+                "token_dropout must be 0 with lm_weight: there is no next word in a gap"
             )
-        if not 0 <= self.adversarial < math.inf or (self.adversarial and self.freeze != "none"):
-            problems.append(
-                f"adversarial={self.adversarial} must be 0, or positive with freeze=none"
-            )
-        if not (0 < self.epochs < math.inf and 0 < self.layer_decay <= 1):
-            problems.append("epochs must be positive, layer_decay in (0, 1]")
-        if not (0 <= self.dropout < 1 and 0 <= self.label_smoothing < 1):
-            problems.append("dropout and label_smoothing must be in [0, 1)")
+        if self.adversarial and self.freeze != "none":
+            problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none")
         return problems
 
 

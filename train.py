@@ -12,7 +12,7 @@ optim.lr=3e-4.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,62 +35,41 @@ from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.metrics import flops_per_token
 from smallgpt.runs.run import Facts, Run, merge_sources
 from smallgpt.sampling import SampleSettings, replies
+from smallgpt.settings import Device, Free, Positive, Precision, Switch
 from smallgpt.text.batches import Corpus
 from smallgpt.text.tokens import DataSettings, prepare
 from smallgpt.tokenizer import TokenizerSettings
 
+PROMPTS = ["你好", "How are you?"]
+
 
 @dataclass
 class TrainSettings:
-    run: str = "pretrain"  # name of the run's folder under out_dir
-    out_dir: str = "checkpoints"  # where run folders live
+    run: Free[str] = "pretrain"  # name of the run's folder under out_dir
+    out_dir: Free[str] = "checkpoints"  # where run folders live
     seed: int = 0  # of the weights, the order of the batches and dropout
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = (
-        "auto"  # precision of matrix products
-    )
-    compile: Literal["auto", "true", "false"] = (
-        "auto"  # torch.compile; auto = where it works and pays
-    )
-    max_steps: int = 1000  # optimisation steps of the whole run
-    batch_tokens: int = 16384  # tokens per step, over all processes; the rest is derived from it
-    micro_batch: int = 16  # at most this many sequences per forward pass and process (memory)
-    eval_every: int = 100  # steps between evaluations (and sample replies)
-    save_every: int = 100  # steps between checkpoints
-    log_every: int = 10  # steps between records of the training loss
-    keep: int = 2  # newest checkpoints kept, besides the best
-    resume: str = (
-        "auto"  # auto = continue this run | never | PATH of a run or step folder to begin from
-    )
-    init_from: str = (
-        ""  # run or step folder whose weights, shape and tokenizer a new run begins with
-    )
-    prompts: list[str] = field(
-        default_factory=lambda: ["你好", "How are you?"]
-    )  # answered at evaluation
+    device: Free[Device] = "auto"  # auto = a GPU if there is one
+    dtype: Free[Precision] = "auto"  # precision of matrix products
+    compile: Free[Switch] = "auto"  # torch.compile; auto = where it works and pays
+    max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
+    batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
+    micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
+    eval_every: Free[Positive] = 100  # steps between evaluations (and sample replies)
+    save_every: Free[Positive] = 100  # steps between checkpoints
+    log_every: Free[Positive] = 10  # steps between records of the training loss
+    keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
+    resume: Free[str] = "auto"  # auto = this run | never | run or step folder to go on from
+    init_from: Free[str] = ""  # run or step folder: a new run begins with its model and tokenizer
+    prompts: Free[list[str]] = field(default_factory=lambda: [*PROMPTS])  # answered at evaluation
     data: DataSettings = field(default_factory=DataSettings)  # the corpus
-    tokenizer: TokenizerSettings = field(
-        default_factory=TokenizerSettings
-    )  # how text becomes tokens
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)  # text <-> tokens
     model: GPTConfig = field(default_factory=GPTConfig)  # the shape of the model
     optim: OptimSettings = field(default_factory=OptimSettings)  # optimizer and learning rate
-    sample: SampleSettings = field(default_factory=SampleSettings)  # sample replies
+    sample: Free[SampleSettings] = field(default_factory=SampleSettings)  # sample replies
 
     def check(self) -> list[str]:
-        """Problems with these settings, in plain words."""
-        problems = checkpoint.name_problems(self.run)
-        for name in (
-            "max_steps",
-            "batch_tokens",
-            "micro_batch",
-            "eval_every",
-            "save_every",
-            "log_every",
-            "keep",
-        ):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be at least 1")
-        return problems
+        """Problems that the types do not show, in plain words."""
+        return checkpoint.name_problems(self.run)
 
 
 class Batch(NamedTuple):

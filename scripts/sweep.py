@@ -33,6 +33,7 @@ from smallgpt.console import UserError
 from smallgpt.files import write_atomic
 from smallgpt.parallel.world import StopRequest
 from smallgpt.runs import checkpoint
+from smallgpt.settings import Count
 from smallgpt.weights import pretrained
 
 SCRIPT = Path(__file__).resolve().parent.parent / "sentiment_train.py"
@@ -47,43 +48,29 @@ class SweepSettings:
     name: str = "sweep"  # folder of the sweep under out_dir
     out_dir: str = "checkpoints"  # where it lives
     config: str = ""  # YAML of sentiment_train.py that all runs share
-    set: dict[str, Any] = field(
-        default_factory=dict
-    )  # further settings of all runs, such as set.epochs=2
-    grid: dict[str, Any] = field(
-        default_factory=dict
-    )  # setting -> list of its values; all combinations are run
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2]
-    )  # each combination is run once with each
-    workers: int = 0  # runs at once; 0 = one per GPU, or one
-
-    def __post_init__(self) -> None:
-        self.set, self.grid = flat(self.set), flat(self.grid)
+    set: dict[str, str] = field(default_factory=dict)  # settings of all runs: set.epochs=2
+    grid: dict[str, list[str]] = field(default_factory=dict)  # values, every combination is run
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # a run of a combination for each
+    workers: Count = 0  # runs at once; 0 = one per GPU, or one
 
     def check(self) -> list[str]:
-        """Problems with these settings, in plain words."""
+        """Problems that the types do not show, in plain words."""
         problems = [p.replace("run=", "name=") for p in checkpoint.name_problems(self.name)]
-        no_list = [k for k, v in self.grid.items() if not isinstance(v, list) or not v]
-        problems += [
-            f"grid.{k} must be a list of values, such as [a, b], not {show(self.grid[k])}"
-            for k in no_list
-        ]
-        own = [k for k in ("run", "out_dir", "seed") if k in (*self.grid, *self.set)]
-        problems += [
-            f"{k} is set by the sweep itself (name, out_dir, seeds): leave it out" for k in own
-        ]
-        problems += [
-            f"{k} is in set and in grid: leave one out" for k in self.set.keys() & self.grid.keys()
-        ]
-        wrong = {
-            "grid is empty: give settings and their values, such as grid.mask=[true,false]": not self.grid,
-            f"seeds={self.seeds} must be one or more different numbers": not 0
-            < len(self.seeds)
-            == len({*self.seeds}),
-            f"workers={self.workers} must not be negative": self.workers < 0,
-        }
-        return problems + [problem for problem, found in wrong.items() if found]
+        for key, values in self.grid.items():
+            if not values:
+                problems.append(f"grid.{key} must be a list of values, such as [a, b], not []")
+            if key in self.set:
+                problems.append(f"{key} is in set and in grid: leave one out")
+        for key in ("run", "out_dir", "seed"):
+            if key in self.grid or key in self.set:
+                own = "is set by the sweep itself (name, out_dir, seeds): leave it out"
+                problems.append(f"{key} {own}")
+        if not self.grid:
+            example = "such as grid.mask=[true,false]"
+            problems.append(f"grid is empty: give settings and their values, {example}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            problems.append(f"seeds={self.seeds} must be one or more different numbers")
+        return problems
 
 
 @dataclass
@@ -103,34 +90,21 @@ class Run:
             return None
 
 
-def flat(keys: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections written as dotted keys: set.optim.lr=1 arrives as {"optim": {"lr": 1}}."""
-    found: dict[str, Any] = {}
-    for key, value in keys.items():
-        found |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return found
-
-
-def show(value: Any) -> str:
-    """A value as people write it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def cell_name(cell: dict[str, Any]) -> str:
     """A combination as people read it: mask=true, freeze=none."""
-    return ", ".join(f"{k.rpartition('.')[2]}={show(v)}" for k, v in cell.items())
+    return ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in cell.items())
 
 
-def shared(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file and its bases, flat. The runs get them one by one, and not the file: so a run's
-    record shows whether the file has changed since."""
-    problems: list[tuple[str, str]] = []
-    layers = settings.read_yaml(path, problems)
-    if problems:
-        raise UserError("; ".join(f"config: {message}" for _, message in problems))
-    return {key: value for _, values, _ in layers for key, value in flat(values).items()}
+def shared(path: Path) -> dict[str, str]:
+    """The settings in a YAML file and its bases, by dotted names, as text. The runs get them one by one, and not the
+    file: so a run's record shows whether the file has changed since."""
+    found: dict[str, str] = {}
+    try:
+        for values in settings.read_yaml(path).values():
+            found |= settings.dotted(values)
+    except UserError as error:
+        raise UserError(f"config: {error}") from None
+    return found
 
 
 def plan(s: SweepSettings, folder: Path) -> list[Run]:
@@ -143,7 +117,7 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
     todo: dict[str, Run] = {}
     for seed, cell in itertools.product(s.seeds, cells):
         name = re.sub(r"[^\w.-]", "-", cell_name({**cell, "seed": seed}).replace(", ", "_"))
-        keys = flat({**common, **cell, "seed": seed})
+        keys = {**common, **cell, "seed": str(seed)}
         run = Run(
             cell,
             seed,
@@ -160,9 +134,7 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
             run.result() or checkpoint.step_folders(run.folder)
         ):  # else it never began
             key = min(k for k in before | run.keys if before.get(k) != run.keys.get(k))
-            then, now = (
-                show(keys[key]) if key in keys else "not set" for keys in (before, run.keys)
-            )
+            then, now = (keys[key] if key in keys else "not set" for keys in (before, run.keys))
             raise UserError(
                 f"{run.folder}: {key} was {then} and is now {now}: put it back, or choose another name="
             )
@@ -181,7 +153,7 @@ def launch(run: Run, slot: int, workers: int) -> subprocess.Popen:
     command = [
         sys.executable,
         str(SCRIPT),
-        *(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in keys.items()),
+        *(f"{k}={v}" for k, v in keys.items()),
     ]
     env = dict(os.environ)
     if hardware.gpus(run.keys.get("device", "auto")):
@@ -283,7 +255,7 @@ def table(todo: list[Run]) -> list[dict[str, Any]]:
             raise UserError(
                 f"{cell_name(cell)}: data or trunk have changed between its runs: choose another name="
             )
-        row: dict[str, Any] = {**{k: show(v) for k, v in cell.items()}, "n": len(results)}
+        row: dict[str, Any] = {**cell, "n": len(results)}
         for key in ("macro_f1", "accuracy"):
             by_seed = pd.Series({seed: r["test"][key] for seed, r in results.items()})
             row |= {key: by_seed.mean(), f"{key}_sd": by_seed.std()}

@@ -28,6 +28,11 @@ def write_atomic(path: Path, content: str | bytes, shared: bool = False) -> None
     flush(path.parent)
 
 
+def expand_user(path: str) -> Path:
+    """The path with ~ or ~name replaced by that user's folder; as typed where there is no such user: ~$book.csv."""
+    return Path(os.path.expanduser(path))
+
+
 def flush(path: Path) -> None:
     """Wait until the disk has a file, or the names in a folder."""
     if path.is_dir() and os.name == "nt":

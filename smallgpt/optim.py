@@ -11,39 +11,21 @@ import torch.nn as nn
 from torch.optim import Optimizer
 
 from smallgpt.console import UserError
+from smallgpt.settings import Amount, Count, Fraction, Free, PositiveFloat, Rate
 
 
 @dataclass
 class OptimSettings:
-    name: Literal["adamw", "muon"] = (
-        "adamw"  # muon: matrices of the blocks by Muon, everything else by AdamW
-    )
-    lr: float = 1e-3  # peak learning rate, of both optimizers
-    min_lr: float = 0.1  # last learning rate, as a fraction of the peak
-    schedule: Literal["cosine", "wsd"] = (
-        "cosine"  # after the warm-up; wsd = stay at the peak, then go down linearly
-    )
-    warmup: int = 100  # steps of linear warm-up, at most a third of the run
-    decay: float = 0.2  # last fraction of the steps after the warm-up in which wsd goes down
-    weight_decay: float = 0.1  # on matrices and embeddings; norms and biases are not decayed
-    beta1: float = 0.9  # AdamW's decay of the mean gradient
-    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
-    clip: float = 1.0  # largest norm of the whole gradient; 0 = no clipping
-
-    def check(self) -> list[str]:
-        """Problems with these settings, in plain words."""
-        problems = []
-        if self.lr <= 0:
-            problems.append(f"lr={self.lr} must be positive")
-        for name in ("min_lr", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                problems.append(f"{name}={getattr(self, name)} is a fraction, from 0 to 1")
-        for name in ("warmup", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                problems.append(f"{name}={getattr(self, name)} must not be negative")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            problems.append(f"beta1={self.beta1} and beta2={self.beta2} must be in [0, 1)")
-        return problems
+    name: Literal["adamw", "muon"] = "adamw"  # muon = for the blocks' matrices; AdamW for the rest
+    lr: Free[PositiveFloat] = 1e-3  # peak learning rate, of both optimizers
+    min_lr: Free[Fraction] = 0.1  # last learning rate, as a fraction of the peak
+    schedule: Free[Literal["cosine", "wsd"]] = "cosine"  # wsd = stay at the peak, then go down
+    warmup: Free[Count] = 100  # steps of linear warm-up, at most a third of the run
+    decay: Free[Fraction] = 0.2  # wsd: last fraction of the steps after the warm-up, going down
+    weight_decay: Free[Amount] = 0.1  # of matrices and embeddings, not of norms and biases
+    beta1: Free[Rate] = 0.9  # AdamW's decay of the mean gradient
+    beta2: Free[Rate] = 0.95  # AdamW's decay of the mean squared gradient
+    clip: Free[Amount] = 1.0  # largest norm of the whole gradient; 0 = no clipping
 
 
 def lr_factor(step: int, max_steps: int, s: OptimSettings) -> float:

@@ -21,6 +21,7 @@ import numpy as np
 import tiktoken
 
 from smallgpt.console import UserError
+from smallgpt.settings import Count, Positive
 
 FORMAT = 1  # of tokenizer.json
 SPECIALS = (
@@ -53,8 +54,8 @@ BPE_PATTERN = (
 @dataclass
 class TokenizerSettings:
     kind: str = "char"  # char | bpe | a tiktoken encoding such as gpt2 or cl100k_base
-    vocab_size: int = 8192  # upper limit, special tokens included (char, bpe)
-    min_count: int = 2  # characters seen fewer times are spelled in bytes (char)
+    vocab_size: Positive = 8192  # upper limit, special tokens included (char, bpe)
+    min_count: Count = 2  # characters seen fewer times are spelled in bytes (char)
     lowercase: bool = False  # read all text in lower case, as the uncased BERT does (char, bpe)
 
     def check(self) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import GPT, GPTClassifier, GPTConfig
+from smallgpt import settings
 from smallgpt.console import UserError
 from smallgpt.optim import OptimSettings, check_finite, lr_factor, make_optimizers, set_lr, update
 from smallgpt.parallel.strategy import Single
@@ -248,15 +249,17 @@ def test_clipping_measures_the_norm_of_the_whole_gradient_before_it_scales():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"lr": 0.0}, "lr=0.0 must be positive"),
-        ({"min_lr": 1.5}, "min_lr=1.5 is a fraction, from 0 to 1"),
-        ({"decay": -0.1}, "decay=-0.1 is a fraction, from 0 to 1"),
-        ({"warmup": -1}, "warmup=-1 must not be negative"),
-        ({"clip": -1.0}, "clip=-1.0 must not be negative"),  # it turned the gradient round
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
-        ({"beta2": 1.0}, "beta1=0.9 and beta2=1.0 must be in [0, 1)"),
+        ("lr=0.0", "lr must be float > 0, not 0.0"),
+        ("min_lr=1.5", "min_lr must be float >= 0 and <= 1, not 1.5"),
+        ("decay=-0.1", "decay must be float >= 0 and <= 1, not -0.1"),
+        ("warmup=-1", "warmup must be int >= 0, not -1"),
+        ("clip=-1.0", "clip must be float >= 0, not -1.0"),  # it turned the gradient round
+        ("weight_decay=-0.1", "weight_decay must be float >= 0, not -0.1"),
+        ("beta2=1.0", "beta2 must be float >= 0 and < 1, not 1.0"),
     ],
 )
-def test_check_names_the_problem(change, problem):
-    assert OptimSettings().check() == []
-    assert OptimSettings(**change).check() == [problem]
+def test_limits_are_in_the_types(change, problem):
+    assert settings.load(OptimSettings, []) == OptimSettings()
+    with pytest.raises(UserError) as error:
+        settings.load(OptimSettings, [change])
+    assert str(error.value) == problem

@@ -1123,13 +1123,13 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("freeze=nonsense", "freeze='nonsense' must be none, trunk or all_but_last:K"),
         ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
         ("block_size=49", "block_size=49 is more than the trunk's 48"),
-        ("adversarial=0.1 freeze=trunk", "adversarial=0.1 must be 0, or positive with freeze=none"),
-        ("adversarial=-0.1", "adversarial=-0.1 must be 0, or positive"),
-        ("adversarial=nan", "adversarial=nan is no number to work with"),
+        ("adversarial=0.1 freeze=trunk", "adversarial=0.1 must be 0, or freeze=none"),
+        ("adversarial=-0.1", "adversarial must be float >= 0, not -0.1"),
+        ("adversarial=nan", "adversarial must be float >= 0, not nan"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),
         ("lm_weight=0.5 freeze=trunk", "lm_weight trains the trunk, and freeze=trunk forbids it"),
-        ("label_smoothing=1", "dropout and label_smoothing must be in [0, 1)"),
-        ("dropout=1.5", "dropout and label_smoothing must be in [0, 1)"),
+        ("label_smoothing=1", "label_smoothing must be float >= 0 and < 1, not 1"),
+        ("dropout=1.5", "dropout must be float >= 0 and < 1, not 1.5"),
         ("data.train_size=1", "data.train_size=1 leaves no example of the label"),
         (
             "optim.lr=1e30 optim.clip=0",
@@ -1449,5 +1449,5 @@ def test_settings_and_errors_are_of_one_kind():
     assert (
         SentimentSettings().check() == [] and asdict(SentimentSettings())["optim"]["min_lr"] == 0.0
     )
-    with pytest.raises(UserError, match="epochs must be positive"):
+    with pytest.raises(UserError, match="epochs must be float > 0, not 0"):
         settings.load(SentimentSettings, ["epochs=0"])

@@ -367,7 +367,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path, tiny, run):
 
 MISTAKES = [
     ("model.n_layr=2", "model.n_layer"),
-    ("max_steps=many", "max_steps must be int, not many"),
+    ("max_steps=many", "max_steps must be int >= 1, not many"),
     ("none.yaml", "none.yaml"),
     ("data.path=/no/such/file.txt", "/no/such/file.txt"),
     ("data.path={empty}", "the corpus is empty"),

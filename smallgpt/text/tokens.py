@@ -31,6 +31,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from smallgpt.console import UserError
+from smallgpt.settings import Count, Free, Share
 from smallgpt.text.batches import Corpus
 from smallgpt.text.formats import blocks, is_json, parse, read_dialogues
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings, named, train
@@ -41,20 +42,13 @@ PER_WORKER = 4 << 20  # bytes of text that are worth starting a process for
 
 @dataclass
 class DataSettings:
-    path: Any = (
-        None  # a file, a glob, or a list of them; "file@0.5" weighs it (times seen per epoch)
-    )
-    val_fraction: float = 0.01  # share of the dialogues held out for validation
+    path: Free[str | list[str]] = ""  # a file, a glob, or [a, b]; "file@0.5" = seen half as often
+    val_fraction: Share = 0.01  # share of the dialogues held out for validation
     split_seed: int = 0  # another seed holds out other dialogues
     isolate: bool = False  # no attention across dialogues in a packed block
     errors: Literal["strict", "replace"] = "strict"  # bytes that are not UTF-8
-    cache: str = "data/tokens"  # folder of the tokenised files
-    eval_blocks: int = 256  # validation blocks per evaluation; 0 = all
-
-    def check(self) -> list[str]:
-        fraction, count = self.val_fraction, self.eval_blocks
-        problems = [] if 0 < fraction < 1 else [f"val_fraction={fraction} must lie between 0 and 1"]
-        return problems + ([f"eval_blocks={count} must be 0 (all) or more"] if count < 0 else [])
+    cache: Free[str] = "data/tokens"  # folder of the tokenised files
+    eval_blocks: Count = 256  # validation blocks per evaluation; 0 = all
 
 
 class Source(NamedTuple):

@@ -19,6 +19,7 @@ import pytest
 
 from helpers import DATA
 from scripts import data as data_script
+from smallgpt import settings
 from smallgpt.console import UserError
 from smallgpt.sentiment import leaks, sets, splits
 from smallgpt.sentiment.leaks import HeldOut, training_texts
@@ -300,17 +301,17 @@ def test_too_few_examples(tmp_path):
 
 
 def test_settings_that_cannot_be():
-    def problems(**settings) -> str:
-        return "; ".join(ReviewSettings(**settings).check())
+    def problems(**keys) -> str:
+        return "; ".join(ReviewSettings(**keys).check())
 
     assert problems() == problems(set="mrpc", test_path="x", encoding="gbk", train_size=5) == ""
     assert "there is no set 'imdb': choose one of chnsenticorp" in problems(
         set="imdb", text_column="x"
     )
-    assert "test_fraction=1.0" in problems(test_fraction=1.0) and "val_fraction=0.0" in problems(
-        val_fraction=0.0
-    )
-    assert "train_size=-1" in problems(train_size=-1)
+    with pytest.raises(UserError) as error:
+        settings.load(ReviewSettings, ["test_fraction=1.0", "val_fraction=0.0", "train_size=-1"])
+    for key in ("test_fraction", "val_fraction", "train_size"):
+        assert f"{key} must be " in str(error.value)
     assert "different columns" in problems(text_column="a", label_column="a")
     assert "different columns" in problems(pair_column="Text")
     assert "text_column is for set=csv: the files of sst2" in problems(set="sst2", text_column="x")

@@ -18,6 +18,7 @@ import torch
 from helpers import ROOT
 from scripts import data as data_script
 from smallgpt.console import UserError
+from smallgpt.settings import load
 from smallgpt.text import formats, tokens
 from smallgpt.text.batches import Corpus, permute
 from smallgpt.text.tokens import DataSettings, held_out, prepare, read_dialogues
@@ -453,11 +454,10 @@ def test_too_little_data(tmp_path, settings):
 
 
 def test_settings_are_checked():
-    assert DataSettings().check() == []
-    problems = DataSettings(val_fraction=1.0, eval_blocks=-1).check()
-    assert (
-        len(problems) == 2 and "val_fraction=1.0" in problems[0] and "eval_blocks=-1" in problems[1]
-    )
+    with pytest.raises(UserError) as error:
+        load(DataSettings, ["val_fraction=1.0", "eval_blocks=-1"])
+    assert "val_fraction must be float > 0 and < 1, not 1.0" in str(error.value)
+    assert "eval_blocks must be int >= 0, not -1" in str(error.value)
 
 
 # -- batches -------------------------------------------------------------------------------------------------
