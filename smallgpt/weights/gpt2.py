@@ -278,6 +278,9 @@ def check_shapes(weights: dict[str, Tensor], config: GPTConfig, file: Path) -> N
 
 # --- tokenizer ------------------------------------------------------------------------------------
 
+# ids of tokens by what they spell, {b"he": 256}; and of those that spell nothing, by name
+Vocabulary = tuple[dict[bytes, int], dict[str, int]]
+
 
 def tokenizer_of(folder: str | Path, rows: int = 0) -> Tokenizer:
     """The tokenizer of a folder; without any files, GPT-2's own, which tiktoken publishes.
@@ -327,9 +330,6 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return []
 
 
-Vocabulary = tuple[dict[bytes, int], dict[str, int]]  # id by bytes; id of <|endoftext|> by name
-
-
 def published_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """GPT-2's own, for a folder without a tokenizer. tiktoken downloads it once."""
     advice = "put vocab.json and merges.txt (or tokenizer.json) of its model there"
@@ -351,7 +351,7 @@ def read_vocabulary(files: list[Path]) -> Vocabulary:
         merged = [merge.replace(" ", "") for merge in merges]
         problem = why_unlike_gpt2(ids, merged)
     except (KeyError, TypeError, AttributeError) as e:
-        problem = f"{type(e).__name__} {e}"
+        problem = f"it is damaged ({type(e).__name__} {e})"
     if problem:
         raise UserError(
             f"{files[0].parent} must hold {' and '.join(file.name for file in files)} of a "
