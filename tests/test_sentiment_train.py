@@ -14,7 +14,7 @@ import struct
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -353,7 +353,8 @@ def test_a_language_model_head_of_its_own_trains_only_for_its_own_loss(
 ):
     untied = open_trunk(str(trunk))
     weights = untied.weights | {"lm_head.weight": untied.weights["wte.weight"].clone()}
-    untied = untied._replace(fields=untied.fields | {"tie_weights": False}, weights=weights)
+    config = replace(untied.config, tie_weights=False)
+    untied = replace(untied, config=config, weights=weights)
     monkeypatch.setattr(sentiment_train, "open_trunk", lambda _: untied)
     assert trained(begun(asked(freeze=freeze))[0]) == TRAINED[freeze]
     if freeze != "trunk":
