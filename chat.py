@@ -16,9 +16,9 @@ from typing import Literal
 
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
-from smallgpt.runs import checkpoint
 from smallgpt.sampling import Conversation, SampleSettings
 from smallgpt.settings import Device
+from smallgpt.weights.pretrained import open_model
 
 HELP = """\
   /reset              forget the conversation (also: flush)
@@ -47,7 +47,7 @@ def main() -> int:
     stdin = console.open_stdin()
     device = hardware.choose_device(s.device)
     dtype, _ = hardware.choose_dtype(s.dtype, device)
-    found, model, tokenizer = checkpoint.open_model(s.checkpoint)
+    found, model, tokenizer = open_model(s.checkpoint)
     model = model.to(device, dtype).eval()
     chat = Chat(Conversation(model, tokenizer, s.sample))
     if not stdin.isatty():

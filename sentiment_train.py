@@ -145,7 +145,7 @@ def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk
 
 def shape(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
     """The trunk's, with this fine-tuning's dropout, and with rows for new tokens."""
-    config = checkpoint.model_config(trunk.fields, trunk.name)
+    config = trunk.config
     if s.block_size > config.block_size:
         raise UserError(f"block_size={s.block_size} is more than the trunk's {config.block_size}")
     rows = max(trunk.rows, 64 * math.ceil(trunk.tokenizer.vocab_size / 64))
@@ -267,7 +267,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
         model, trunk = build(s, data.labels)
         model = model.to(device, hardware.weights_dtype(dtype)).train()
         cache = Path(s.out_dir) / ".cache"
-        notes = data.notes + search_leaks(s, data, trunk, cache, world)
+        notes = data.notes + trunk.notes + search_leaks(s, data, trunk, cache, world)
 
         tokenizer = trunk.tokenizer
         block_size = s.block_size or model.gpt.config.block_size

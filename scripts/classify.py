@@ -21,11 +21,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
-from model import GPT, GPTClassifier, GPTConfig
+from model import GPT, GPTClassifier
 from smallgpt import console, hardware
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
-from smallgpt.sentiment.batches import encode_text, in_order, pad
+from smallgpt.sentiment.batches import collate, encode_text, length_batches
+from smallgpt.weights.pretrained import open_model
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
@@ -42,7 +43,7 @@ def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[lis
             f"sentiment_train.py trunk={path}), or ask it for words with --cloze"
         )
     config, tokenizer = (
-        checkpoint.shape(found.meta["model"], path, GPTConfig),
+        checkpoint.model_config(found.meta["model"], path),
         checkpoint.tokenizer_of(found),
     )
     model = GPTClassifier(GPT(config), len(head["labels"]), head["pool"], head["mask"])
@@ -58,8 +59,8 @@ def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[lis
             encode_text(tokenizer, a.strip(), b.strip(), size, head["prefix"])[0] for a, b in both
         ]
         result = torch.empty(len(ids), len(head["labels"]))
-        for rows in in_order([len(i) for i in ids], BATCH, width, device):
-            idx, lengths = pad([ids[i] for i in rows], tokenizer.pad, width)
+        for rows in length_batches([len(i) for i in ids], BATCH, width, device):
+            idx, lengths = collate([ids[i] for i in rows], tokenizer.pad, width)
             with hardware.autocast(device, dtype):
                 scores = model(idx.to(device), lengths.to(device))
             result[rows] = scores.float().log_softmax(-1).cpu()
@@ -75,7 +76,7 @@ def cloze(
 
     Of each word the log-likelihood given the text less that given no text (Holtzman et al. 2021, Surface form
     competition: a frequent word is not a frequent label); the best word of a label counts."""
-    _, model, tokenizer = checkpoint.open_model(path)
+    _, model, tokenizer = open_model(path)
     model = model.to(device).eval()
     size = model.config.block_size
     before, after = template.split("{word}")
@@ -97,8 +98,8 @@ def cloze(
         # the end of a long text stays: it is nearest to the word
         rows = [[*first, *tokenizer.encode(text.strip())[-room:], *second, *end] for text in texts]
         result = torch.empty(len(rows))
-        for batch in in_order([len(row) for row in rows], BATCH, 0, device):
-            idx, lengths = (t.to(device) for t in pad([rows[i] for i in batch], tokenizer.pad))
+        for batch in length_batches([len(row) for row in rows], BATCH, 0, device):
+            idx, lengths = (t.to(device) for t in collate([rows[i] for i in batch], tokenizer.pad))
             with hardware.autocast(device, dtype):
                 h = model.trunk(idx)
             # positions whose next token is one of the word's

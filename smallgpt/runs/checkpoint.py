@@ -363,23 +363,3 @@ def tokenizer_of(found: Checkpoint) -> Tokenizer:
     if tokenizer.hash != found.meta["tokenizer"]:
         raise UserError(f"{file} is not the tokenizer that {found.path} was trained with")
     return tokenizer
-
-
-def open_model(path: Path | str):
-    """Moves to weights/pretrained.py."""
-    from model import GPT
-
-    found = required(path)
-    if "head" in found.meta:
-        raise UserError(
-            f"{path} is a classifier: use it with python scripts/classify.py {path} TEXT, or as a trunk"
-        )
-    tokenizer = tokenizer_of(found)
-    model = GPT(model_config(found.meta["model"], found.path))
-    load_weights(found, model)
-    return found, model, tokenizer
-
-
-def shape(fields: dict, where: Path | str, config_class: type = GPTConfig) -> GPTConfig:
-    """Goes with the merge."""
-    return model_config(fields, where)

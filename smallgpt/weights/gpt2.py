@@ -155,7 +155,7 @@ def read_config(file: Path) -> GPTConfig:
             f"{file}: n_inner is {config['n_inner']!r}; only a GPT-2 with {width}, four times its "
             "n_embd, can be opened here"
         )
-    return checkpoint.shape(FORM | sizes, file, GPTConfig)
+    return checkpoint.model_config(FORM | sizes, file)
 
 
 # --- weights --------------------------------------------------------------------------------------

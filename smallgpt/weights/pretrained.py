@@ -75,7 +75,7 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
             "trunk"
         )
     tokenizer = checkpoint.tokenizer_of(found)
-    model = GPT(checkpoint.shape(found.meta["model"], found.path, GPTConfig))
+    model = GPT(checkpoint.model_config(found.meta["model"], found.path))
     checkpoint.load_weights(found, model)
     return found, model, tokenizer
 
@@ -140,7 +140,7 @@ def _open_run(path: str) -> Trunk:
     weights = {name.removeprefix("gpt."): tensor.float() for name, tensor in tensors.items()}
 
     rows = len(weights["wte.weight"])
-    config = checkpoint.shape(found.meta["model"] | {"vocab_size": rows}, found.path, GPTConfig)
+    config = checkpoint.model_config(found.meta["model"] | {"vocab_size": rows}, found.path)
     gpt2.check_shapes(weights, config, file)
     head = found.meta.get("head", {})
     return Trunk(
@@ -206,7 +206,7 @@ def _open_small_gpt(file: Path) -> Trunk:
                 "the folder"
             )
     sizes = {key: found[key] for key in SMALL_GPT_SIZES}
-    config = checkpoint.shape(gpt2.FORM | sizes, file, GPTConfig)
+    config = checkpoint.model_config(gpt2.FORM | sizes, file)
     weights = gpt2.trunk_weights(found["state_dict"])
     gpt2.check_shapes(weights, config, file)
 

@@ -16,6 +16,7 @@ from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import starting_point
+from smallgpt.weights.pretrained import open_model
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -371,7 +372,7 @@ def test_a_pointer_to_elsewhere_through_chat(copy, run, target):
 
 
 def test_open_model_gives_the_trained_weights(trained):
-    found, module, tokenizer = checkpoint.open_model(trained[0])
+    found, module, tokenizer = open_model(trained[0])
     assert found.step == 12 and tokenizer.hash == found.meta["tokenizer"]
     assert module.lm_head.weight is module.wte.weight
     assert module.config.n_embd == 32

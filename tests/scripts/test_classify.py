@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from helpers import Result, mistake, wait_for
-from model import GPT, GPTConfig
 from scripts import classify
 from smallgpt import console
 from smallgpt.console import UserError
-from smallgpt.runs import checkpoint
+from smallgpt.weights.pretrained import open_model
 
 CPU, EXACT = torch.device("cpu"), torch.float32
 BLOCK = 24
@@ -279,7 +278,7 @@ def naive(
     trunk: Path, text: str, words: dict[str, list[str]], before: str, end: str
 ) -> list[float]:
     """Probabilities of the labels, word by word and token by token, from all logits of one row at a time."""
-    _, model, tokenizer = checkpoint.open_model(trunk, GPT, GPTConfig)
+    _, model, tokenizer = open_model(trunk)
     model.eval()
     first, second = (tokenizer.encode(part) for part in before.split("{text}"))
 

@@ -16,12 +16,18 @@ from torch import Tensor
 from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import tokenizer
 from smallgpt.console import UserError
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
 from smallgpt.runs import checkpoint
 from smallgpt.weights import pretrained
 from smallgpt.weights.pretrained import Trunk, grow, open_model, open_trunk
 
 torch.set_num_threads(1)
+
+
+def alone(model: torch.nn.Module) -> Single:
+    """The strategy of one process."""
+    return Single(model, World(0, 1, torch.device("cpu")), torch.float32)
 
 
 def ours(trunk: Trunk) -> GPT:
@@ -439,7 +445,7 @@ def test_a_classifier_gives_its_trunk(trained, tmp_path):
         "head": head,
     }
     classifier = GPTClassifier(ours(trunk), 2)
-    checkpoint.save(tmp_path, classifier, [], meta, World(0, 1, torch.device("cpu")), keep=1)
+    checkpoint.save(tmp_path, alone(classifier), [], meta, keep=1)
     trunk.tokenizer.save(tmp_path / "tokenizer.json")
     again = open_trunk(str(tmp_path))
     assert again.weights.keys() == trunk.weights.keys()
@@ -478,7 +484,7 @@ def test_an_untied_head_is_part_of_a_trunk(trained, tmp_path, tied):
     its_tokenizer = open_trunk(str(trained)).tokenizer
     model = GPT(config)
     meta = {"step": 1, "model": dataclasses.asdict(config), "tokenizer": its_tokenizer.hash}
-    checkpoint.save(tmp_path, model, [], meta, World(0, 1, torch.device("cpu")), keep=1)
+    checkpoint.save(tmp_path, alone(model), [], meta, keep=1)
     its_tokenizer.save(tmp_path / "tokenizer.json")
     trunk = open_trunk(str(tmp_path))
     assert ("lm_head.weight" in trunk.weights) == (not tied)
