@@ -1,11 +1,12 @@
 """Get data, and look at it.
 
-    python scripts/data.py embedded to=data                small Chinese and English chats, no network
-    python scripts/data.py fetch name=lccc to=data         a public chat corpus of the Hugging Face hub
-    python scripts/data.py fetch name=sst2 to=data         a public labelled set, checksummed
-    python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes, what was dropped
-    python scripts/data.py stats set=csv path=my.csv       splits, labels, what was dropped and why
-    python scripts/data.py text sst2=data to=reviews.txt   training texts of sets, to pretrain on
+    python scripts/data.py embedded to=data                small Chinese and English chats, no
+    network python scripts/data.py fetch name=lccc to=data         a public chat corpus of the
+    Hugging Face hub python scripts/data.py fetch name=sst2 to=data         a public labelled set,
+    checksummed python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes,
+    what was dropped python scripts/data.py stats set=csv path=my.csv       splits, labels, what was
+    dropped and why python scripts/data.py text sst2=data to=reviews.txt   training texts of sets,
+    to pretrain on
 
 `python scripts/data.py COMMAND --help` lists the keys of a command.
 """
@@ -38,7 +39,8 @@ CHATS = {  # name -> (dataset, file) on the Hugging Face hub
 }
 
 
-# -- embedded ---------------------------------------------------------------------------------------
+# -- embedded
+# ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -71,7 +73,8 @@ def embedded(to: Path) -> Path:
     return path
 
 
-# -- fetch ------------------------------------------------------------------------------------------
+# -- fetch
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -110,7 +113,8 @@ def fetch_chat(name: str, to: Path) -> Path:
         ) from problem
 
 
-# -- stats ------------------------------------------------------------------------------------------
+# -- stats
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -120,7 +124,8 @@ class ChatStatsSettings:
 
 
 def stats_command(argv: list[str]) -> None:
-    """Count what a chat file holds (path=FILE), or a labelled set (set=SET path=PATH), and what was dropped.
+    """Count what a chat file holds (path=FILE), or a labelled set (set=SET path=PATH), and what was
+    dropped.
 
     `stats set=SET --help` lists the keys of a labelled set."""
     if any(word.startswith("set=") for word in argv):
@@ -160,14 +165,17 @@ def print_set(s: ReviewSettings) -> splits.Reviews:
     return reviews
 
 
-# -- text -------------------------------------------------------------------------------------------
+# -- text
+# -------------------------------------------------------------------------------------------
 
 
 def text_command(argv: list[str]) -> None:
-    """Write the training texts of labelled sets to a chat file, to pretrain on: SET=PATH ... to=FILE
+    """Write the training texts of labelled sets to a chat file, to pretrain on: SET=PATH ...
+    to=FILE
 
-    A further setting of a set follows its path as SET.KEY=VALUE (csv=my.csv csv.text_column=review); `stats set=SET
-    --help` lists them. Texts that share something with a held-out example are left out."""
+    A further setting of a set follows its path as SET.KEY=VALUE (csv=my.csv
+    csv.text_column=review); `stats set=SET --help` lists them. Texts that share something with a
+    held-out example are left out."""
     if "-h" in argv or "--help" in argv:
         print(cleandoc(text_command.__doc__))
         return
@@ -205,7 +213,7 @@ def sets_and_target(argv: list[str]) -> tuple[str, list[list[str]]]:
     return to, wanted
 
 
-# ---------------------------------------------------------------------------------------------------
+# -- main ------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "embedded": embedded_command,

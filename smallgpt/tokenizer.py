@@ -1,9 +1,10 @@
-"""Text to token ids and back: characters, trained byte-level BPE, or an encoding published with tiktoken.
+"""Text to token ids and back: characters, trained byte-level BPE, or an encoding published with
+tiktoken.
 
-Every tokenizer here is one `tiktoken.Encoding` over bytes. So any text comes back exactly (lone surrogates as
-U+FFFD; capitals as small letters where `lowercase` is set), and there is no <unk>. Text that spells a special token
-is encoded like any other: nobody can type the end of a dialogue. The special ids follow the ordinary ones.
-"""
+Every tokenizer here is one `tiktoken.Encoding` over bytes. So any text comes back exactly (lone
+surrogates as U+FFFD; capitals as small letters where `lowercase` is set), and there is no <unk>.
+Text that spells a special token is encoded like any other: nobody can type the end of a dialogue.
+The special ids follow the ordinary ones."""
 
 import base64
 import codecs
@@ -26,17 +27,17 @@ FORMAT = 1  # of tokenizer.json
 # the last two are for classifiers
 SPECIALS = ("<|bos|>", "<|sep|>", "<|end|>", "<|pad|>", "<|cls|>", "<|pair|>")
 BYTES = [bytes([b]) for b in range(256)]
-# The printable character that GPT-2's files (and Hugging Face's ByteLevel) write for each byte, in id order:
-# itself, or one from 256 on.
+# The printable character that GPT-2's files (and Hugging Face's ByteLevel) write for each byte, in
+# id order: itself, or one from 256 on.
 PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 UNPRINTABLE = sorted(set(range(256)) - set(PRINTABLE))
 STAND_INS = {chr(byte): byte for byte in PRINTABLE}
 STAND_INS |= {chr(256 + i): byte for i, byte in enumerate(UNPRINTABLE)}
 
 CHAR_PATTERN = r"(?s:.)"
-# No token crosses these pieces, as in GPT-2 and GPT-4. Han is kept apart from other letters, as Chinese puts
-# no space around a Latin word. There is no look-around: the match is linear in time, and a million spaces
-# cannot overflow the regex engine's stack as they do in GPT-4's pattern.
+# No token crosses these pieces, as in GPT-2 and GPT-4. Han is kept apart from other letters, as
+# Chinese puts no space around a Latin word. There is no look-around: the match is linear in time,
+# and a million spaces cannot overflow the regex engine's stack as they do in GPT-4's pattern.
 BPE_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)"  # it's, we'll
     r"| ?[\p{L}\p{M}&&[^\p{Han}]]+"  # a word with the space before it
@@ -68,8 +69,8 @@ class TokenizerSettings:
 class Tokenizer:
     """An immutable vocabulary.
 
-    `ranks[i]` is what id i spells, in merge order; b"" is an id that nobody uses. `specials` are an encoding's own;
-    ours follow. ValueError where the parts would not be lossless."""
+    `ranks[i]` is what id i spells, in merge order; b"" is an id that nobody uses. `specials` are an
+    encoding's own; ours follow. ValueError where the parts would not be lossless."""
 
     def __init__(
         self,
@@ -106,13 +107,15 @@ class Tokenizer:
         if lowercase:
             self._content["lowercase"] = True
         self.hash = _hash(self._content)
-        # Dictionaries, so that a negative id (an ignored target) is a KeyError and not the last token.
+        # Dictionaries: a negative id (an ignored target) is a KeyError, not the last token.
         self._spelled = dict.fromkeys(range(self.vocab_size), b"") | dict(enumerate(ranks))
         self._named = self._spelled | {id: name.encode("utf-8") for id, name in names.items()}
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; never a special id, whatever the text spells."""
-        return self.encoding.encode_ordinary(text.lower() if self.lowercase else text)
+        if self.lowercase:
+            text = text.lower()
+        return self.encoding.encode_ordinary(text)
 
     def encode_dialogue(self, turns: Sequence[str]) -> list[int]:
         """[bos] turn [sep] turn ... turn [end]"""
@@ -125,13 +128,14 @@ class Tokenizer:
 
     def encode_dialogues(self, batch: Iterable[Sequence[str]]) -> np.ndarray:
         """Many dialogues one after the other, uint32 (n_tokens,)."""
-        return np.fromiter(chain.from_iterable(map(self.encode_dialogue, batch)), dtype=np.uint32)
+        ids = chain.from_iterable(map(self.encode_dialogue, batch))
+        return np.fromiter(ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int], errors: str = "replace", specials: bool = False) -> str:
         """The text of ids; special tokens are left out, or written by name if `specials`.
 
-        `errors` is that of bytes.decode, for ids that end inside a character. KeyError for an id outside the
-        vocabulary."""
+        `errors` is that of bytes.decode, for ids that end inside a character. KeyError for an id
+        outside the vocabulary."""
         spelling = self._named if specials else self._spelled
         utf8 = b"".join(spelling[int(id)] for id in ids)
         return utf8.decode("utf-8", errors)
@@ -144,20 +148,22 @@ class Tokenizer:
         """int64 (vocab_size,): the bytes of a chat file that each id stands for.
 
         So bits per byte can be compared between any two tokenizers that keep capitals."""
-        sizes = np.array([len(self._spelled[id]) for id in range(self.vocab_size)], dtype=np.int64)
+        lengths = [len(self._spelled[id]) for id in range(self.vocab_size)]
+        sizes = np.array(lengths, dtype=np.int64)
         sizes[self.sep] = 1  # a newline
         sizes[self.end] = 2  # a newline and a blank line
         return sizes
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json, atomically: a reader sees the old file or the new one, never a part."""
+        """Write tokenizer.json at once: a reader sees the old file or the new one, never a part."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(self._content | {"hash": self.hash}, indent=0))
+        content = self._content | {"hash": self.hash}
+        write_atomic(path, json.dumps(content, indent=0))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read what `save` wrote. UserError naming the file where it is missing, damaged or edited."""
+        """Read what `save` wrote. UserError names a file that is missing, damaged or edited."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -198,9 +204,10 @@ def train(
 ) -> Tokenizer:
     """The tokenizer of these settings, from one pass over the texts (one utterance each).
 
-    A published encoding reads none. Repeatable; memory does not grow with the texts; the vocabulary may stay smaller
-    than vocab_size."""
-    if problems := settings.check():
+    A published encoding reads none. Repeatable; memory does not grow with the texts; the vocabulary
+    may stay smaller than vocab_size."""
+    problems = settings.check()
+    if problems:
         raise UserError("; ".join(problems))
     if settings.kind not in ("char", "bpe"):
         return named(settings.kind)
@@ -220,7 +227,8 @@ def train(
 
 def named(kind: str) -> Tokenizer:
     """An encoding published with tiktoken, which downloads it once. It keeps all of its own ids."""
-    if problems := TokenizerSettings(kind).check():
+    problems = TokenizerSettings(kind=kind).check()
+    if problems:
         raise UserError(problems[0])
     try:
         encoding = tiktoken.get_encoding(kind)
@@ -253,7 +261,8 @@ def bytes_of(token: str) -> bytes:
 def _characters(texts: Iterable[str], room: int, min_count: int) -> list[bytes]:
     """The frequent characters beyond ASCII, most frequent first."""
     counts = Counter(chain.from_iterable(texts))
-    frequent = sorted((c for c in counts if counts[c] >= min_count), key=lambda c: (-counts[c], c))
+    frequent = [c for c, count in counts.items() if count >= min_count]
+    frequent.sort(key=lambda c: (-counts[c], c))
     spelled = [c.encode("utf-8", "ignore") for c in frequent]
     beyond_ascii = [token for token in spelled if len(token) > 1]  # no byte: a lone surrogate
     return beyond_ascii[:room]
@@ -283,9 +292,11 @@ def _merges(texts: Iterable[str], room: int) -> list[bytes]:
 
 
 def _sample(texts: Iterable[str], limit: int = 8_000_000) -> list[str]:
-    """Texts from all over, at most `limit` characters (BPE then takes under 1 GB and half a minute).
+    """Texts from all over, at most `limit` characters: BPE then takes under 1 GB and half a minute.
 
-    When there are more, half is dropped and half of what follows: at random, since speakers alternate."""
+    When there are more, half is dropped and half of what follows: at random, since speakers
+    alternate.
+    """
     rng = random.Random(0)
     chance = 1.0
     sample: list[str] = []

@@ -1,7 +1,7 @@
 """Chat files -> dialogues.
 
-Plain text is UTF-8, one utterance a line, a blank line between dialogues. JSON Lines has a dialogue a line, a JSON
-file an array of them, a Parquet file (through pyarrow) one in each row:
+Plain text is UTF-8, one utterance a line, a blank line between dialogues. JSON Lines has a dialogue
+a line, a JSON file an array of them, a Parquet file (through pyarrow) one in each row:
 
     ["hi", "hello"]
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -9,9 +9,8 @@ file an array of them, a Parquet file (through pyarrow) one in each row:
     {"dialog": ["hi", "hello"]}
     {"text": "each line of a text is an utterance"}
 
-All but Parquet may be gzipped. The first bytes of a file decide how it is read, whatever its name is. What is not
-read is counted in `Counts`.
-"""
+All but Parquet may be gzipped. The first bytes of a file decide how it is read, whatever its name
+is. What is not read is counted in `Counts`."""
 
 import codecs
 import contextlib
@@ -135,7 +134,8 @@ class Counts:
         if self.skipped and not self.dialogues:
             raise UserError(
                 f"{path}: none of its {self.skipped:,} dialogues can be read, the first at "
-                f'{self.first_skipped}; write a dialogue as ["hi", "hello"] or {{"messages": [...]}}'
+                f"{self.first_skipped}; write a dialogue as "
+                '["hi", "hello"] or {"messages": [{"role": "user", "content": "hi"}, ...]}'
             )
 
     def notes(self) -> list[str]:
@@ -166,9 +166,11 @@ class Counts:
 def read_dialogues(
     path: str | Path, errors: str = "strict", counts: Counts | None = None
 ) -> Iterator[list[str]]:
-    """Stream the dialogues of one file, each a list of utterances; `counts` is told what was dropped.
+    """Stream the dialogues of one file, each a list of utterances; `counts` is told what was
+    dropped.
 
-    UserError: a file that is missing or no chat, bytes that are not UTF-8 unless `errors` is "replace"."""
+    UserError: a file that is missing or no chat, bytes that are not UTF-8 unless `errors` is
+    "replace"."""
     path = Path(path)
     counts = Counts() if counts is None else counts
     form = sniff(path)
@@ -177,7 +179,8 @@ def read_dialogues(
     counts.check(path)
 
 
-# -- what a file is ---------------------------------------------------------------------------------
+# -- what a file is
+# ---------------------------------------------------------------------------------
 
 
 def sniff(path: Path) -> Format:
@@ -205,7 +208,7 @@ def misnamed(path: Path, form: Format) -> bool:
 
 
 def why_not_text(head: bytes) -> str | None:
-    """What the first bytes of a file are if they are no UTF-8 text, and what cures that: "is a zip archive: ..."."""
+    """What the first bytes of a file are, if no UTF-8 text, and what cures that."""
     name = _starts_with(head, ARCHIVES)
     if name is None and head[257:262] == b"ustar":
         name = "a tar archive"
@@ -236,13 +239,14 @@ def _text_format(text: str) -> str:
         return JSON
     lines = list(itertools.islice(filter(None, map(str.strip, text.split("\n"))), 100))
     n_json = sum(OPENS_JSON.match(line) is not None for line in lines)
-    if lines and n_json >= len(lines) / 2:
+    if n_json > len(lines) / 2:
         return JSON_LINES
     return JSON if OPENS_OBJECT.match(text.lstrip()) else TEXT
 
 
 def _is_array(text: str) -> bool:
-    """Is it one array of dialogues, or are they written one after the other over several lines each?
+    """Is it one array of dialogues, or are they written one after the other over several lines
+    each?
 
     A line of JSON Lines may be an array too, but one of turns."""
     start = ARRAY_START.match(text).end()
@@ -272,7 +276,8 @@ def _decode_value(text: str, start: int) -> tuple[Any, int]:
     return json.JSONDecoder().raw_decode(text, start)
 
 
-# -- cutting a file into blocks ---------------------------------------------------------------------
+# -- cutting a file into blocks
+# ---------------------------------------------------------------------
 
 
 def blocks(path: Path, form: Format) -> Iterator[Block]:
@@ -404,13 +409,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, int]]:
         raise UserError(f"cannot read {path}: {problem}") from problem
 
 
-# -- reading the dialogues of a block ---------------------------------------------------------------
+# -- reading the dialogues of a block
+# ---------------------------------------------------------------
 
 
 def parse(
     path: Path, form: Format, block: Block, errors: str, counts: Counts
 ) -> Iterator[list[str]]:
-    """The dialogues of one of `blocks`. Utterances are stripped; whitespace-only lines are blank lines."""
+    """The dialogues of one of `blocks`. Utterances are stripped; a line of whitespace is blank."""
     lines = _decode(path, block, errors).split("\n")  # splitlines() would cut at U+2028 as well
     if form.kind == TEXT:
         counts.cut += block.continues
@@ -472,7 +478,7 @@ def _dialogue(line: str, errors: str, counts: Counts) -> list[str]:
 
 
 def _utterances(turns: list, errors: str, counts: Counts) -> list[str]:
-    """What the turns of a dialogue say, up to an empty one; without system, developer and tool turns."""
+    """What the turns of a dialogue say, up to an empty one; without system and tool turns."""
     found = Counts()
     utterances: list[str] = []
     speaker = ""
@@ -513,7 +519,7 @@ def _role_and_content(turn: Any) -> tuple[str, Any]:
 
 
 def _valid(text: str, errors: str) -> str:
-    """JSON can spell half a surrogate pair ("\\ud83d"), which no UTF-8 text can hold: `errors` decides."""
+    """JSON can spell half a surrogate pair, "\\ud83d", that UTF-8 cannot: `errors` decides."""
     return text.encode("utf-8", errors).decode("utf-8")
 
 

@@ -1,12 +1,13 @@
 """Dialogues -> token files, once, cached.
 
-    python scripts/data.py embedded to=data                small Chinese and English chats, no network
-    python scripts/data.py fetch name=lccc to=data         a public corpus from the Hugging Face hub
-    python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes, and what was dropped
+    python scripts/data.py embedded to=data                small Chinese and English chats, no
+    network python scripts/data.py fetch name=lccc to=data         a public corpus from the Hugging
+    Face hub python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes,
+    and what was dropped
 
-Each file is tokenised once into `<cache>/<key>/{train,val}.bin`, keyed by content, format, tokenizer and split, in
-memory that does not grow with it. formats.py has what is read, batches.py what is made of the tokens.
-"""
+Each file is tokenised once into `<cache>/<key>/{train,val}.bin`, keyed by content, format,
+tokenizer and split, in memory that does not grow with it. formats.py has what is read, batches.py
+what is made of the tokens."""
 
 import contextlib
 import functools
@@ -80,7 +81,7 @@ class Source(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What its tokens depend on. (Caches of plain text are older than this spelling of a format.)"""
+        """What its tokens depend on; of plain text, as caches of earlier versions spell it."""
         kind = False if self.form.kind == TEXT else self.form.kind
         return f"{self.sha256} {kind} {self.form.gzipped}"
 
@@ -99,11 +100,12 @@ def prepare(
     block_size: int,
     quiet: bool = False,
 ) -> Corpus:
-    """Tokenise what is not in the cache yet and open it. Every rank calls this; a lock lets one do the work.
+    """Tokenise what is not in the cache yet and open it. Every rank calls this; a lock lets one do
+    the work.
 
-    `tokenizer` is trained on the training split, named, or given (resuming). UserError: no or unreadable
-    files, too few training tokens for one block of `block_size`, an empty validation split.
-    """
+    `tokenizer` is trained on the training split, named, or given (resuming). UserError: no or
+    unreadable files, too few training tokens for one block of `block_size`, an empty validation
+    split."""
     cache = Path(data.cache)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):
@@ -150,11 +152,12 @@ def say_how_it_was_read(source: Source, counts: Counts) -> None:
 
 
 def held_out(turns: list[str], data: DataSettings) -> bool:
-    """In the validation split? A function of the text alone, so duplicates are never on both sides."""
+    """In the validation split? The text alone decides: duplicates are never on both sides."""
     return files.unit_hash("\n".join(turns), data.split_seed) < data.val_fraction
 
 
-# -- which files ------------------------------------------------------------------------------------
+# -- which files
+# ------------------------------------------------------------------------------------
 
 
 def find_sources(path: Any, cache: Path) -> list[Source]:
@@ -176,7 +179,7 @@ def find_sources(path: Any, cache: Path) -> list[Source]:
 
 
 def split_weight(entry: str) -> tuple[str, float]:
-    """ "chat.txt@0.5" -> ("chat.txt", 0.5). An @ that is not followed by a number belongs to the name."""
+    """chat.txt@0.5 -> (chat.txt, 0.5). An @ that no number follows belongs to the name."""
     pattern, at, number = entry.rpartition("@")
     try:
         return (pattern, float(number)) if at else (entry, 1.0)
@@ -218,13 +221,14 @@ def hash_files(paths: list[Path], index_file: Path) -> dict[Path, str]:
     return hashes
 
 
-# -- which tokenizer --------------------------------------------------------------------------------
+# -- which tokenizer
+# --------------------------------------------------------------------------------
 
 
 def find_tokenizer(
     wanted: TokenizerSettings, data: DataSettings, sources: list[Source], split: list, cache: Path
 ) -> Tokenizer:
-    """Get the tokenizer that the settings ask for; a trained one is kept, keyed by what it was trained on."""
+    """The tokenizer of the settings; a trained one is cached, keyed by what it was trained on."""
     if wanted.kind not in ("char", "bpe"):
         return named(wanted.kind)
     key = files.digest(asdict(wanted), [source.key for source in sources], split)
@@ -243,7 +247,8 @@ def training_utterances(sources: list[Source], data: DataSettings) -> Iterator[s
                 yield from turns
 
 
-# -- token files ------------------------------------------------------------------------------------
+# -- token files
+# ------------------------------------------------------------------------------------
 
 
 def open_tokens(folder: Path) -> TokenFiles | None:
@@ -270,7 +275,7 @@ def open_tokens(folder: Path) -> TokenFiles | None:
 def tokenise(
     todo: dict[Path, Source], data: DataSettings, tokenizer: Tokenizer, quiet: bool
 ) -> None:
-    """Write the token files of `todo` (folder -> source), the same whatever the number of workers."""
+    """Write the token files of `todo` (folder -> source), the same with any number of workers."""
     start = time.perf_counter()
     size = sum(source.path.stat().st_size for source in todo.values())
     workers = min(usable_cores(), size // PER_WORKER)
@@ -350,7 +355,8 @@ def write_tokens(
     files.flush(folder.parent)
 
 
-# -- worker processes -------------------------------------------------------------------------------
+# -- worker processes
+# -------------------------------------------------------------------------------
 
 
 def usable_cores() -> int:
@@ -378,8 +384,8 @@ def follow_parent() -> None:
 def hidden_main() -> Iterator[None]:
     """A spawned process runs the user's script again, as a module, unless it is hidden.
 
-    A script without `if __name__ == "__main__"` would call `prepare` there, which waits for the lock forever; and
-    train.py would import torch, which no worker needs."""
+    A script without `if __name__ == "__main__"` would call `prepare` there, which waits for the
+    lock forever; and train.py would import torch, which no worker needs."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -389,7 +395,7 @@ def hidden_main() -> Iterator[None]:
 
 
 def in_order(pool: Executor | None, work: Callable, items: Iterable, ahead: int) -> Iterator:
-    """map(work, items) with at most `ahead` items in flight: pool.map would read a whole file into memory."""
+    """map(work, items), at most `ahead` items in flight: pool.map would read all items first."""
     if pool is None:
         yield from map(work, items)
         return
