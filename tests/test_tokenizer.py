@@ -64,8 +64,7 @@ def tok(request) -> Tokenizer:
     return train(TokenizerSettings(kind=request.param, vocab_size=400), TALK)
 
 
-# --- lossless
-# --------------------------------------------------------------------------------------
+# -- lossless --------------------------------------------------------------------------------------
 
 
 def test_any_text_comes_back_exactly(tok):
@@ -97,8 +96,7 @@ def test_long_runs_neither_overflow_nor_crawl(tok, text):
     assert tok.decode(tok.encode(text)) == text
 
 
-# --- dialogues and special tokens
-# ------------------------------------------------------------------
+# -- dialogues and special tokens ------------------------------------------------------------------
 
 
 def test_text_that_spells_a_special_token_stays_text(tok):
@@ -140,8 +138,7 @@ def test_token_bytes_add_up_to_the_chat_file(tok):
     assert sizes[tok.encode_dialogues(dialogues)].sum() == len(file.encode("utf-8"))
 
 
-# --- streaming
-# -------------------------------------------------------------------------------------
+# -- streaming -------------------------------------------------------------------------------------
 
 
 def test_stream_never_shows_half_a_character(tok):
@@ -168,8 +165,7 @@ def test_stream_flush_shows_an_unfinished_character_and_starts_afresh(tok):
     assert stream.push(tok.encode("a")[0]) == "a"
 
 
-# --- training
-# --------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_char_takes_frequent_characters_most_frequent_first():
@@ -274,8 +270,7 @@ def test_an_uncased_tokenizer_reads_capitals_as_small_letters(kind, tmp_path):
     assert learnt and learnt == [token.lower() for token in learnt]
 
 
-# --- the disk
-# --------------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------------------
 
 
 def test_saved_tokenizer_comes_back_the_same(tok, tmp_path):
@@ -340,8 +335,7 @@ def test_unused_ids_decode_to_nothing():
     )
 
 
-# --- published encodings
-# ---------------------------------------------------------------------------
+# -- published encodings ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -406,8 +400,7 @@ def test_without_a_network_the_message_says_which_file_goes_where(monkeypatch):
     assert all(word in str(error.value) for word in expected)
 
 
-# --- real chat
-# -------------------------------------------------------------------------------------
+# -- real chat -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

@@ -10,7 +10,8 @@ a line, a JSON file an array of them, a Parquet file (through pyarrow) one in ea
     {"text": "each line of a text is an utterance"}
 
 All but Parquet may be gzipped. The first bytes of a file decide how it is read, whatever its name
-is. What is not read is counted in `Counts`."""
+is. Line breaks in the turns of JSON become spaces. What is not read is counted in `Counts`.
+"""
 
 import codecs
 import contextlib
@@ -28,15 +29,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 from smallgpt.console import UserError
 
-HEAD = 1 << 20  # bytes that decide the format
+HEAD = 1 << 20  # bytes that decide the format ...
+LINES_LOOKED_AT = 100  # ... and lines of them
 BLOCK = 1 << 20  # bytes read at once
-MAX_LINES = (
-    1 << 12
-)  # read beyond BLOCK to finish a dialogue; a longer one is cut: memory stays flat
+MAX_LINES = 1 << 12  # read beyond BLOCK to finish a dialogue; a longer one is cut
 MAX_VALUE = 1 << 26  # characters of one dialogue in a JSON array
 BATCH_ROWS = 1 << 10  # of a Parquet file, read at once
 
 TEXT, JSON_LINES, JSON, PARQUET = "plain text", "JSON Lines", "JSON", "Parquet"
+UNITS = {TEXT: "line", JSON_LINES: "line", JSON: "dialogue", PARQUET: "row"}  # what is numbered
 NAMED_AS = {".jsonl": JSON_LINES, ".json": JSON, ".parquet": PARQUET}  # any other name: plain text
 
 DIALOGUE_KEYS = ("messages", "conversations", "dialog", "dialogue")
@@ -119,11 +120,10 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Count what another block of the same file held."""
-        first = self.first_skipped or other.first_skipped
-        for name in vars(self):
-            if name != "first_skipped":
-                setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.first_skipped = first
+        self.first_skipped = self.first_skipped or other.first_skipped
+        for name, count in vars(other).items():
+            if isinstance(count, int):
+                setattr(self, name, getattr(self, name) + count)
 
     def skip(self, where: str, why: str) -> None:
         self.skipped += 1
@@ -166,11 +166,11 @@ class Counts:
 def read_dialogues(
     path: str | Path, errors: str = "strict", counts: Counts | None = None
 ) -> Iterator[list[str]]:
-    """Stream the dialogues of one file, each a list of utterances; `counts` is told what was
-    dropped.
+    """Stream the dialogues of one file, each a list of utterances; `counts` what was dropped.
 
-    UserError: a file that is missing or no chat, bytes that are not UTF-8 unless `errors` is
-    "replace"."""
+    UserError: a file that is missing or no chat; bytes that are not UTF-8, unless `errors` is
+    "replace".
+    """
     path = Path(path)
     counts = Counts() if counts is None else counts
     form = sniff(path)
@@ -179,8 +179,7 @@ def read_dialogues(
     counts.check(path)
 
 
-# -- what a file is
-# ---------------------------------------------------------------------------------
+# -- what a file is --------------------------------------------------------------------------------
 
 
 def sniff(path: Path) -> Format:
@@ -235,39 +234,37 @@ def _starts_with(head: bytes, names: dict[bytes, str]) -> str | None:
 
 def _text_format(text: str) -> str:
     """TEXT, JSON_LINES or JSON, from the beginning of a file."""
-    if _is_array(text.lstrip()):
+    text = text.strip()
+    if _is_document(text):
         return JSON
-    lines = list(itertools.islice(filter(None, map(str.strip, text.split("\n"))), 100))
+    lines = [line.strip() for line in text.split("\n", LINES_LOOKED_AT) if line.strip()]
     n_json = sum(OPENS_JSON.match(line) is not None for line in lines)
     if n_json > len(lines) / 2:
         return JSON_LINES
-    return JSON if OPENS_OBJECT.match(text.lstrip()) else TEXT
+    return JSON if OPENS_OBJECT.match(text) else TEXT
 
 
-def _is_array(text: str) -> bool:
-    """Is it one array of dialogues, or are they written one after the other over several lines
-    each?
+def _is_document(text: str) -> bool:
+    """One JSON array of dialogues, or objects over several lines each, and not JSON Lines?
 
-    A line of JSON Lines may be an array too, but one of turns."""
+    A line of JSON Lines may be an array too, but one of turns: its first value is no dialogue.
+    """
     start = ARRAY_START.match(text).end()
     try:
         value, end = _decode_value(text, start)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
-    is_one_line = "\n" not in text[:end].strip()
-    if text.startswith("["):
-        return _is_dialogue(value) or (not is_one_line and _is_turn(value))
-    return isinstance(value, dict) and not is_one_line
+    is_in_array = start > 0
+    if is_in_array and _is_dialogue(value):
+        return True
+    is_over_lines = "\n" in text[:end]
+    return is_over_lines and isinstance(value, str | dict if is_in_array else dict)
 
 
 def _is_dialogue(value: Any) -> bool:
-    return isinstance(value, list) or (
-        isinstance(value, dict) and not value.keys().isdisjoint(KEYS)
-    )
-
-
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, str | dict)
+    if isinstance(value, dict):
+        return not value.keys().isdisjoint(KEYS)
+    return isinstance(value, list)
 
 
 def _decode_value(text: str, start: int) -> tuple[Any, int]:
@@ -276,8 +273,7 @@ def _decode_value(text: str, start: int) -> tuple[Any, int]:
     return json.JSONDecoder().raw_decode(text, start)
 
 
-# -- cutting a file into blocks
-# ---------------------------------------------------------------------
+# -- cutting a file into blocks --------------------------------------------------------------------
 
 
 def blocks(path: Path, form: Format) -> Iterator[Block]:
@@ -365,8 +361,11 @@ def _json_values(path: Path, stream: BinaryIO) -> Iterator[str]:
         at = BETWEEN_VALUES.match(text, at).end()
         try:
             _, end = _decode_value(text, at)
+        except RecursionError:
+            raise UserError(f"{path}: a value in it is nested too deeply for a dialogue") from None
         except json.JSONDecodeError as problem:
-            more = reader.read(max(BLOCK, len(text))) if len(text) - at < MAX_VALUE else ""
+            unfinished = len(text) - at
+            more = reader.read(max(BLOCK, unfinished)) if unfinished < MAX_VALUE else ""
             if more:  # the value may end there
                 lines_before += text.count("\n", 0, at)
                 text, at = text[at:] + more, 0
@@ -409,15 +408,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, int]]:
         raise UserError(f"cannot read {path}: {problem}") from problem
 
 
-# -- reading the dialogues of a block
-# ---------------------------------------------------------------
+# -- reading the dialogues of a block --------------------------------------------------------------
 
 
 def parse(
     path: Path, form: Format, block: Block, errors: str, counts: Counts
 ) -> Iterator[list[str]]:
     """The dialogues of one of `blocks`. Utterances are stripped; a line of whitespace is blank."""
-    lines = _decode(path, block, errors).split("\n")  # splitlines() would cut at U+2028 as well
+    text = _decode(path, form, block, errors)
+    lines = text.split("\n")  # splitlines() would cut at U+2028 as well
     if form.kind == TEXT:
         counts.cut += block.continues
         for is_dialogue, group in itertools.groupby(map(str.strip, lines), bool):
@@ -425,31 +424,31 @@ def parse(
                 counts.dialogues += 1
                 yield list(group)
         return
-    unit = {JSON_LINES: "line", JSON: "dialogue", PARQUET: "row"}[form.kind]
     for number, line in enumerate(lines, block.first):
         if not line.strip():
             continue
         try:
             turns = _dialogue(line, errors, counts)
         except (ValueError, RecursionError) as problem:
-            counts.skip(f"{unit} {number:,}", str(problem))
+            counts.skip(f"{UNITS[form.kind]} {number:,}", str(problem))
             continue
         counts.dialogues += 1
         yield turns
 
 
-def _decode(path: Path, block: Block, errors: str) -> str:
+def _decode(path: Path, form: Format, block: Block, errors: str) -> str:
     try:
         return block.data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as problem:
-        line = block.first + block.data.count(b"\n", 0, problem.start)
+        number = block.first + block.data.count(b"\n", 0, problem.start)
         text = block.data.decode("utf-8", "replace")
         n_bad = text.count("\ufffd")
         n_good = sum(c > "\x7f" for c in text) - n_bad
         fix = "save it in UTF-8 (of Chinese text: iconv -f GB18030 -t UTF-8 OLD > NEW)"
         if n_bad <= n_good:  # a few damaged characters, not another encoding
             fix = f"{fix}, or set data.errors=replace"
-        raise UserError(f"{path}, line {line}: not UTF-8; {fix}") from None
+        where = f"{UNITS[form.kind]} {number:,}"
+        raise UserError(f"{path}, {where}: not UTF-8; {fix}") from None
 
 
 def _dialogue(line: str, errors: str, counts: Counts) -> list[str]:
@@ -479,32 +478,35 @@ def _dialogue(line: str, errors: str, counts: Counts) -> list[str]:
 
 def _utterances(turns: list, errors: str, counts: Counts) -> list[str]:
     """What the turns of a dialogue say, up to an empty one; without system and tool turns."""
-    found = Counts()
     utterances: list[str] = []
     speaker = ""
     after_tool = False
+    n_system = n_tool = n_dropped = 0
     for i, turn in enumerate(turns):
         role, content = _role_and_content(turn)
         if role in SYSTEM_ROLES:
-            found.system_turns += 1
+            n_system += 1
             continue
         if role in TOOL_ROLES:
-            found.tool_turns += 1
+            n_tool += 1
             after_tool = True
             continue
         if not isinstance(content, str):
             raise ValueError(f"a turn is {_show(content)}, no text")
         utterance = " ".join(_valid(content, errors).splitlines()).strip()
         if not utterance:
-            found.ended += 1
-            found.turns_after += len(turns) - i
+            n_dropped = len(turns) - i
             break
         if after_tool and utterances and role == speaker:
             utterances[-1] += " " + utterance
         else:
             utterances.append(utterance)
         speaker, after_tool = role, False
-    counts.add(found)
+    if utterances:
+        counts.system_turns += n_system
+        counts.tool_turns += n_tool
+        counts.turns_after += n_dropped
+        counts.ended += n_dropped > 0
     return utterances
 
 

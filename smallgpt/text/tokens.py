@@ -156,8 +156,7 @@ def held_out(turns: list[str], data: DataSettings) -> bool:
     return files.unit_hash("\n".join(turns), data.split_seed) < data.val_fraction
 
 
-# -- which files
-# ------------------------------------------------------------------------------------
+# -- which files -----------------------------------------------------------------------------------
 
 
 def find_sources(path: Any, cache: Path) -> list[Source]:
@@ -221,8 +220,7 @@ def hash_files(paths: list[Path], index_file: Path) -> dict[Path, str]:
     return hashes
 
 
-# -- which tokenizer
-# --------------------------------------------------------------------------------
+# -- which tokenizer -------------------------------------------------------------------------------
 
 
 def find_tokenizer(
@@ -247,8 +245,7 @@ def training_utterances(sources: list[Source], data: DataSettings) -> Iterator[s
                 yield from turns
 
 
-# -- token files
-# ------------------------------------------------------------------------------------
+# -- token files -----------------------------------------------------------------------------------
 
 
 def open_tokens(folder: Path) -> TokenFiles | None:
@@ -355,8 +352,7 @@ def write_tokens(
     files.flush(folder.parent)
 
 
-# -- worker processes
-# -------------------------------------------------------------------------------
+# -- worker processes ------------------------------------------------------------------------------
 
 
 def usable_cores() -> int:

@@ -36,8 +36,7 @@ def counted(path: Path, errors: str = "strict") -> tuple[list[list[str]], Counts
     return list(read(path, errors, counts)), counts
 
 
-# -- plain text
-# -------------------------------------------------------------------------------------
+# -- plain text ------------------------------------------------------------------------------------
 
 
 def test_text_of_every_platform_reads_the_same(tmp_path):
@@ -62,14 +61,22 @@ def test_cutting_into_blocks_never_cuts_a_dialogue(tmp_path, monkeypatch, write_
     assert len(list(formats.blocks(array, sniff(array)))) > 10
 
 
-def test_reading_memory_is_flat_even_without_a_blank_line(tmp_path):
+LONG = {
+    "novel.txt": "a line of a book without a blank line\n" * 450_000,
+    "lines.jsonl": json.dumps(["a line of a dialogue"] * 9) + "\n",
+    "array.json": json.dumps(["a line of a dialogue"] * 9) + ",\n",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_reading_memory_is_flat(tmp_path, name):
     """A novel, one paragraph a line, is a single dialogue; it must not be in memory at once."""
-    path = saved(
-        tmp_path / "novel.txt", "a line of a book without a blank line\n" * 450_000
-    )  # 17 MB
+    text = LONG[name] if name == "novel.txt" else LONG[name] * 80_000
+    path = saved(tmp_path / name, f"[{text[:-2]}]" if name == "array.json" else text)  # 17 MB
+    del text
     tracemalloc.start()
     blocks = formats.blocks(path, sniff(path))
-    assert sum(len(block.data) for block in blocks) == path.stat().st_size
+    assert sum(len(block.data) for block in blocks) > 0.95 * path.stat().st_size > 15e6
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 9e6, peak
@@ -123,8 +130,7 @@ def test_a_missing_file_is_named_once(tmp_path):
     assert str(error.value) == f"cannot read {path}: No such file or directory"
 
 
-# -- JSON
-# -------------------------------------------------------------------------------------------
+# -- JSON ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,8 +285,7 @@ def test_counts_of_blocks_add_up(tmp_path, monkeypatch):
     assert total.first_skipped.startswith("line 2: ")
 
 
-# -- the format is in the content
-# -------------------------------------------------------------------
+# -- the format is in the content ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,6 +329,12 @@ def test_brackets_do_not_make_json_of_a_text(tmp_path, text):
 def test_json_that_holds_no_dialogue_is_not_trained_on_as_text(tmp_path, text):
     with pytest.raises(UserError, match="a.txt: none of its .* dialogues can be read"):
         list(read(saved(tmp_path / "a.txt", text)))
+
+
+def test_json_that_is_nested_too_deeply(tmp_path):
+    path = saved(tmp_path / "a.json", "[" * 100_000)
+    with pytest.raises(UserError, match="a.json"):
+        list(read(path))
 
 
 def test_a_first_line_longer_than_what_is_looked_at(tmp_path, monkeypatch):
@@ -382,8 +393,7 @@ def test_what_is_no_text_is_named(tmp_path, content, message, gz):
         assert "errors=replace" not in str(error.value)
 
 
-# -- Parquet
-# ----------------------------------------------------------------------------------------
+# -- Parquet ---------------------------------------------------------------------------------------
 
 
 def write_parquet(path: Path, **columns: list) -> Path:
