@@ -160,7 +160,7 @@ def train(s: TrainSettings, world: World) -> int:
         tokenizer = checkpoint.tokenizer_of(parent) if parent else s.tokenizer
         corpus = prepare(s.data, tokenizer, s.model.block_size)
         round_vocabulary(s.model, corpus.tokenizer.vocab_size)
-        sources = merge_sources(getattr(corpus, "sources", []), parent.sources if parent else [])
+        sources = merge_sources(corpus.sources, parent.sources if parent else [])
         facts = Facts(
             s.model,
             corpus.tokenizer,

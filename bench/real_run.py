@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from smallgpt import settings  # noqa: E402
 from smallgpt.runs import metrics  # noqa: E402
-from smallgpt.text.tokens import _sources, held_out, read_dialogues  # noqa: E402
+from smallgpt.text.tokens import find_sources, held_out, read_dialogues  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
 
@@ -106,7 +106,7 @@ def nanogpt(s: TrainSettings, checkout: Path, minutes: float, out: Path) -> dict
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "assets"))
     text = {True: [], False: []}
-    for source in _sources(s.data.path, Path(s.data.cache)):
+    for source in find_sources(s.data.path, Path(s.data.cache)):
         for turns in read_dialogues(source.path, s.data.errors):
             text[held_out(turns, s.data)].append("\n".join(turns) + "\n\n")
     val, train = ("".join(text[side]) for side in (True, False))
