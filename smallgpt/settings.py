@@ -148,7 +148,8 @@ class Key:
             return yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             _, problem = _explain(error)
-            raise ValueError(f"{self.name}={text} cannot be read: {problem}") from None
+            fix = "put an item in quotes if it holds any of , : # [ ]"
+            raise ValueError(f"{self.name}={text}: {problem}; {fix}") from None
 
 
 Keys = dict[str, Key]  # by their dotted names: run, model, model.n_layer, ...
