@@ -21,6 +21,7 @@ import functools
 import inspect
 import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -82,6 +83,7 @@ class Key:
 
     @property
     def value(self) -> Any:
+        """What the field holds; an item is only ever set."""
         return getattr(self.owner, self.field)
 
     @property
@@ -126,7 +128,9 @@ class Key:
         try:
             value = TypeAdapter(self.hint, config=FINITE).validate_python(given)
         except ValidationError:
-            raise ValueError(f"{self.name} must be {self.kind}, not {_show(given)}") from None
+            is_list = get_origin(self.bare_hint) is list
+            wanted = f"{self.kind}, written [a, b]" if is_list else self.kind
+            raise ValueError(f"{self.name} must be {wanted}, not {_show(given)}") from None
         limit = LIMITS.get(type(value))
         if limit and abs(value) >= limit:
             raise ValueError(f"{self.name}={given} is too large")
@@ -312,7 +316,7 @@ class _Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):
 def read_yaml(path: Path, above: tuple = ()) -> dict[Path, dict]:
     """File -> its values, as text: those of the `base:` first. `above`: whose bases led here."""
     chain = (*above, path)
-    if path.resolve() in map(Path.resolve, above):
+    if os.path.realpath(path) in map(os.path.realpath, above):
         circle = " -> ".join(map(str, chain))
         raise UserError(f"{path}: base: goes in a circle, {circle}")
     try:
