@@ -1,6 +1,6 @@
 """Talk to a pretrained model.
 
-    python chat.py checkpoints/quickstart               the best checkpoint of a run, or a step folder
+    python chat.py checkpoints/quickstart               a run's best checkpoint, or a step folder
     python chat.py config/chat300M.yaml                 the same, with the settings in a file
     python chat.py checkpoints/quickstart sample.temperature=0.5 sample.top_k=50
     echo "你好" | python chat.py checkpoints/quickstart  one reply a line

@@ -85,8 +85,8 @@ class SentimentSettings:
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
-    resume: Free[str] = "auto"  # auto = this run | never | run or step folder to go on from
-    trunk: Free[str] = ""  # run of train.py | gpt2, ... or its folder | .pth of small-gpt
+    resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
+    trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
     freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks

@@ -58,7 +58,7 @@ class TrainSettings:
     save_every: Free[Positive] = 100  # steps between checkpoints
     log_every: Free[Positive] = 10  # steps between records of the training loss
     keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
-    resume: Free[str] = "auto"  # auto = this run | never | run or step folder to go on from
+    resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     init_from: Free[str] = ""  # run or step folder: a new run begins with its model and tokenizer
     prompts: Free[list[str]] = field(default_factory=lambda: [*PROMPTS])  # answered at evaluation
     data: DataSettings = field(default_factory=DataSettings)  # the corpus

@@ -64,8 +64,6 @@ def report(sentence: str) -> None:
 
 def open_stdin() -> io.TextIOBase:
     """Standard input. UserError where it is closed, as by `<&-`."""
-    if sys.stdin is None or sys.stdin.closed:
-        raise UserError(
-            "standard input is closed: type text, or pipe it in, such as `echo hi | ...`"
-        )
+    if sys.stdin is None:
+        raise UserError("standard input is closed: start this in a terminal, or pipe text into it")
     return sys.stdin

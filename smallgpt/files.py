@@ -29,7 +29,7 @@ def write_atomic(path: Path, content: str | bytes, shared: bool = False) -> None
 
 
 def expand_user(path: str) -> Path:
-    """The path with ~ or ~name replaced by that user's folder; as typed where there is no such user: ~$book.csv."""
+    """The path with ~ or ~name replaced by that user's folder; ~$book.csv, no user, stays as typed."""
     return Path(os.path.expanduser(path))
 
 

@@ -21,12 +21,13 @@ import functools
 import inspect
 import io
 import json
+import os
 import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, is_dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, astuple, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -39,15 +40,21 @@ from smallgpt.console import UserError
 
 T = TypeVar("T")
 FREE = "may change when a run is resumed"
+FINITE = ConfigDict(allow_inf_nan=False)
+LIMITS = {int: 2**63, float: 2.0**128}  # where int64 and float32 end
 SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes of an argument
 BRACKETS = {"[]": list, "{}": dict}
-SWITCH = {"yes": "true", "on": "true", "no": "false", "off": "false"}  # as in YAML
 
 
 def _spelled(word: Any) -> str:
+    """Other words for true and false, which YAML has, as Switch spells them."""
     lower = str(word).lower()
-    return SWITCH.get(lower, lower)
+    if lower in ("yes", "on"):
+        return "true"
+    if lower in ("no", "off"):
+        return "false"
+    return lower
 
 
 Free = Annotated[T, FREE]  # Free[Positive], Free[str]; what is not Free is a run's identity
@@ -66,23 +73,90 @@ Precision = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 @dataclass
 class Key:
-    """A setting or a section: one field of a dataclass object."""
+    """A setting or a section: a field of a dataclass object, or an item of a mapping."""
 
-    owner: Any  # the object
-    name: str  # of the field
+    name: str  # dotted: model.n_layer
+    owner: Any  # the object, or the mapping
+    field: str  # n_layer
     hint: Any
-    free: bool
+    free: bool = False
 
     @property
     def value(self) -> Any:
-        return getattr(self.owner, self.name)
+        """What the field holds; an item is only ever set."""
+        return getattr(self.owner, self.field)
 
     @property
     def is_section(self) -> bool:
         return is_dataclass(self.value)
 
+    @property
+    def bare_hint(self) -> Any:
+        """The type without limits and marks."""
+        if get_origin(self.hint) is Annotated:
+            return self.hint.__origin__
+        return self.hint
 
-Keys = dict[str, Key]  # by dotted names: run, model, model.n_layer, ...
+    @property
+    def item_hint(self) -> Any:
+        """The type of a mapping's items; None if it is no mapping."""
+        if get_origin(self.bare_hint) is not dict:
+            return None
+        _, item = get_args(self.bare_hint)
+        return item
+
+    @property
+    def kind(self) -> str:
+        """The type as people read it: int >= 1, auto|cpu|cuda|mps, str | list[str]."""
+        bare = self.bare_hint
+        if get_origin(bare) is Literal:
+            return "|".join(get_args(bare))
+        limits = []
+        for mark in getattr(self.hint, "__metadata__", ()):
+            sign = SIGNS.get(type(mark))
+            if sign:
+                (limit,) = astuple(mark)
+                limits.append(f" {sign} {limit}")
+        return inspect.formatannotation(bare) + " and".join(limits)
+
+    def set(self, given: Any) -> None:
+        """Set it to text, or to lists and mappings of text. ValueError: what is wrong with it."""
+        if isinstance(given, str):
+            given = self.parse(given)
+        if isinstance(given, dict):
+            given = dotted(given)
+        try:
+            value = TypeAdapter(self.hint, config=FINITE).validate_python(given)
+        except ValidationError:
+            is_list = get_origin(self.bare_hint) is list
+            wanted = f"{self.kind}, written [a, b]" if is_list else self.kind
+            raise ValueError(f"{self.name} must be {wanted}, not {_show(given)}") from None
+        limit = LIMITS.get(type(value))
+        if limit and abs(value) >= limit:
+            raise ValueError(f"{self.name}={given} is too large")
+        if isinstance(self.owner, dict):
+            self.owner[self.field] = value
+        else:
+            setattr(self.owner, self.field, value)
+
+    def parse(self, text: str) -> Any:
+        """[a, b] as a list where the type allows one, {a: b} as a mapping; other text as it is."""
+        if NOT_UTF8.search(text):
+            raise ValueError(f"{self.name}={text!r} is not UTF-8: rename the file or folder")
+        options = (self.bare_hint, *get_args(self.bare_hint))
+        brackets = text[:1] + text[-1:]
+        wanted = BRACKETS.get(brackets)
+        if wanted is None or wanted not in map(get_origin, options):
+            return text
+        try:
+            return yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            _, problem = _explain(error)
+            fix = "put an item in quotes if it holds any of , : # [ ]"
+            raise ValueError(f"{self.name}={text}: {problem}; {fix}") from None
+
+
+Keys = dict[str, Key]  # by their dotted names: run, model, model.n_layer, ...
 Problem = tuple[str, str]  # the key it is about, "" for all of them, and the message
 
 
@@ -115,7 +189,11 @@ def load(schema: type[T], argv: list[str] | None = None, doc: str | None = None)
     for word in filter(is_setting, words):
         name, _, text = word.partition("=")
         problems += _assign(keys, {name: text})
-    problems += _check(settings, keys, [name for name, _ in problems])
+    broken = [name for name, _ in problems]
+    problems += _check("", settings, broken)
+    for key in keys.values():
+        if key.is_section:
+            problems += _check(f"{key.name}.", key.value, broken)
 
     messages = [message for _, message in problems]
     if len(messages) > 1:
@@ -133,182 +211,143 @@ def is_setting(word: str) -> bool:
 
 def write(settings: Any, path: str | Path) -> None:
     """Write the settings to `path` as YAML that `load` reads back unchanged, in UTF-8."""
-    text = yaml.safe_dump(asdict(settings), allow_unicode=True, sort_keys=False, width=sys.maxsize)
+    values = asdict(settings)
+    text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=sys.maxsize)
     Path(path).write_text(text, encoding="utf-8")
 
 
 def flat(settings: Any) -> dict[str, Any]:
     """Every setting by its dotted name: {"run": "pretrain", "model.n_layer": 12, ...}."""
-    return {name: key.value for name, key in _keys(settings).items() if not key.is_section}
+    found: dict[str, Any] = {}
+    for key in _keys(settings).values():
+        if not key.is_section:
+            found[key.name] = key.value
+    return found
 
 
 def identity(settings: Any) -> dict[str, Any]:
     """`flat` without what is Free: a run can be resumed by settings of the same identity only."""
-    keys = _keys(settings)
-    return {name: value for name, value in flat(settings).items() if not keys[name].free}
+    found = flat(settings)
+    for key in _keys(settings).values():
+        if key.free:
+            found.pop(key.name, None)
+    return found
 
 
-def _keys(section: Any, prefix: str = "", free: bool = False) -> Keys:
-    """All settings and sections in a section."""
-    keys: Keys = {}
-    for name, hint in get_type_hints(type(section), include_extras=True).items():
-        marks = getattr(hint, "__metadata__", ())
-        key = Key(section, name, hint, free or FREE in marks)
-        keys[prefix + name] = key
-        if key.is_section:
-            keys |= _keys(key.value, f"{prefix}{name}.", key.free)
-    return keys
-
-
-def dotted(values: dict, keys: Keys | None = None, prefix: str = "") -> dict[str, Any]:
+def dotted(values: dict, keys: Collection[str] = (), prefix: str = "") -> dict:
     """Nested values by dotted names: {"optim": {"lr": 1}} as {"optim.lr": 1}.
 
     A mapping that is the value of one of `keys` stays whole."""
-    found: dict[str, Any] = {}
+    found = {}
     for name, value in values.items():
         name = prefix + name
-        is_value = keys and name in keys and not keys[name].is_section
-        if isinstance(value, dict) and value and not is_value:
+        if isinstance(value, dict) and value and name not in keys:
             found |= dotted(value, keys, f"{name}.")
         else:
             found[name] = value
     return found
 
 
+def _keys(section: Any, prefix: str = "", free: bool = False) -> Keys:
+    """All settings and sections in a section."""
+    keys: Keys = {}
+    hints = get_type_hints(type(section), include_extras=True)
+    for field, hint in hints.items():
+        marks = getattr(hint, "__metadata__", ())
+        key = Key(prefix + field, section, field, hint, free or FREE in marks)
+        keys[key.name] = key
+        if key.is_section:
+            keys |= _keys(key.value, f"{key.name}.", key.free)
+    return keys
+
+
 def _assign(keys: Keys, values: dict, where: str = "") -> Iterator[Problem]:
-    """Set the values, which are text, or lists and mappings of text; yield what cannot be set."""
-    for name, value in dotted(values, keys).items():
+    """Set the values; yield what cannot be set."""
+    leaves = [key.name for key in keys.values() if not key.is_section]
+    for name, value in dotted(values, leaves).items():
         try:
-            key, item = _find(keys, name)
-            if item:  # of a mapping
-                hint = get_args(_bare(key.hint))[1]
-                converted = {**key.value, item: _convert(name, value, hint)}
-            else:
-                converted = _convert(name, value, key.hint)
-            setattr(key.owner, key.name, converted)
+            _find(keys, name).set(value)
         except ValueError as error:
             yield name, f"{where}{error}"
 
 
-def _find(keys: Keys, name: str) -> tuple[Key, str]:
-    """The key of this name and ""; or that of a mapping and the item: set.optim.lr is in `set`."""
-    for known, key in keys.items():
-        below = f"{known}."
-        if name == known and key.is_section:
-            first = next(other for other in keys if other.startswith(below))
-            raise ValueError(
-                f"{name} is a section, not a value: set the keys in it, such as {first}"
-            )
-        if name == known:
-            return key, ""
-        if name.startswith(below) and get_origin(_bare(key.hint)) is dict:
-            return key, name.removeprefix(below)
-    # one with the same last part if there is any: lr -> optim.lr
-    namesakes = [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    near = get_close_matches(name, namesakes or keys, n=1, cutoff=0.0)[0]
+def _find(keys: Keys, name: str) -> Key:
+    """The key of this name, also one that a mapping may have: set.optim.lr, in `set`."""
+    if name in keys and keys[name].is_section:
+        first, *_ = fields(keys[name].value)
+        hint = f"set the keys in it, such as {name}.{first.name}"
+        raise ValueError(f"{name} is a section, not a value: {hint}")
+    if name in keys:
+        return keys[name]
+    for key in keys.values():
+        if key.item_hint and name.startswith(f"{key.name}."):
+            item = name.removeprefix(f"{key.name}.")
+            return Key(name, key.value, item, key.item_hint)
+    *_, last = name.split(".")
+    namesakes = [key.name for key in keys.values() if key.field == last]  # lr -> optim.lr
+    (near,) = get_close_matches(name, namesakes or keys, n=1, cutoff=0.0)
     raise ValueError(f"unknown key {name}; did you mean {near}? (--help lists every key)")
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """The value as the type of this key wants it. ValueError: what is wrong with it."""
-    if isinstance(value, str):
-        if NOT_UTF8.search(value):
-            raise ValueError(f"{name}={value!r} is not UTF-8: rename the file or folder")
-        value = _read_brackets(name, value, hint)
-    if isinstance(value, dict):
-        value = dotted(value)
-    adapter = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
-    try:
-        converted = adapter.validate_python(value)
-    except ValidationError:
-        raise ValueError(f"{name} must be {_describe(hint)}, not {_show(value)}") from None
-    limit = 2**63 if isinstance(converted, int) else 2.0**128  # int64 and float32 end there
-    if isinstance(converted, int | float) and abs(converted) >= limit:
-        raise ValueError(f"{name}={value} is too large")
-    return converted
-
-
-def _read_brackets(name: str, text: str, hint: Any) -> Any:
-    """[a, b] as a list where the type allows one, {a: b} as a mapping; other text unchanged."""
-    bare = _bare(hint)
-    allowed = [get_origin(option) for option in (bare, *get_args(bare))]
-    kind = BRACKETS.get(text[:1] + text[-1:])
-    if kind is None or kind not in allowed:
-        return text
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}={text} cannot be read: {_brief(error)}") from None
-
-
-def _check(settings: Any, keys: Keys, broken: list[str]) -> Iterator[Problem]:
-    """What check() finds in each section that has no broken key: it would blame the default."""
-    sections = {f"{name}.": key.value for name, key in keys.items() if key.is_section}
-    for prefix, section in {**sections, "": settings}.items():
-        is_broken = any(name.startswith(prefix) or prefix.startswith(name) for name in broken)
-        if hasattr(section, "check") and not is_broken:
-            label = prefix[:-1] + ": " if prefix else ""
-            for message in section.check():
-                yield prefix, label + message
+def _check(prefix: str, section: Any, broken: list[str]) -> Iterator[Problem]:
+    """What check() finds in a section without broken keys: it would blame their defaults."""
+    for name in broken:
+        if name.startswith(prefix) or prefix.startswith(name):
+            return
+    label = f"{prefix[:-1]}: " if prefix else ""
+    if hasattr(section, "check"):
+        for message in section.check():
+            yield prefix, label + message
 
 
 class _Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):
     """YAML whose scalars stay the text that was written. libyaml alone reads [How are you?]."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value]
-        for i, (key, _) in enumerate(node.value):
-            if key.value in names[:i]:
+        names = []
+        for key, _ in node.value:
+            if key.value in names:
                 twice = f"{key.value} is written twice"
                 raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            names.append(key.value)
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[Path, dict[str, Any]]:
+def read_yaml(path: Path, above: tuple = ()) -> dict[Path, dict]:
     """File -> its values, as text: those of the `base:` first. `above`: whose bases led here."""
-    if path.resolve() in [other.resolve() for other in above]:
-        circle = " -> ".join(map(str, [*above, path]))
+    chain = (*above, path)
+    if os.path.realpath(path) in map(os.path.realpath, above):
+        circle = " -> ".join(map(str, chain))
         raise UserError(f"{path}: base: goes in a circle, {circle}")
     try:
         values = yaml.load(path.read_bytes(), _Loader) or {}
     except FileNotFoundError:
-        near = get_close_matches(str(path), map(str, path.parent.glob("*.yaml")), n=1)
+        neighbours = map(str, path.parent.glob("*.yaml"))
+        near = get_close_matches(str(path), neighbours, n=1)
         hint = f"did you mean {near[0]}?" if near else "settings are written key=value"
-        where = f"{above[-1]}: base: " if above else ""
-        raise UserError(f"{where}there is no file {path}; {hint}") from None
-    except (OSError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: {_brief(error)}") from None
+        base = f"{above[-1]}: base: " if above else ""
+        raise UserError(f"{base}there is no file {path}; {hint}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        line, problem = _explain(error)
+        raise UserError(f"{path}{line}: {problem}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold `key: value` lines, not a list")
     base = values.pop("base", "")
     if not isinstance(base, str):
         raise UserError(f"{path}: base must be the path of one YAML file, not {_show(base)}")
-    below = read_yaml(path.parent / base, (*above, path)) if base else {}
+    below = {}
+    if base:
+        below = read_yaml(path.parent / base, chain)
     return {**below, path: values}
 
 
-def _brief(error: Exception) -> str:
-    text = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error)
-    return text.partition("\n")[0]
-
-
-def _bare(hint: Any) -> Any:
-    """The type without its limits and marks."""
-    return hint.__origin__ if get_origin(hint) is Annotated else hint
-
-
-def _describe(hint: Any) -> str:
-    """The type as people read it: int >= 1, auto|cpu|cuda|mps, str | list[str]."""
-    bare = _bare(hint)
-    if get_origin(bare) is Literal:
-        return "|".join(get_args(bare))
-    limits = []
-    for mark in getattr(hint, "__metadata__", ()):
-        if sign := SIGNS.get(type(mark)):
-            limits.append(f" {sign} {astuple(mark)[0]}")
-    return inspect.formatannotation(bare) + " and".join(limits)
+def _explain(error: yaml.YAMLError) -> tuple[str, str]:
+    """(":LINE" or "", what is wrong there)."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f":{error.problem_mark.line + 1}", error.problem
+    return "", str(error).partition("\n")[0]
 
 
 def _show(value: Any) -> str:
@@ -319,17 +358,17 @@ def _show(value: Any) -> str:
 
 
 def _help(keys: Keys, doc: str | None) -> str:
-    usage = f"\nusage: python {Path(sys.argv[0]).name} [SETTINGS.yaml] [key=value ...]\n"
+    script = Path(sys.argv[0]).name
+    usage = f"\nusage: python {script} [SETTINGS.yaml] [key=value ...]\n"
     lines = [inspect.cleandoc(doc or ""), usage]
     width = max(map(len, keys))
     for name, key in keys.items():
-        meaning = _meanings(type(key.owner))[key.name]
+        meaning = _meanings(type(key.owner))[key.field]
         if key.is_section:
             lines.append(f"\n{name}: {meaning}")
         else:
-            kind = _describe(key.hint)
             default = _show(key.value)
-            lines.append(f"  {name:<{width}}  {default:<10}  {kind:<22}  {meaning}")
+            lines.append(f"  {name:<{width}}  {default:<11}  {key.kind:<22}  {meaning}")
     return "\n".join(lines).strip()
 
 
@@ -342,7 +381,8 @@ def _meanings(cls: type) -> dict[str, str]:
         comments: dict[int, str] = {}  # line -> its comment
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.COMMENT:
-                comments[token.start[0]] = token.string.lstrip("# ")
+                line, _ = token.start
+                comments[line] = token.string.lstrip("# ")
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
                 lines = range(node.lineno, node.end_lineno + 1)

@@ -1,4 +1,4 @@
-"""What every script does at its edges: exit statuses, one sentence for a mistake, a traceback for a bug, UTF-8."""
+"""What every script does at its edges: exit status, a sentence or a traceback, UTF-8, streams."""
 
 import os
 import subprocess
@@ -63,7 +63,7 @@ def test_a_mistake_is_one_sentence_and_status_2(capsys, error, sentence):
 
 
 def test_text_that_is_not_utf8_is_named(capsys, tmp_path):
-    """Regression: a GBK file name, whose bytes Python keeps as surrogates, ended in a traceback when it was written."""
+    """Regression: a GBK file name, which Python spells in surrogates, ended in a traceback."""
     name = os.fsdecode("评论.csv".encode("gbk"))
     with pytest.raises(UnicodeEncodeError) as error:
         (tmp_path / "meta.json").write_text(name, encoding="utf-8")
@@ -73,13 +73,13 @@ def test_text_that_is_not_utf8_is_named(capsys, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), KeyError("a bug")])
 def test_a_bug_shows_its_traceback(error):
-    """A RuntimeError of a user's home and one of our own code are not the same: the latter must be seen."""
+    """If every RuntimeError became a sentence, a bug of ours could not be found."""
     with pytest.raises(type(error), match="a bug"):
         console.run(fail(error))
 
 
 def test_the_other_ranks_leave_the_message_to_rank_0(capsys, monkeypatch):
-    """Under torchrun all ranks mostly fail alike; the others speak only if they are still there two seconds later."""
+    """Under torchrun all ranks mostly fail alike: the others wait two seconds before they speak."""
     monkeypatch.setenv("RANK", "1")
     start = time.monotonic()
     assert status(fail(UserError("no file x"))) == 2
@@ -95,7 +95,7 @@ def test_standard_input_that_is_closed_is_a_mistake(monkeypatch):
 
 
 def test_a_path_of_an_unknown_user_is_taken_as_typed(monkeypatch, tmp_path):
-    """Regression: ~$book.csv, the lock file of a spreadsheet, ended in "Could not determine home directory"."""
+    """Regression: ~$book.csv, a spreadsheet's lock file, ended in a RuntimeError about a home."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for typed in ("~$book.csv", "~no-such-user/x", "a/~/b", "exp #2"):
         assert str(expand_user(typed)) == typed
@@ -106,7 +106,7 @@ def test_a_path_of_an_unknown_user_is_taken_as_typed(monkeypatch, tmp_path):
 
 
 def test_what_goes_to_a_file_is_utf8_on_every_system():
-    """On Windows every Chinese character of `scripts/classify.py ... > file` became a question mark."""
+    """Regression: on Windows every Chinese character of `classify.py ... > file` became a ?."""
     env = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     done = script("print(input())", env=env, input="你好\n".encode())
     assert done.stdout.decode().strip() == "你好", done.stderr

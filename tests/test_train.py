@@ -390,7 +390,7 @@ MISTAKES = [
 def bad_files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bad")
     latin = b"a\nb\ncaf\xe9\n\n" + b"".join(b"so it goes %d\n\n" % i for i in range(200))
-    contents = {"empty": b"", "short": b"a\nb\n", "latin": latin}
+    contents = {"empty": b"", "short": b"h\n\ni\n\nj\n", "latin": latin}
     for name, content in contents.items():
         (folder / f"{name}.txt").write_bytes(content)
     return {name: folder / f"{name}.txt" for name in contents}

