@@ -9,10 +9,10 @@ A new set is one function in this file:
         return {"train": examples(table, text="review", label="stars")}
 
 `python scripts/data.py stats set=my_set path=data` then reads data/reviews.csv, and so does
-training with data.set=my_set. A reader returns the splits that the set comes with ("train", and "validation"
-and "test" if it has them), as `Example`s in the order of the file. splits.py does the rest for all
-sets alike: it drops copies and cuts off what is missing. A set that can be downloaded also has its
-addresses in SOURCES.
+training with data.set=my_set. A reader returns the splits that the set comes with ("train", and
+"validation" and "test" if it has them), as `Example`s in the order of the file. splits.py does the
+rest for all sets alike: it drops copies and cuts off what is missing. A set that can be downloaded
+also has its addresses in SOURCES.
 """
 
 import functools
@@ -211,7 +211,7 @@ def copy_key(text: str) -> str:
 
 @functools.cache
 def _meaningless() -> dict[int, None]:
-    """For str.translate: spaces, punctuation, control characters, ASCII's symbols, emoji variants."""
+    """For str.translate: spaces, punctuation, control characters, ASCII's symbols, variants."""
     table: dict[int, None] = {}
     for code in range(0x20000):  # Unicode has none of these beyond, but for tags
         category = unicodedata.category(chr(code))

@@ -228,7 +228,7 @@ def find_encoding(path: Path, content: bytes) -> tuple[str, bool]:
     if mostly_lone_bytes(content):
         proposed.append("cp1252")
     raise UserError(
-        f"{path}, line {line}: not UTF-8, and no Chinese in GB18030; name its encoding in "
+        f"{path}, line {line}: neither UTF-8 nor GB18030; name its encoding in "
         f"data.encoding, such as {' or '.join(proposed or EAST_ASIAN)}"
     )
 
@@ -350,7 +350,7 @@ def delimited_table(path: Path, text: str, options: Options, notes: list[str]) -
 def separator_line(text: str) -> tuple[str, int]:
     """The separator that a first line `sep=;` names, as Excel writes it, "" without such a line;
     and the number of the line that the table begins in."""
-    found = re.match(r'"?sep=([^\n])"?\n', text, re.IGNORECASE)
+    found = re.match(r'"?sep=([^\w\s"\\]|\t)"?\n', text, re.IGNORECASE)
     return (found[1], 2) if found else ("", 1)
 
 
@@ -471,12 +471,14 @@ def check_row(row: list[str], width: int, reading: Reading, line: int) -> None:
 
 def titled(path: Path, rows: list[list[str]], header: bool, notes: list[str]) -> Table:
     """The table of the rows. The first is the header or, without one, a row like the others."""
-    if not header and rows:
-        numbers = [str(i) for i in range(1, len(rows[0]) + 1)]
-        return Table(path, numbers, rows, notes)
-    if len(rows) < 2:
-        raise UserError(f"{path} has no rows below its header")
-    return Table(path, rows[0], rows[1:], notes, header_is_a_line=True)
+    if header:
+        if len(rows) < 2:
+            raise UserError(f"{path} has no rows below its header")
+        return Table(path, rows[0], rows[1:], notes, header_is_a_line=True)
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    numbers = [str(i) for i in range(1, len(rows[0]) + 1)]
+    return Table(path, numbers, rows, notes)
 
 
 # ---- JSON Lines and Parquet

@@ -1,4 +1,4 @@
-"""Sets: what their settings allow, how their files are found, read, fetched and recorded, what copies share."""
+"""Sets: their settings, how their files are found, read, fetched and recorded, and copies."""
 
 import hashlib
 import http.server
@@ -74,7 +74,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["sst2", "mrpc", "tweets"])
 def test_a_file_where_a_folder_is_expected(tmp_path, name):
-    """It was read as training and as test split, and all of training was dropped as being in the test."""
+    """Regression: it was read as training and as test, and all of training was dropped."""
     assert (
         "is a file" in (message := refused(write_csv(tmp_path / "train.tsv", ROWS), set=name))
         and name in message
@@ -187,7 +187,7 @@ def test_a_missing_column_proposes_what_helps(tmp_path):
 
 
 def test_a_label_with_quotes_is_refused(tmp_path):
-    """Regression: labels came out as `"neg"`, quotes and all, where quotes were not taken for quotes."""
+    """Regression: labels came out as `"neg"`, where quotes were not taken for quotes."""
     path = tmp_path / "x.tsv"
     rows = [f'it is 5" long {i}\t"{"ab"[i % 2]}"' for i in range(40)]
     path.write_text("\n".join(["Text\tSentiment", *rows]), encoding="utf-8")
@@ -201,7 +201,7 @@ def test_a_label_with_quotes_is_refused(tmp_path):
 
 
 def test_a_record_is_read_again_from_another_folder(tmp_path, monkeypatch):
-    """The leak check of a later run reads a trunk's sets: its paths are no longer relative to here."""
+    """The leak check of a later run, started elsewhere, reads a trunk's sets."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()

@@ -1,4 +1,4 @@
-"""Splits: documented counts, no text on two sides, one clear sentence for what cannot be used, texts to pretrain on."""
+"""Splits: documented counts, no text on two sides, clear refusals; texts to pretrain on."""
 
 import gzip
 import hashlib
@@ -22,7 +22,9 @@ from smallgpt.sentiment.leaks import HeldOut, training_texts
 from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
 from smallgpt.sentiment.splits import SPLITS, Reviews, find_substrings, load, spaced
 
-WORDS = "the room was clean and quiet but breakfast cost too much we would not stay here again 很好 不错".split()
+WORDS = (
+    "the room was clean and quiet but breakfast cost too much we would not stay again 很好 不错"
+).split()
 
 
 def made(n: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -83,7 +85,7 @@ def test_the_split_depends_on_the_text_alone(tmp_path):
 
 
 def test_the_split_is_the_same_on_every_platform():
-    """The number of a text, pinned: another one would move texts between the splits of models that are trained."""
+    """The number of a text, pinned: another one would move texts between splits trained on."""
     e = Example("很好 Good!", "", "1")
     assert e.split_key == "很好good"
     assert unit_hash(e.split_key, 0) == 2702845286699924480 / 2**64
@@ -91,7 +93,7 @@ def test_the_split_is_the_same_on_every_platform():
 
 
 def test_a_text_is_split_by_its_letters_and_digits(tmp_path):
-    """Against the formula of the first version, written out: published results depend on its splits."""
+    """Against the first version's formula, written out: published results depend on its splits."""
     rows = made(500)
     r = loaded(write_csv(tmp_path / "x.csv", rows), split_seed=5)
 
@@ -106,7 +108,7 @@ def test_a_text_is_split_by_its_letters_and_digits(tmp_path):
 
 
 def test_a_split_key_is_letters_and_digits():
-    """Against the plain definition, on characters of all kinds; a text without any is its own key."""
+    """Against the plain definition, on all kinds of characters; without any, the text is the key."""
     draw = random.Random(0)
     for _ in range(300):
         codes = [
@@ -209,7 +211,7 @@ def test_labels_are_learnt_in_their_order(tmp_path):
 
 
 def test_many_labels_take_no_time(tmp_path):
-    """The key of the sort looked through all labels for each of them: hours, where a wrong column was named."""
+    """Regression: hours, where a wrong column was named; each label was compared with all."""
     rows = [(f"text {i}", str(i)) for i in range(5000)]
     message = refused(write_csv(tmp_path / "x.csv", rows))
     assert "which no training example has" in message and "data.label_column" in message
@@ -274,7 +276,7 @@ def test_one_class_and_unknown_classes(tmp_path):
 
 @pytest.mark.parametrize("rare", [1, 2, 3, 5])
 def test_a_rare_label_gets_a_split_seed_that_helps(tmp_path, rare):
-    """Regression: "correct it", though the file was right: the cut had taken all examples of a label."""
+    """Regression: "correct it", though the file was right: the cut had taken all of a label."""
     common = [(f"text number {i}", "ab"[i % 2]) for i in range(60)]
     rows = common + [(f"rare text {i}", f"rare {i}") for i in range(rare)]
     path = write_csv(tmp_path / "x.csv", rows)
@@ -291,7 +293,7 @@ def test_a_rare_label_gets_a_split_seed_that_helps(tmp_path, rare):
 
 
 def test_rare_labels_beside_a_test_file(tmp_path):
-    """Only validation is cut off then; a label that stands in the test file alone cannot be split better."""
+    """Only validation is cut off then; no seed helps a label that only the test file has."""
     common = [(f"text number {i}", "ab"[i % 2]) for i in range(60)]
     test = write_csv(tmp_path / "test.csv", [("one", "a"), ("two", "b")])
     for i in range(100):
@@ -407,7 +409,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_sets(name):
-    """The splits are pinned: trunks are pretrained on the training texts, and results are compared over the years."""
+    """The splits are pinned: trunks are pretrained on the training texts, and results compared."""
     args, expected, fingerprint, notes = REAL[name]
     r = real(*args)
     assert counts(r) == expected and r.notes == notes and r.fingerprint == fingerprint
@@ -502,7 +504,7 @@ def test_parts_of_texts_are_found_like_a_naive_search_finds_them():
 
 
 def test_phrases_of_held_out_sentences_are_not_trained_on():
-    """SST-2's training split holds the phrases of its sentences: 4,868 were parts of the 659 held-out ones."""
+    """SST-2's training split holds phrases of its sentences: 4,868 of the 659 held-out ones."""
     r = real(*REAL["sst2"][0])
     held = [f" {' '.join(text.split())} " for text in texts(r, "validation")]
     train = {f" {' '.join(text.split())} " for text in texts(r, "train")}
@@ -557,7 +559,7 @@ def test_the_export_of_one_set_leaves_out_the_tests_of_the_others(tmp_path):
 
 
 def test_the_export_leaves_out_phrases_of_its_sentences(tmp_path):
-    """SST-2's 61,000 training phrases are cut from 6,000 sentences: ten copies of each word to learn by heart."""
+    """SST-2's 61,000 phrases are cut from 6,000 sentences: ten copies of each word to learn."""
     pairs = [
         ("a fine , quiet film", ""),
         ("fine ,  quiet", ""),
