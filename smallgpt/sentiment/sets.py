@@ -105,10 +105,10 @@ class ReviewSettings:
         "auto"  # csv: auto = the header's most frequent
     )
     quoting: Literal["auto", "true", "false"] = (
-        "auto"  # csv: do quotes enclose cells? auto = not between tabs
+        "auto"  # csv: do quotes enclose cells? auto = yes; between tabs only if all evidently do
     )
     escape: Literal["auto", "none", "backslash"] = (
-        "auto"  # csv: does \\" stand for a quote? auto = where the file cannot be read otherwise
+        "auto"  # csv: is \" a quote? auto = where the file cannot be read otherwise
     )
     header: bool = True  # csv: the first line names the columns; false = they are named 1, 2, ...
     test_fraction: float = 0.2  # share cut off for the test where the set has no test split

@@ -41,6 +41,9 @@ def load(s: ReviewSettings) -> Reviews:
     """Read the set, drop what would falsify a result, cut off the splits it lacks.
 
     UserError if it cannot be used."""
+    problems = s.check()  # of settings that another version recorded
+    if problems:
+        raise UserError("; ".join(problems))
     files = SetFiles(s)
     splits = READERS[s.set](files)
     notes = files.notes

