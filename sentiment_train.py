@@ -37,8 +37,8 @@ from smallgpt.parallel import strategy as parallel
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
-from smallgpt.runs.run import Facts, Run
-from smallgpt.sentiment import freeze, leaks, report, splits
+from smallgpt.runs.run import Facts, Run, merge_sources
+from smallgpt.sentiment import freeze, leaks, report, sets, splits
 from smallgpt.sentiment.adversarial import Adversary
 from smallgpt.sentiment.batches import (
     Buckets,
@@ -287,7 +287,8 @@ def finetune(s: SentimentSettings, world: World) -> int:
 
         digest = checkpoint.digest(trunk.weights)
         identity = {"trunk": digest, **head_record(s, data, trunk, block_size, prefix)}
-        sources = []
+        own_source = sets.source(s.data, data.fingerprint)
+        sources = merge_sources([own_source], trunk.sources)
         run.identify(Facts(model.gpt.config, tokenizer, data.fingerprint, sources, identity))
 
         objective = Objective(s, inputs["train"], model, tokenizer.sep)

@@ -5,6 +5,7 @@ already (the fixture `start`): they are processes like any other, with their own
 and can be killed. What depends on how a user starts a script (torchrun, a terminal) goes through the real command.
 """
 
+import csv
 import importlib
 import json
 import os
@@ -204,3 +205,11 @@ def steps(folder: Path) -> list[int]:
 
 
 DATA = Path(os.environ.get("SMALLGPT_DATA", ROOT.parent / "shared" / "data"))
+
+
+def write_csv(
+    path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")
+) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path

@@ -164,7 +164,7 @@ def training_texts(sets: list[splits.Reviews], to: Path) -> tuple[int, int]:
         if e.key not in keys and not held.touches(e.text) and not held.touches(e.pair)
     ]
     texts = {splits.spaced(text) for e in kept for text in (e.text, e.pair) if text}
-    parts = splits.inner(texts, texts)
+    parts = splits.find_substrings(texts, texts)
     kept = [e for e in kept if e.pair or splits.spaced(e.text) not in parts]
     to.parent.mkdir(parents=True, exist_ok=True)
     with open(to, "w", encoding="utf-8", newline="\n") as file:
