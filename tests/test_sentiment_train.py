@@ -772,12 +772,13 @@ def test_a_signal_saves_and_the_same_command_continues(fine, tmp_path, start, ru
     ],
     ids=str,
 )
-def test_what_may_not_change_on_resume(fine, gpt2, uninterrupted, run, changes, says):
+def test_what_may_not_change_on_resume(fine, gpt2, uninterrupted, mistake_of, changes, says):
     changes = {**changes, **({"trunk": gpt2} if "trunk" in changes else {})}
     config, result = (
         (uninterrupted / name).read_bytes() for name in ("config.yaml", "result.json")
     )
-    message = mistake(run("sentiment_train", fine(uninterrupted.parent, **{**KILLABLE, **changes})))
+    args = fine(uninterrupted.parent, **{**KILLABLE, **changes})
+    message = mistake_of(sentiment_train.main, args)
     assert says in message and "\n" not in message
     assert config == (uninterrupted / "config.yaml").read_bytes()
     assert result == (uninterrupted / "result.json").read_bytes()
@@ -955,10 +956,9 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
     ],
     ids=lambda v: v.partition(" ")[0],
 )
-def test_mistakes(fine, tmp_path, run, bad, argument, says):
-    message = mistake(
-        run("sentiment_train", [*fine(tmp_path / "out"), *argument.format(**bad).split(" ")])
-    )
+def test_mistakes(fine, tmp_path, mistake_of, bad, argument, says):
+    args = [*fine(tmp_path / "out"), *argument.format(**bad).split(" ")]
+    message = mistake_of(sentiment_train.main, args)
     assert says in message and "\n" not in message
     assert not (tmp_path / "out" / "r" / "best").exists()
 

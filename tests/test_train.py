@@ -416,10 +416,9 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("argument, says", MISTAKES, ids=[m[0] for m in MISTAKES])
-def test_mistakes(tmp_path, tiny, run, bad_files, argument, says):
-    message = mistake(
-        run("train", [*tiny(tmp_path / "out", run="r"), argument.format(**bad_files)])
-    )
+def test_mistakes(tmp_path, tiny, mistake_of, bad_files, argument, says):
+    args = [*tiny(tmp_path / "out", run="r"), argument.format(**bad_files)]
+    message = mistake_of(train.main, args)
     assert says in message and "\n" not in message
     assert not (tmp_path / "out").exists(), "nothing is to be left behind"
 
@@ -453,13 +452,13 @@ def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny)
         ("resume=never", "already holds checkpoints"),
     ],
 )
-def test_what_may_not_change_on_resume(finished, run, tmp_path, argument, says):
+def test_what_may_not_change_on_resume(finished, mistake_of, tmp_path, argument, says):
     folder, _, args = finished
     (tmp_path / "other.txt").write_text(
         "\n\n".join(f"one\ntwo {i}" for i in range(400)), encoding="utf-8"
     )
     config = (folder / "config.yaml").read_bytes()
-    message = mistake(run("train", [*args, argument.format(other=tmp_path / "other.txt")]))
+    message = mistake_of(train.main, [*args, argument.format(other=tmp_path / "other.txt")])
     assert says in message and (folder / "config.yaml").read_bytes() == config
 
 
