@@ -51,7 +51,7 @@ class Metrics:
         self.bar.update()
 
     def log(self, record: dict) -> None:
-        """Add a record to metrics.jsonl and TensorBoard, and show it. It has a `step` and a `split`."""
+        """Add a record, which has a step and a split, to metrics.jsonl and TensorBoard; show it."""
         if not self.main:
             return
         record = {**record, "time": time.time()}
