@@ -419,7 +419,9 @@ def draw_confusion(file: Path, counts: np.ndarray, names: list[str], title: str)
                 va="center",
                 color="white" if share > 0.5 else "black",
             )
-    axes.set_xticks(range(len(names)), names)
+    longest = max(len(name) for name in names)
+    is_narrow = longest > 10 or len(names) > READABLE  # names side by side would overlap
+    axes.set_xticks(range(len(names)), names, rotation=90 if is_narrow else 0)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="prediction", ylabel="label", title=title)
     plots.save(figure, file)
