@@ -383,7 +383,7 @@ def search_leaks(
     texts = []
     for example in data.splits["test"]:
         texts += [text for text in (example.text, example.pair) if text]
-    return leaks.check(texts, trunk.name, trunk.corpora, cache, world, s.allow_leaks)
+    return leaks.check(texts, trunk.name, trunk.sources, cache, world, s.allow_leaks)
 
 
 def freeze_unused_rows(

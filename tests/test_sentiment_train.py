@@ -6,13 +6,13 @@ Most runs here are calls of `finetune` in this process (`fit`); what a user meet
 import csv
 import json
 import math
+import os
 import random
 import re
 import shutil
 import signal
 import struct
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +31,6 @@ from helpers import (
     free_port,
     last_weights,
     losses,
-    mistake,
     same_weights,
     steps,
     wait_for,
@@ -54,7 +53,7 @@ from smallgpt.sentiment.batches import (
     encode,
     score,
 )
-from smallgpt.sentiment.sets import Example, ReviewSettings
+from smallgpt.sentiment.sets import ReviewSettings
 from smallgpt.tokenizer import STAND_INS
 from smallgpt.weights.gpt2 import FORM, NAMES
 from smallgpt.weights.pretrained import open_trunk
@@ -1043,8 +1042,9 @@ def test_empty_texts_are_dropped_and_counted(fit, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def leaky(tmp_path_factory, trunk, labelled) -> tuple[Path, int, int]:
-    """The trunk, but its corpus holds seven of the test texts; that number; and how many test texts there are."""
+def leaky(tmp_path_factory, tiny, labelled, run) -> tuple[Path, Path, int, int]:
+    """A trunk whose corpus holds seven of the test texts; its corpus; that number; and how many test
+    texts there are. The corpus was given by a relative path, as people type it."""
     folder = tmp_path_factory.mktemp("leaky")
     data = splits.load(ReviewSettings(path=str(labelled)))
     long = [
@@ -1053,213 +1053,64 @@ def leaky(tmp_path_factory, trunk, labelled) -> tuple[Path, int, int]:
         if sum(c.isalnum() for c in e.text) >= 20 and "\n" not in e.text
     ]
     also = [e.text for e in data.splits["train"][:20]]  # what is trained on may have been read
-    text = "\n\n".join(
-        [*also, *(f"Well, {t.upper()}!" for t in long[:7]), *(t[: len(t) // 2] for t in long[7:])]
-    )
-    (folder / "corpus.txt").write_text(text + "\n", encoding="utf-8")
-    shutil.copytree(trunk, folder / "trunk")
-    config = folder / "trunk" / "config.yaml"
-    lines = re.sub(
-        r"(?m)^  path:.*$", f"  path: {folder / 'corpus.txt'}", config.read_text(encoding="utf-8")
-    )
-    config.write_text(lines, encoding="utf-8")
-    assert open_trunk(str(folder / "trunk")).corpora == [str(folder / "corpus.txt")]
-    return folder / "trunk", 7, len(data.splits["test"])
+    found = [f"Well, {text.upper()}!" for text in long[:7]]
+    halves = [text[: len(text) // 2] for text in long[7:]]
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n\n".join([*also, *found, *halves]) + "\n", encoding="utf-8")
+    args = tiny(folder, run="trunk", max_steps=1, model__block_size=BLOCK, batch_tokens=BLOCK * 8)
+    result = run("train", [*args, f"data.path={os.path.relpath(corpus)}"])
+    assert result.status == 0, result.err
+    return folder / "trunk", corpus, 7, len(data.splits["test"])
 
 
-def test_a_trunk_that_has_read_the_test_is_refused(fine, fit, leaky, tmp_path, run):
-    trunk, found, n = leaky
-    message = mistake(run("sentiment_train", fine(tmp_path, trunk=trunk)))
+def test_a_trunk_that_has_read_the_test_is_refused(fine, fit, leaky, tmp_path, mistake_of):
+    """Regression: a corpus given by a relative path was looked for where the fine-tuning ran, and
+    what was not there was reported as "found: 0"."""
+    trunk, corpus, found, n = leaky
+    (source,) = open_trunk(str(trunk)).sources
+    assert source["path"] == str(corpus) and source["kind"] == "text"
+    message = mistake_of(sentiment_train.main, fine(tmp_path, trunk=trunk))
     assert message.startswith(f"{found} of {n} test texts are in what {trunk}")
     assert "allow_leaks=true" in message
-    folder = fit(trunk=trunk, allow_leaks=True, max_steps=2)
-    said = (folder / "report.md").read_text(encoding="utf-8")
-    assert f"test texts found in the trunk's training text: {found}" in said
-    (trunk.parent / "corpus.txt").rename(trunk.parent / "gone.txt")
-    said = (fit(run="s", trunk=trunk, max_steps=2) / "report.md").read_text(encoding="utf-8")
-    (trunk.parent / "gone.txt").rename(trunk.parent / "corpus.txt")
-    assert f"not searched for test texts, being absent: {trunk.parent / 'corpus.txt'}" in said
+
+    def report_of(**changes) -> str:
+        folder = fit(trunk=trunk, max_steps=2, **changes)
+        return (folder / "report.md").read_text(encoding="utf-8")
+
+    said = report_of(allow_leaks=True)
+    assert f"test texts searched for in {corpus}: found {found}" in said
+    corpus.rename(corpus.with_name("gone.txt"))
+    said = report_of(run="gone")
+    assert f"not searched for test texts: {corpus} (gone)" in said and "found 0" not in said
+    corpus.write_text("another text\n", encoding="utf-8")
+    said = report_of(run="changed")
+    assert f"not searched for test texts: {corpus} (changed since)" in said
+    corpus.with_name("gone.txt").rename(corpus)
+
+
+def test_a_trunk_spelled_otherwise_is_the_same_trunk(fit, trunk, fine, tmp_path):
+    """Regression: the same trunk by a relative path was refused as another one on resuming."""
+    folder = fit(max_steps=2)
+    again = fit(max_steps=4, trunk=os.path.relpath(trunk))
+    assert again == folder and max(losses(folder, "train")) == 4
 
 
 def test_a_classifier_as_trunk_is_searched_for_what_it_was_trained_on(
-    fine, fit, labelled, tmp_path, run
+    fine, fit, labelled, tmp_path, mistake_of
 ):
     """Its labelled texts stand in no corpus file: a classifier of the hotel reviews of others passed for innocent. The
     same set in the same split is no leak, as only its training split was read."""
     copy = Path(shutil.copy(labelled, tmp_path / "copy.csv"))
     first = fit(max_steps=2, data__path=copy)
     again = fit(run="again", trunk=first, max_steps=2)
-    assert "test texts found in the trunk's training text: 0" in (again / "report.md").read_text(
-        encoding="utf-8"
-    )
-    message = mistake(
-        run("sentiment_train", fine(tmp_path, run="other", trunk=again, data__split_seed=5))
-    )
+    said = (again / "report.md").read_text(encoding="utf-8")
+    assert re.search(rf"test texts searched for in .*csv in {copy}.*: found 0", said)
+    args = fine(tmp_path, run="other", trunk=again, data__split_seed=5)
+    message = mistake_of(sentiment_train.main, args)
     assert re.match(rf"\d+ of \d+ test texts are in what {again}", message) and message[0] != "0"
     copy.unlink()
     said = (fit(run="third", trunk=first, max_steps=2) / "report.md").read_text(encoding="utf-8")
-    assert f"not searched for test texts, being absent: csv in {copy}" in said
-
-
-# --- the report -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [2, 3, 7])
-def test_scores_are_those_of_scikit_learn(k):
-    metrics = pytest.importorskip("sklearn.metrics")
-    draw = np.random.default_rng(k)
-    for n in (1, 5, 200):
-        scores, labels = (
-            draw.normal(size=(n, k)) * 5,
-            draw.integers(0, max(2, k - 1), n),
-        )  # the last class is never met
-        found, guess = report.evaluate(scores, labels), scores.argmax(1)
-        assert found["accuracy"] == pytest.approx(metrics.accuracy_score(labels, guess))
-        f1 = metrics.f1_score(labels, guess, average="macro", labels=range(k), zero_division=0)
-        assert found["macro_f1"] == pytest.approx(f1)
-        p = torch.from_numpy(scores).softmax(1).numpy()
-        assert found["loss"] == pytest.approx(
-            metrics.log_loss(labels, p, labels=range(k)), rel=1e-6
-        )
-        counts = metrics.confusion_matrix(labels, guess, labels=range(k))
-        assert report.confusion(guess, labels, k).tolist() == counts.tolist()
-    assert report.evaluate(np.array([[1e4, -1e4]]), np.array([1]))["loss"] == 2e4  # no overflow
-
-
-NAMES_OF_LABELS = ["$", "$$", "a|b", "好评"]
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> tuple[Path, list[Example], np.ndarray]:
-    """The files of a report on awkward texts with awkward labels."""
-    folder, draw = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
-    records = [
-        {"step": i, "split": k, "loss": 1 / i, "accuracy": 0.5}
-        for i in (1, 2)
-        for k in ("train", "val")
-    ]
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
-    )
-    texts = [
-        'a, b; "c"\nand\r\n\nd',
-        '"',
-        ",",
-        "'",
-        "=1+1",
-        "a\ttab",
-        "<b>|bold|</b>",
-        "好，\u2028“很好”",
-        "NA",
-        "#",
-    ]
-    labels = draw.integers(0, 4, 60)
-    examples = [
-        Example(texts[i % 10], ["", "x\ny"][i % 3 == 0], NAMES_OF_LABELS[labels[i]])
-        for i in range(60)
-    ]
-    scores = draw.normal(size=(60, 4)) * 3
-    test = report.evaluate(scores, labels)
-    keys = {
-        "set": "csv",
-        "trunk": "t",
-        "mask": True,
-        "freeze": "none",
-        "seed": 0,
-        "trainable": 5,
-        "step": 2,
-    }
-    result = {
-        **keys,
-        "select": "accuracy",
-        "validation": test,
-        "test": test,
-        "notes": ["a note"],
-        "seconds": 1.0,
-        "baselines": {"always $$": test, "TF-IDF (word) + linear SVM": test},
-        "examples": {"train": 9, "validation": 9, "test": 60},
-    }
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # where no font has Chinese, the picture shows boxes
-        report.write(folder, examples, scores, labels, NAMES_OF_LABELS, result)
-    return folder, examples, scores
-
-
-def test_many_classes_are_drawn_in_a_picture_of_bounded_size(written, tmp_path):
-    """151 intents took 18,500 x 18,500 pixels, and with 545 the run failed after all its training."""
-    folder, _, _ = written
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    shutil.copy(folder / "metrics.jsonl", tmp_path)
-    report.draw(tmp_path, np.eye(600, dtype=int), [f"intent {i}" for i in range(600)], result)
-    width, height = struct.unpack(">II", (tmp_path / "confusion.png").read_bytes()[16:24])
-    assert max(width, height) <= 4000
-
-
-def test_predictions_are_a_table_that_pandas_reads(written):
-    pandas = pytest.importorskip("pandas")
-    folder, examples, scores = written
-    found = pandas.read_csv(folder / "predictions.csv", keep_default_na=False)
-    p_names = [f"p_{name}" for name in NAMES_OF_LABELS]
-    assert list(found.columns) == ["text", "pair", "label", "prediction", "probability", *p_names]
-    for column in ("text", "pair", "label"):
-        assert found[column].tolist() == [getattr(e, column) for e in examples]
-    assert found["prediction"].tolist() == [NAMES_OF_LABELS[i] for i in scores.argmax(1)]
-    p = torch.from_numpy(scores).softmax(1).numpy()
-    assert np.abs(found[p_names].to_numpy() - p).max() < 1e-4
-    assert np.abs(found["probability"] - p.max(1)).max() < 1e-4
-
-
-def test_the_report_is_whole_whatever_texts_and_labels_hold(written):
-    folder, _, _ = written
-    lines = (folder / "report.md").read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| label"))
-    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in lines[start : start + 6]]
-    assert cells == [6] * 6  # label, four predictions
-    errors = lines[lines.index("The surest errors:") + 2 :]
-    assert len(errors) == 10 and all(line.startswith("- ") for line in errors)
-    sure = [int(re.search(r"\((\d+)%\)", line)[1]) for line in errors]
-    assert sure == sorted(sure, reverse=True) and not any("<b>" in line for line in errors)
-    for name in ("curves", "confusion"):
-        assert (folder / f"{name}.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("language", ["english", "chinese"])
-def test_baselines_are_scikit_learns_own(language, tmp_path):
-    text = pytest.importorskip("sklearn.feature_extraction.text")
-    from sklearn.dummy import DummyClassifier
-    from sklearn.metrics import accuracy_score, f1_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.svm import LinearSVC
-
-    # labels of which a third is wrong: what is said of a text then depends on every detail of the pipeline
-    rows = [(text, label if i % 3 else "good") for i, (text, label) in enumerate(made(600, 3))]
-    if language == "chinese":
-        rows = [(re.sub(r"[ a-z,]", "", text) + "好", label) for text, label in rows]
-    data = splits.load(ReviewSettings(path=str(table(tmp_path / "r.csv", rows))))
-    words = dict(token_pattern=r"\w+|[^\w\s]+", ngram_range=(1, 2))
-    kind = {"english": words, "chinese": dict(analyzer="char", ngram_range=(1, 3))}[language]
-    tfidf = text.TfidfVectorizer(sublinear_tf=True, **kind)
-    (x, y), (x_test, y_test) = (
-        [[e.text for e in side], [e.label for e in side]]
-        for side in (data.splits["train"], data.splits["test"])
-    )
-    with warnings.catch_warnings(action="error"):
-        found = report.baselines(data, tmp_path / "cache")
-    word = {"english": "word", "chinese": "char"}[language]
-    assert list(found) == ["always good", f"TF-IDF ({word}) + linear SVM"]
-    models = [DummyClassifier(strategy="most_frequent"), make_pipeline(tfidf, LinearSVC(C=0.5))]
-    for values, model in zip(found.values(), models, strict=True):
-        guess = model.fit(x, y).predict(x_test)
-        f1 = f1_score(y_test, guess, average="macro", zero_division=0)
-        assert values == pytest.approx({"accuracy": accuracy_score(y_test, guess), "macro_f1": f1})
-    (kept,) = (tmp_path / "cache").iterdir()
-    kept.write_text('{"kept": {}}', encoding="utf-8")
-    assert report.baselines(data, tmp_path / "cache") == {
-        "kept": {}
-    }  # computed once for all runs on these examples
-    other = splits.load(ReviewSettings(path=str(tmp_path / "r.csv"), split_seed=1))
-    assert list(report.baselines(other, tmp_path / "cache")) == list(found)
+    assert f"NOT searched: csv in {copy} (gone)" in said
 
 
 def test_settings_and_errors_are_of_one_kind():

@@ -12,7 +12,7 @@ model.GPT, and a tokenizer whose ids are the rows of those weights. Nothing is u
 import functools
 import hashlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,6 @@ class Trunk:
     name: str  # for reports
     sources: list[dict[str, Any]]  # what it was trained on, as far as is known
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of its GPTConfig."""
-        return asdict(self.config)
-
-    @property
-    def corpora(self) -> list[str]:
-        """The paths or names of its sources."""
-        return [
-            source.get("path") or source.get("name") or str(source["settings"])
-            for source in self.sources
-        ]
 
 
 def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:

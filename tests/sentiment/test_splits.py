@@ -1,6 +1,5 @@
 """Splits: documented counts, no text on two sides, clear refusals; texts to pretrain on."""
 
-import gzip
 import hashlib
 import os
 import random
@@ -18,7 +17,7 @@ from scripts import data as data_script
 from smallgpt.console import UserError
 from smallgpt.files import unit_hash
 from smallgpt.sentiment import leaks
-from smallgpt.sentiment.leaks import HeldOut, training_texts
+from smallgpt.sentiment.leaks import training_texts
 from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
 from smallgpt.sentiment.splits import SPLITS, Reviews, find_substrings, load, spaced
 
@@ -608,86 +607,3 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(UserError, match=message):
             run("stats", *wrong)
-
-
-# ---- leaks
-
-
-def noisy(draw: random.Random, text: str) -> str:
-    """The same letters, with other capitals, and with spaces and punctuation between them."""
-    return "".join(
-        (c.upper() if draw.random() < 0.5 else c) + draw.choice(["", "", " ", "，", "!\n"])
-        for c in text
-    )
-
-
-def telling(text: str) -> bool:
-    """Long enough to be no coincidence: two strangers did write "lol that was a great movie"."""
-    return len(text) >= (20 if any("\u4e00" <= c <= "\u9fff" for c in text) else 40)
-
-
-@pytest.mark.parametrize(
-    "alphabet", ["abc", "的一是不了在人有我他", "aé1的😀"], ids=["latin", "chinese", "mixed"]
-)
-@pytest.mark.parametrize("size", [50, 1 << 20])
-def test_held_out_texts_are_found_like_a_naive_search_finds_them(alphabet, size, monkeypatch):
-    draw = random.Random(size)
-    chunks = leaks._chunks
-    monkeypatch.setattr(leaks, "_chunks", lambda texts: chunks(texts, size))
-    corpus = ["".join(draw.choices(alphabet, k=draw.randrange(400))) for _ in range(60)] + [
-        "",
-        "，。",
-    ]
-    held = ["".join(draw.choices(alphabet, k=draw.randrange(100))) for _ in range(40)] + ["", "!"]
-    for _ in range(60):  # parts of texts, whole texts, and parts of two texts, which are in no text
-        at = draw.randrange(len(corpus) - 1)
-        text = draw.choice([corpus[at], corpus[at] + corpus[at + 1]])
-        begin = draw.randrange(len(text) + 1)
-        held.append(
-            noisy(draw, text[begin : begin + draw.choice([19, 20, 21, 39, 40, 41, 77, 500])])
-        )
-    plain = [letters(text) for text in corpus]
-    searchable = [letters(text) for text in held if len(letters(text)) >= leaks.WINDOW]
-    expected = sum(any(text in other for other in plain) for text in searchable if telling(text))
-    out = HeldOut(held)
-    out.read(iter(noisy(draw, text) for text in corpus))
-    assert len(out.runs) == len(searchable) > 40
-    assert out.found == expected and 5 < expected < len(searchable)
-    for text in held:  # each for itself
-        alone = HeldOut([text])
-        alone.read(corpus)
-        assert alone.found == (
-            telling(letters(text)) and any(letters(text) in other for other in plain)
-        )
-
-
-def test_touching_a_held_out_text():
-    draw = random.Random(0)
-    held = "".join(draw.choices("abcdefgh的一是不了", k=95))
-    out = HeldOut([held, "short"])
-    for length in range(96):
-        for begin in range(0, 96 - length, 3):
-            text = "x" + held[begin : begin + length] + "y"
-            expected = any(held[i : i + 20] in text for i in (0, 20, 40, 60, 75))
-            assert out.touches(noisy(draw, text)) == expected
-            assert expected or length < 39
-    assert not HeldOut([]).touches(held) and not HeldOut(["short"]).touches("short")
-    assert HeldOut([]).found == 0
-
-
-def test_corpora_are_searched_once(tmp_path):
-    """And again where a file or the texts change; a corpus that is not there is named."""
-    test = [
-        "this sentence is in the test split of a set of reviews",
-        "and this one here is in no corpus at all, is it, or is it now?",
-    ]
-    chat = tmp_path / "chat.txt.gz"
-    chat.write_bytes(gzip.compress(f"hello\n{test[0].title()}!\n\nbye\n".encode()))
-    corpora, kept = [str(chat), str(tmp_path / "none.txt")], tmp_path / "cache"
-    assert leaks.search(test, corpora, kept) == (1, corpora[1:])
-    (file,) = kept.iterdir()
-    file.write_text("7", encoding="utf-8")
-    assert leaks.search(test[::-1], corpora, kept)[0] == 7
-    assert leaks.search(test[1:], corpora, kept)[0] == 0
-    chat.write_bytes(gzip.compress(f"{test[1]}\n{test[0]}\n".encode()))
-    assert leaks.search(test, corpora, kept)[0] == 2
