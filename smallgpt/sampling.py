@@ -39,7 +39,10 @@ class SampleSettings:
 
 
 def pick(
-    logits: Tensor, seen: list[int], s: SampleSettings, generator: torch.Generator | None = None
+    logits: Tensor,
+    seen: list[int],
+    s: SampleSettings,
+    generator: torch.Generator | None = None,
 ) -> int:
     """Choose the next token from logits (V,), given the tokens of the reply so far.
 
@@ -59,7 +62,8 @@ def penalize_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tens
     A positive score is divided by the penalty, a negative one multiplied."""
     if penalty == 1.0 or not seen:
         return logits
-    ids = torch.tensor(sorted(set(seen)), device=logits.device)
+    distinct = sorted(set(seen))
+    ids = torch.tensor(distinct, device=logits.device)
     score = logits[ids]
     score = torch.where(score > 0, score / penalty, score * penalty)
     return logits.index_copy(0, ids, score)
@@ -82,7 +86,8 @@ def cut_to_top_p(probs: Tensor, p: float) -> Tensor:
     ordered, order = probs.sort(descending=True)
     before = ordered.cumsum(-1) - ordered
     ordered[before >= p] = 0
-    return torch.zeros_like(probs).scatter(0, order, ordered)
+    cut = torch.zeros_like(probs)
+    return cut.scatter(0, order, ordered)
 
 
 def one_line(text: str) -> str:
@@ -96,8 +101,10 @@ def one_line(text: str) -> str:
 
 def unspeakable(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """The ids that no reply may hold: they stand for no text, or only round the vocabulary up."""
-    no_text = (tokenizer.token_bytes() == 0).nonzero()[0].tolist()
-    return [*no_text, *range(tokenizer.vocab_size, vocab_size)]
+    n_bytes = tokenizer.token_bytes()
+    no_text = (n_bytes == 0).nonzero()[0]
+    beyond = range(tokenizer.vocab_size, vocab_size)
+    return [*no_text.tolist(), *beyond]
 
 
 class Conversation:
@@ -114,7 +121,8 @@ class Conversation:
         self.block_size = model.config.block_size
         self.cache = model.new_cache()
         self.device = self.cache.k.device
-        self.generator = torch.Generator(self.device).manual_seed(settings.seed)
+        self.generator = torch.Generator(self.device)
+        self.generator.manual_seed(settings.seed)
 
         banned = unspeakable(tokenizer, model.config.vocab_size)
         banned_first = [*banned, tokenizer.sep, tokenizer.end]  # an empty reply is none
@@ -132,7 +140,8 @@ class Conversation:
     def say(self, text: str) -> None:
         """Add a turn of the user."""
         self.turns.append(len(self.ids))
-        self.ids += [*self.tokenizer.encode(text), self.tokenizer.sep]
+        self.ids += self.tokenizer.encode(text)
+        self.ids.append(self.tokenizer.sep)
 
     def undo(self) -> bool:
         """Take back the last exchange (the user's turn and the reply); False if there is none."""
@@ -195,13 +204,15 @@ class Conversation:
         """The tokens of a reply until the model ends it, each added to the history first."""
         s = self.settings
         begin = self.turns[-1]
+        ends = (self.tokenizer.sep, self.tokenizer.end)
         last = self.block_size - 1  # room for the separator
         while self.reply_tokens < s.max_tokens and len(self.ids) < last:
             logits = self.next_logits()
             banned = self.banned if self.reply_tokens else self.banned_first
             logits = logits.index_fill(0, banned, -torch.inf)
-            token = pick(logits, self.ids[begin:], s, self.generator)
-            if token in (self.tokenizer.sep, self.tokenizer.end):
+            so_far = self.ids[begin:]
+            token = pick(logits, so_far, s, self.generator)
+            if token in ends:
                 return
             self.ids.append(token)
             self.reply_tokens += 1
@@ -218,6 +229,7 @@ def replies(
     for prompt in prompts:
         talk = Conversation(model, tokenizer, settings)
         talk.say(prompt)
-        answers.append("".join(talk.reply()))
+        reply = "".join(talk.reply())
+        answers.append(reply)
     model.train(was_training)
     return answers
