@@ -1,234 +1,403 @@
-"""Labels and probabilities of texts, from a fine-tuned checkpoint or, without training, from a language model.
+"""Labels and probabilities of texts, from a fine-tuned checkpoint or from a language model.
 
-    python scripts/classify.py checkpoints/sentiment "房间很干净" "又脏又吵"
-    python scripts/classify.py checkpoints/sentiment --file reviews.txt --json > labels.jsonl
+    python scripts/classify.py checkpoints/sentiment 房间很干净 又脏又吵
+    python scripts/classify.py checkpoints/sentiment file=reviews.txt json=true > labels.jsonl
     cat reviews.txt | python scripts/classify.py checkpoints/sentiment
-    python scripts/classify.py checkpoints/chat_zh --cloze neg=差 --cloze pos=好 --template "{text}很{word}。" "又脏又吵"
+    python scripts/classify.py checkpoints/chat_zh cloze.neg=差 cloze.pos=好 \\
+        "template={text}很{word}。" 又脏又吵
 
-One text a line; for a model of pairs, two texts with a tab between them. Answers come in the order of the texts: label,
-probability, text, with tabs between; an empty line is answered by an empty label.
+The first word is the run, the others are texts. A text may hold =, unless a setting's name stands
+before it; `--` ends the settings, and everything after it is text. Without texts, those of file= or
+of standard input are read, one a line: UTF-8, or UTF-16 with its mark, gzipped or not.
+
+Answers come in the order of the texts: label, probability, text, with tabs between. An empty line
+is answered by an empty label. A model of pairs reads two texts with a tab between; how many texts
+were half a pair is said at the end.
 """
 
-import argparse
+import gzip
+import io
 import itertools
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, redirect_stdout
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn as nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 from model import GPT, GPTClassifier
-from smallgpt import console, hardware
+from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sentiment.batches import collate, encode_text, length_batches
+from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.pretrained import open_model
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
 
-Scorer = Callable[[list[str]], torch.Tensor]  # texts -> log-probabilities (N, labels)
+GZIP = b"\x1f\x8b"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+NO_TEXT = {
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1\x15": "a Parquet file",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!\x1a": "a rar archive",
+    b"BZh91AY&SY": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"%PDF-": "a PDF document",
+    b"\xff\xfe\0\0": "text in UTF-32",  # it begins as UTF-16 does
+    GZIP: "compressed twice",
+}
 
 
-def classifier(path: str, device: torch.device, dtype: torch.dtype) -> tuple[list[str], Scorer]:
-    """The labels of a fine-tuned checkpoint, and what scores texts by it, as sentiment_train.py scores the test."""
-    found = checkpoint.required(path)
-    if not (head := found.meta.get("head")):
-        raise UserError(
-            f"{path} is a language model without a classification head: fine-tune it first (python "
-            f"sentiment_train.py trunk={path}), or ask it for words with --cloze"
-        )
-    config, tokenizer = (
-        checkpoint.model_config(found.meta["model"], path),
-        checkpoint.tokenizer_of(found),
-    )
-    model = GPTClassifier(GPT(config), len(head["labels"]), head["pool"], head["mask"])
-    checkpoint.load_weights(found, model)
-    model = model.to(device).eval()
-    size, pairs = head["block_size"], found.meta.get("pairs", True)  # older versions did not say
-    width = 0 if head["mask"] else size
+@dataclass
+class ClassifySettings:
+    file: str = ""  # a file of texts, one a line
+    json: bool = False  # answers as JSON Lines, with the probability of each label
+    cloze: dict[str, str] = field(default_factory=dict)  # label -> its words: cloze.neg=bad,awful
+    template: str = "{text} {word}"  # of a cloze: where the text and the word go
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
 
-    @torch.inference_mode()
-    def score(texts: list[str]) -> torch.Tensor:
-        both = [text.partition("\t")[::2] if pairs else (text, "") for text in texts]
-        ids = [
-            encode_text(tokenizer, a.strip(), b.strip(), size, head["prefix"])[0] for a, b in both
-        ]
-        result = torch.empty(len(ids), len(head["labels"]))
-        for rows in length_batches([len(i) for i in ids], BATCH, width, device):
-            idx, lengths = collate([ids[i] for i in rows], tokenizer.pad, width)
-            with hardware.autocast(device, dtype):
-                scores = model(idx.to(device), lengths.to(device))
-            result[rows] = scores.float().log_softmax(-1).cpu()
-        return result
+    @property
+    def label_words(self) -> dict[str, list[str]]:
+        """cloze.neg=bad,awful -> {"neg": ["bad", "awful"]}"""
+        words = {}
+        for label, text in self.cloze.items():
+            stripped = map(str.strip, text.split(","))
+            words[label] = [word for word in stripped if word]
+        return words
 
-    return head["labels"], score
+    def check(self) -> list[str]:
+        """Problems with these settings, in plain words."""
+        problems = []
+        words = self.label_words
+        is_complete = len(words) > 1 and all(words) and all(words.values())
+        if words and not is_complete:
+            example = "cloze.neg=bad,awful cloze.pos=good"
+            problems.append(f"give two or more labels, each with its words: {example}")
+        places = re.findall(r"\{text\}|\{word\}", self.template)
+        if places != ["{text}", "{word}"]:
+            once = "must hold {text} once and behind it {word} once"
+            problems.append(f'template {once}: "template={{text}} It was {{word}}."')
+        return problems
 
 
-def cloze(
-    path: str, words: dict[str, list[str]], template: str, device: torch.device, dtype: torch.dtype
-) -> tuple[list[str], Scorer]:
-    """The labels, and what scores texts by how likely a language model finds each label's words in the template.
-
-    Of each word the log-likelihood given the text less that given no text (Holtzman et al. 2021, Surface form
-    competition: a frequent word is not a frequent label); the best word of a label counts."""
-    _, model, tokenizer = open_model(path)
-    model = model.to(device).eval()
-    size = model.config.block_size
-    before, after = template.split("{word}")
-    space = before[
-        len(before.rstrip()) :
-    ]  # it belongs to the word: tokens begin with the space before them
-    first, second = before.rstrip().split("{text}")
-    first, second = [tokenizer.bos, *tokenizer.encode(first)], tokenizer.encode(second)
-
-    @torch.inference_mode()
-    def likelihood(texts: list[str], word: str) -> torch.Tensor:
-        """Log-likelihood (N,) of the word and what follows it, given what comes before it."""
-        end = tokenizer.encode(space + word + after)
-        room = size - len(first) - len(second) - len(end)
-        if room < 1:
-            raise UserError(
-                f"the template leaves no room for a text in {size} tokens: make it shorter"
-            )
-        # the end of a long text stays: it is nearest to the word
-        rows = [[*first, *tokenizer.encode(text.strip())[-room:], *second, *end] for text in texts]
-        result = torch.empty(len(rows))
-        for batch in length_batches([len(row) for row in rows], BATCH, 0, device):
-            idx, lengths = (t.to(device) for t in collate([rows[i] for i in batch], tokenizer.pad))
-            with hardware.autocast(device, dtype):
-                h = model.trunk(idx)
-            # positions whose next token is one of the word's
-            at = lengths[:, None] - len(end) - 1 + torch.arange(len(end), device=device)  # (B, n)
-            logits = model.lm_head(h.gather(1, at[..., None].expand(-1, -1, h.size(-1))).float())
-            wanted = idx.gather(1, at + 1)[..., None]
-            result[batch] = logits.log_softmax(-1).gather(2, wanted).sum((1, 2)).cpu()
-        return result
-
-    prior = {word: likelihood([""], word) for word in itertools.chain(*words.values())}
-
-    def score(texts: list[str]) -> torch.Tensor:
-        best = [
-            torch.stack([likelihood(texts, w) - prior[w] for w in ws]).amax(0)
-            for ws in words.values()
-        ]
-        return torch.stack(best, 1).log_softmax(-1)
-
-    return list(words), score
+class Answer(NamedTuple):
+    text: str
+    probabilities: Tensor | None  # (labels,); None for an empty text
 
 
-def label_words(entries: list[str]) -> dict[str, list[str]]:
-    """["neg=bad,awful", "pos=good"] -> {"neg": ["bad", "awful"], "pos": ["good"]}"""
-    pairs = [entry.partition("=")[::2] for entry in entries]
-    words = {
-        label.strip(): [w.strip() for w in text.split(",") if w.strip()] for label, text in pairs
-    }
-    if not 2 <= len(words) == len(entries) or not all(words) or not all(words.values()):
-        raise UserError(
-            "give two or more labels, each once and with its words: --cloze neg=bad,awful --cloze pos=good"
-        )
-    return words
+class Batch(NamedTuple):
+    indices: Sequence[int]  # of its rows among all
+    idx: Tensor  # (B, T), padded on the right
+    lengths: Tensor  # (B,)
 
 
-def answers(
-    lines: Iterable[str], score: Scorer, chunk: int = CHUNK
-) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(text, probabilities) of each line, in order; None for an empty one."""
-    lines = iter(lines)
-    while texts := [
-        line.lstrip("\ufeff").rstrip("\r\n") for line in itertools.islice(lines, chunk)
-    ]:
-        full = [i for i, text in enumerate(texts) if text.strip()]
-        scores = dict(zip(full, score([texts[i] for i in full]).exp() if full else [], strict=True))
-        yield from ((text, scores.get(i)) for i, text in enumerate(texts))
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "run", help="run or step folder of sentiment_train.py (with --cloze: of train.py)"
-    )
-    parser.add_argument(
-        "text", nargs="*", help="texts; without any, lines of --file or of standard input"
-    )
-    parser.add_argument("--file", type=Path, help="file with one text a line, in UTF-8")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="answers as JSON Lines, with the probability of each label",
-    )
-    parser.add_argument(
-        "--cloze", action="append", metavar="LABEL=WORD,WORD", help="a label and its words"
-    )
-    parser.add_argument(
-        "--template", default="{text} {word}", help='where text and word go ("{text} {word}")'
-    )
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"]
-    )
-    args = parser.parse_intermixed_args(argv)  # texts may also follow an option
-    if args.file and args.text:
-        raise UserError("give texts or --file, not both")
-    where = args.template.find("{text}"), args.template.find("{word}")
-    if (
-        args.template.count("{text}") != 1
-        or args.template.count("{word}") != 1
-        or where[0] > where[1]
-    ):
-        raise UserError(
-            '--template must hold {text} once and behind it {word} once, such as "{text} It was {word}."'
-        )
-    return args
+# --- the command ----------------------------------------------------------------------------------
 
 
 def main() -> None:
-    args = parse()
-    device = hardware.choose_device(args.device)
-    dtype, _ = hardware.choose_dtype(args.dtype, device)
+    path, texts, s = parse(sys.argv[1:])
+    is_typed = False
+    if not texts:
+        texts, is_typed = open_texts(s.file)
     with redirect_stdout(sys.stderr):  # what opening a checkpoint says is no answer
-        if args.cloze:
-            labels, score = cloze(args.run, label_words(args.cloze), args.template, device, dtype)
-        else:
-            labels, score = classifier(args.run, device, dtype)
-    typed = not args.text and not args.file and sys.stdin.isatty()
-    if typed:
+        model = Cloze(path, s) if s.cloze else Classifier(path, s)
+    if is_typed:
         print("one text a line, a tab between the two of a pair; Ctrl-D ends", file=sys.stderr)
-    broken = 0
-    with (
-        open(args.file, encoding="utf-8", errors="replace")
-        if args.file
-        else nullcontext(sys.stdin) as file
-    ):
-        for text, p in answers(args.text or file, score, 1 if typed else CHUNK):
-            broken += "\ufffd" in text
-            best = None if p is None else int(p.argmax())
-            if args.json:
-                each = (
-                    None
-                    if p is None
-                    else {k: round(v, 6) for k, v in zip(labels, p.tolist(), strict=True)}
-                )
-                record = {
-                    "text": text,
-                    "label": None if p is None else labels[best],
-                    "probabilities": each,
-                }
-                print(json.dumps(record, ensure_ascii=False))
-            else:
-                text = text.replace("\n", " ")  # of an argument: one answer a line
-                print("\t\t" if p is None else f"{labels[best]}\t{p[best]:.4f}\t{text}")
-    if broken:
-        print(
-            f"{broken} of the texts hold bytes that are not UTF-8, or U+FFFD in their place",
-            file=sys.stderr,
-        )
+
+    n_broken = 0
+    n_half = 0
+    chunk = 1 if is_typed else CHUNK
+    for answer in answers(texts, model.score, chunk):
+        line = to_json(answer, model.labels) if s.json else to_line(answer, model.labels)
+        print(line)
+        n_broken += "\ufffd" in answer.text
+        n_half += model.is_of_pairs and is_half_a_pair(answer.text)
+    note(n_broken, "hold bytes that are not UTF-8, or U+FFFD in their place")
+    note(n_half, "are half a pair: this model was trained on two texts with a tab between")
+
+
+def note(count: int, what: str) -> None:
+    if count:
+        print(f"{count} of the texts {what}", file=sys.stderr)
+
+
+def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
+    """The command line as the run, the texts, and the settings."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    plain = []
+    given = []
+    for word in argv[:end]:
+        if is_setting(word) or word in ("-h", "--help"):
+            given.append(word)
+        elif word.startswith("--"):
+            raise UserError(
+                f"there is no option {word}: settings are written key=value, such as json=true, "
+                "and a text that begins with -- comes after a lone --"
+            )
+        else:
+            plain.append(word)
+    s = settings.load(ClassifySettings, given, doc=__doc__)
+    if not plain:
+        raise UserError("which model? python scripts/classify.py checkpoints/<run> TEXT ...")
+    path, *texts = plain
+    texts += argv[end + 1 :]
+    if s.file and texts:
+        raise UserError("give texts or file=, not both")
+    texts = [repair(text) for text in texts]
+    return path, texts, s
+
+
+def is_setting(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    names = [f.name for f in fields(ClassifySettings)]
+    is_known = key in names or key.startswith("cloze.")
+    return bool(equals) and is_known
+
+
+def repair(argument: str) -> str:
+    """A text of the command line with U+FFFD for bytes that are not UTF-8, as in a file."""
+    typed = argument.encode("utf-8", "surrogateescape")
+    return typed.decode("utf-8", "replace")
+
+
+def is_half_a_pair(text: str) -> bool:
+    first, _, second = text.partition("\t")
+    return bool(first.strip()) != bool(second.strip())
+
+
+def to_line(answer: Answer, labels: list[str]) -> str:
+    """Label, probability and text in one line."""
+    if answer.probabilities is None:
+        return "\t\t"
+    best = int(answer.probabilities.argmax())
+    probability = float(answer.probabilities[best])
+    text = " ".join(answer.text.splitlines())
+    return f"{labels[best]}\t{probability:.4f}\t{text}"
+
+
+def to_json(answer: Answer, labels: list[str]) -> str:
+    """An object with the text, the label, and the probabilities by label."""
+    record = {"text": answer.text, "label": None, "probabilities": None}
+    if answer.probabilities is not None:
+        best = int(answer.probabilities.argmax())
+        values = [round(value, 6) for value in answer.probabilities.tolist()]
+        record["label"] = labels[best]
+        record["probabilities"] = dict(zip(labels, values, strict=True))
+    return json.dumps(record, ensure_ascii=False)
+
+
+# --- reading texts --------------------------------------------------------------------------------
+
+
+def open_texts(file: str) -> tuple[Iterator[str], bool]:
+    """The lines of a file, or of standard input if file is ""; and whether a person types them."""
+    if file:
+        try:
+            raw = open(file, "rb")
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        return read_lines(raw, file), False
+    if sys.stdin is None:
+        raise UserError("standard input is closed: give texts, or file=FILE")
+    if sys.stdin.isatty():
+        return (line.removesuffix("\n") for line in sys.stdin), True
+    return read_lines(sys.stdin.buffer, "standard input"), False
+
+
+def read_lines(raw: io.BufferedReader, name: str) -> Iterator[str]:
+    """The lines of a text. \\n or \\r\\n ends a line, and no other character does.
+
+    Python's text files also split at \\r, and splitlines() at U+2028 and others."""
+    try:
+        with decode(raw, name) as stream:
+            for line in stream:
+                line = line.removesuffix("\n").removesuffix("\r")
+                yield line.lstrip("\ufeff")  # also where files with a mark were joined
+    except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
+        raise UserError(f"cannot unpack {name}: {problem}") from None
+
+
+def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
+    """The text in a file, known by its first bytes. UserError names what is no text."""
+    head = raw.peek()
+    if head.startswith(GZIP):
+        raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
+        head = raw.peek()
+    fix = "save its texts in UTF-8, one a line"
+    for mark, kind in NO_TEXT.items():
+        if head.startswith(mark):
+            raise UserError(f"{name} is {kind}: {fix}")
+    encoding = "utf-16" if head.startswith(UTF16) else "utf-8"
+    if encoding == "utf-8" and head.count(0) > len(head) / 50:
+        raise UserError(f"{name} is no text in UTF-8, it has NUL bytes: {fix}")
+    return io.TextIOWrapper(raw, encoding, errors="replace", newline="\n")
+
+
+# --- scoring texts --------------------------------------------------------------------------------
+
+
+class Scorer:
+    """What a classifier and a cloze share."""
+
+    labels: list[str]
+    is_of_pairs = False
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, s: ClassifySettings):
+        self.device = hardware.choose_device(s.device)
+        self.dtype, _ = hardware.choose_dtype(s.dtype, self.device)
+        self.model = model.to(self.device).eval()
+        self.tokenizer = tokenizer
+
+    def batches(self, rows: list[list[int]], width: int = 0) -> Iterator[Batch]:
+        """All rows of ids, from short to long, padded to the longest of a batch or to `width`."""
+        lengths = [len(row) for row in rows]
+        for indices in length_batches(lengths, BATCH, width, self.device):
+            ids = [rows[i] for i in indices]
+            idx, real = collate(ids, self.tokenizer.pad, width)
+            yield Batch(indices, idx.to(self.device), real.to(self.device))
+
+
+class Classifier(Scorer):
+    """A fine-tuned checkpoint. It scores texts as sentiment_train.py scores the test split."""
+
+    def __init__(self, path: str, s: ClassifySettings):
+        found = checkpoint.required(path)
+        head = found.meta.get("head")
+        if not head:
+            raise UserError(
+                f"{path} is a language model without a classification head: fine-tune it first "
+                f"(python sentiment_train.py trunk={path}), or ask it for words with cloze."
+            )
+        self.labels = head["labels"]
+        self.prefix: list[int] = head["prefix"]
+        self.block_size: int = head["block_size"]
+        self.width = 0 if head["mask"] else self.block_size  # without a mask, padding is read
+        self.is_of_pairs = found.meta.get("pairs", True)  # older versions did not record it
+        tokenizer = checkpoint.tokenizer_of(found)
+        config = checkpoint.model_config(found.meta["model"], path)
+        trunk = GPT(config)
+        model = GPTClassifier(trunk, len(self.labels), head["pool"], head["mask"])
+        checkpoint.load_weights(found, model)
+        super().__init__(model, tokenizer, s)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, or of two with a tab between."""
+        second = ""
+        if self.is_of_pairs:
+            text, _, second = text.partition("\t")
+        text = text.strip()
+        second = second.strip()
+        ids, _ = encode_text(self.tokenizer, text, second, self.block_size, self.prefix)
+        return ids
+
+    @torch.inference_mode()
+    def score(self, texts: list[str]) -> Tensor:
+        """Log-probabilities (N, labels)."""
+        rows = [self.encode(text) for text in texts]
+        result = torch.empty(len(rows), len(self.labels))
+        for batch in self.batches(rows, self.width):
+            with hardware.autocast(self.device, self.dtype):
+                scores = self.model(batch.idx, batch.lengths)
+            log_probs = scores.float().log_softmax(-1)
+            result[batch.indices] = log_probs.cpu()
+        return result
+
+
+class Cloze(Scorer):
+    """A language model. It scores texts by how likely it finds each label's words in the template.
+
+    Of a word counts the log-likelihood given the text less that given no text: a frequent word is
+    not a frequent label (Holtzman et al. 2021, Surface form competition). Of a label its best word
+    counts."""
+
+    def __init__(self, path: str, s: ClassifySettings):
+        _, model, tokenizer = open_model(path)
+        super().__init__(model, tokenizer, s)
+        self.words = s.label_words
+        self.labels = list(self.words)
+
+        before, self.after = s.template.split("{word}")
+        context = before.rstrip()
+        self.space = before[len(context) :]  # it belongs to the word, as the tokens have it
+        first, second = context.split("{text}")
+        self.first = [tokenizer.bos, *tokenizer.encode(first)]
+        self.second = tokenizer.encode(second)
+        self.prior = {}
+        for words in self.words.values():
+            for word in words:
+                self.prior[word] = self.likelihood([""], word)
+
+    def score(self, texts: list[str]) -> Tensor:
+        """Log-probabilities (N, labels)."""
+        best = []
+        for words in self.words.values():
+            gains = [self.likelihood(texts, word) - self.prior[word] for word in words]
+            largest = torch.stack(gains).amax(0)
+            best.append(largest)
+        return torch.stack(best, 1).log_softmax(-1)
+
+    @torch.inference_mode()
+    def likelihood(self, texts: list[str], word: str) -> Tensor:
+        """Log-likelihood (N,) of the word and what follows it, given what comes before it."""
+        end = self.tokenizer.encode(self.space + word + self.after)
+        rows = [self.fill_in(text, end) for text in texts]
+        result = torch.empty(len(rows))
+        for batch in self.batches(rows):
+            log_probs = self.last_tokens(batch.idx, batch.lengths, len(end))
+            result[batch.indices] = log_probs.sum(1).cpu()
+        return result
+
+    def fill_in(self, text: str, end: list[int]) -> list[int]:
+        """The ids of the template with the text; of a long one the end, which is near the word."""
+        block_size = self.model.config.block_size
+        taken = len(self.first) + len(self.second) + len(end)
+        room = block_size - taken
+        if room < 1:
+            raise UserError(
+                f"the template leaves no room for a text in {block_size} tokens: make it shorter"
+            )
+        ids = self.tokenizer.encode(text.strip())
+        return self.first + ids[-room:] + self.second + end
+
+    def last_tokens(self, idx: Tensor, lengths: Tensor, n: int) -> Tensor:
+        """Log-probabilities (B, n) of the last n real tokens in each row of idx (B, T)."""
+        with hardware.autocast(self.device, self.dtype):
+            h = self.model.trunk(idx)  # (B, T, C)
+        first = lengths[:, None] - n
+        at = first + torch.arange(n, device=self.device)  # (B, n)
+        tokens = idx.gather(1, at)
+        before = at[..., None] - 1  # the position before a token predicts it
+        before = before.expand(-1, -1, h.size(-1))
+        logits = self.model.lm_head(h.gather(1, before).float())  # (B, n, V)
+        log_probs = logits.log_softmax(-1)
+        return log_probs.gather(2, tokens[..., None])[..., 0]
+
+
+def answers(
+    texts: Iterable[str], score: Callable[[list[str]], Tensor], chunk: int = CHUNK
+) -> Iterator[Answer]:
+    """An answer to each text, in order."""
+    texts = iter(texts)
+    for some in iter(lambda: list(itertools.islice(texts, chunk)), []):
+        full = [text for text in some if text.strip()]
+        log_probs = iter(score(full) if full else [])
+        for text in some:
+            probabilities = next(log_probs).exp() if text.strip() else None
+            yield Answer(text, probabilities)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ from helpers import (
     steps,
     wait_for,
 )
-from scripts import curves
-from smallgpt import console, settings
+from smallgpt import settings
 
 
 @pytest.fixture(scope="module")
@@ -158,37 +157,6 @@ def test_a_run_that_begins_with_the_weights_of_another(finished, tmp_path, tiny,
     assert "there is no checkpoint" in mistake(
         run("train", tiny(tmp_path, run="third", init_from=tmp_path / "none"))
     )
-
-
-def test_the_curves_of_runs(finished, tmp_path, monkeypatch, capsys):
-    folder, _, _ = finished
-    monkeypatch.setattr(
-        "sys.argv", ["curves", str(folder), str(folder), "--out", str(tmp_path / "both.png")]
-    )
-    curves.main()
-    shown = capsys.readouterr().out
-    assert (
-        "first train" in shown
-        and "optimisation step" in shown
-        and f"wrote {tmp_path / 'both.png'}" in shown
-    )
-    assert (tmp_path / "both.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    # a fine-tuning's evaluations have no bits per byte: a traceback
-    tuned = [
-        {"step": 1, "split": "train", "loss": 0.7},
-        {"step": 1, "split": "val", "loss": 0.7, "accuracy": 0.5},
-    ]
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(f"{json.dumps(r)}\n" for r in tuned), encoding="utf-8"
-    )
-    (tmp_path / "young").mkdir()  # stopped before its first evaluation: a traceback, too
-    (tmp_path / "young" / "metrics.jsonl").write_text(f"{json.dumps(tuned[0])}\n", encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "young")])
-    curves.main()
-    for run, says in ((tmp_path, "is a fine-tuning"), (tmp_path / "none", "no metrics.jsonl")):
-        monkeypatch.setattr("sys.argv", ["curves", str(run)])
-        with pytest.raises(console.UserError, match=says):
-            curves.main()
 
 
 def test_the_best_checkpoint_outlives_the_newest(tmp_path, tiny, run):
