@@ -358,8 +358,7 @@ def _show(value: Any) -> str:
 
 
 def _help(keys: Keys, doc: str | None) -> str:
-    script = Path(sys.argv[0]).name
-    usage = f"\nusage: python {script} [SETTINGS.yaml] [key=value ...]\n"
+    usage = f"\nusage: python {sys.argv[0]} [SETTINGS.yaml] [key=value ...]\n"
     lines = [inspect.cleandoc(doc or ""), usage]
     width = max(map(len, keys))
     for name, key in keys.items():
