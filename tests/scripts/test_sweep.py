@@ -22,62 +22,21 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from helpers import ENV, mistake, wait_for
+from helpers import ENV, ROOT, mistake, wait_for
 from scripts import sweep as program
 from smallgpt import settings
 from smallgpt.console import UserError
 
-STAND_IN = """
-import json, os, signal, sys, time
-from pathlib import Path
-keys = {k: json.loads(v) for k, _, v in (arg.partition("=") for arg in sys.argv[1:])}
-run = Path(keys["out_dir"], keys["run"])
-with open(run / "starts.jsonl", "a") as file:
-    env = {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-    print(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], **env}), file=file)
-resumed = (run / "step-00000001").exists()
-if keys.get("lm_weight") == 13:
-    print("some progress")
-    sys.exit("error: lm_weight=13 is no good")
-if Path(keys["data.path"], "slow").exists():
-    def save(number, frame):
-        time.sleep(0.2)
-        (run / "step-00000001").mkdir()
-        sys.exit(128 + number)
-    signal.signal(signal.SIGTERM, save)
-    signal.signal(signal.SIGINT, save)
-    (run / "ready").touch()
-    time.sleep(30)
-accuracy = 0.7 + 0.02 * keys["seed"] ** 2 + 0.05 * keys.get("mask", 0) * (1 + 0.1 * keys["seed"])
-size = keys.get("data.train_size") or 4000
-(run / "result.json").write_text(json.dumps({
-    "test": {"accuracy": accuracy, "macro_f1": accuracy - 0.1}, "seconds": 60 + keys["seed"], "resumed": resumed,
-    "examples": {"train": size},
-    "baselines": {"always 好" if size > 500 else "always 差": {"accuracy": 0.6}, "TF-IDF (char) + linear SVM": {"accuracy": 0.65}},
-}, ensure_ascii=False), encoding="utf-8")
-"""  # noqa: E501
-
-
 DRAW = program.draw
-
-
-def main() -> int:
-    """What `start("scripts.test_sweep", ...)` runs in a process of its own: a sweep of stand-ins."""
-    program.SCRIPT = Path(os.environ["STAND_IN"])
-    return program.main()
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch) -> Path:
-    """The stand-in; as long as there is a file `slow` beside it, it runs until it is told to end."""
+    """The folder of the data of a sweep of stand-ins; a file `slow` in it makes them wait."""
+    monkeypatch.setattr(program, "SCRIPT", ROOT / "tests" / "stand_in.py")
+    monkeypatch.setattr(program, "draw", lambda *args: None)  # half a second each; see `figures`
     (tmp_path / "data").mkdir()
-    script = tmp_path / "data" / "stand_in.py"
-    script.write_text(STAND_IN, encoding="utf-8")
-    monkeypatch.setattr(program, "SCRIPT", script)
-    monkeypatch.setattr(
-        program, "draw", lambda *args: None
-    )  # half a second each time; see `figures`
-    return script
+    return tmp_path / "data"
 
 
 @pytest.fixture
@@ -100,8 +59,8 @@ def sweep(stand_in, tmp_path, monkeypatch) -> Callable[..., Path]:
     return sweep
 
 
-def arguments(stand_in: Path, out: Path) -> list[str]:
-    return ["name=s", f"out_dir={out}", f"set.data.path={stand_in.parent}"]
+def arguments(data: Path, out: Path) -> list[str]:
+    return ["name=s", f"out_dir={out}", f"set.data.path={data}"]
 
 
 def starts(run: Path) -> list[dict]:
@@ -245,25 +204,17 @@ def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(
     drawn = []
     monkeypatch.setattr("smallgpt.plots.save", lambda fig, file: drawn.append(fig))
     both = pd.Series([0.88, 0.89])
-    row = {
-        "mask": "true",
-        "accuracy": 0.885,
-        "accuracy_sd": 0.01,
-        "by_seed": both,
-        "n": 2,
-        "train": 9,
-    }
-    s = program.SweepSettings(grid={"mask": [True]})
-    DRAW(s, [{**row, "largest class": largest, "TF-IDF + linear SVM": 0.89}], tmp_path / "f.png")
+
+    def row(mask: str, largest: float) -> program.Row:
+        baselines = {"largest class": largest, "TF-IDF + linear SVM": 0.89}
+        return program.Row({"mask": mask}, both, both, 60, 9, baselines)
+
+    DRAW([row("true", largest)], tmp_path / "f.png")
     (ax,) = drawn[0].axes
     assert says in [line.get_label() for line in ax.lines]
     assert (ax.get_xlim()[0] > 0.8) and (ax.get_xlim()[0] <= largest) == (largest > 0.8)
     # of two sets, say: one number would be wrong of one of them, so both are drawn
-    rows = [
-        {**row, "mask": str(v), "largest class": v, "TF-IDF + linear SVM": 0.89}
-        for v in (largest, 0.5)
-    ]
-    DRAW(s, rows, tmp_path / "f.png")
+    DRAW([row("true", largest), row("false", 0.5)], tmp_path / "f.png")
     assert drawn[1].axes[0].get_xlim()[0] < 0.5
 
 
@@ -331,7 +282,7 @@ def test_values_arrive_as_they_were_meant(sweep):
     assert found | {"optim.lr": s.optim.lr} == typed and s.run == run.name
 
 
-def test_runs_share_the_machine(sweep, monkeypatch):
+def test_runs_share_the_machine(sweep, stand_in, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     folder = sweep("grid.mask=[true,false]", "seeds=[0]", "workers=2")
@@ -340,9 +291,9 @@ def test_runs_share_the_machine(sweep, monkeypatch):
     }
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    (program.SCRIPT.parent / "slow").touch()  # so that both run at the same time
+    (stand_in / "slow").touch()  # so that both run at the same time
     s = program.SweepSettings(
-        set={"data.path": str(program.SCRIPT.parent)},
+        set={"data.path": str(stand_in)},
         grid={"mask": [True, False]},
         seeds=[1],
     )
@@ -365,8 +316,8 @@ def test_a_signal_leaves_every_run_saved_and_nothing_running(
     argv = [*arguments(stand_in, tmp_path), "grid.mask=[true,false]", "seeds=[0,1]", "workers=2"]
     folder = tmp_path / "s"
     first = [folder / f"mask-{mask}_seed-0" for mask in ("true", "false")]
-    (stand_in.parent / "slow").touch()
-    process = start("scripts.test_sweep", argv, env={"STAND_IN": str(stand_in)})
+    (stand_in / "slow").touch()
+    process = start("stand_in", argv)
     wait_for(lambda: all((run / "ready").exists() for run in first), "two runs at once")
     process.kill(number)
     ended = process.wait()
@@ -378,7 +329,7 @@ def test_a_signal_leaves_every_run_saved_and_nothing_running(
     assert not list(folder.glob("*seed-1/starts.jsonl")), "nothing new was begun"
     assert not (folder / "table.md").exists()
 
-    (stand_in.parent / "slow").unlink()
+    (stand_in / "slow").unlink()
     sweep(*argv)
     assert [result(run)["resumed"] for run in first] == [True, True]
     assert {r["n"] for r in rows(folder)} == {"2"}
@@ -389,8 +340,8 @@ def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
     argv = [*arguments(stand_in, tmp_path), "grid.mask=[true,false]", "seeds=[0]"]
     done, interrupted = (tmp_path / "s" / f"mask-{mask}_seed-0" for mask in ("true", "false"))
     sweep(*argv[:3], "grid.mask=[true]", "seeds=[0]")
-    (stand_in.parent / "slow").touch()
-    process = start("scripts.test_sweep", argv, env={"STAND_IN": str(stand_in)})
+    (stand_in / "slow").touch()
+    process = start("stand_in", argv)
     wait_for((interrupted / "ready").exists, "the second run")
     process.kill()
     assert process.wait().status == -signal.SIGKILL
@@ -404,7 +355,7 @@ def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
 
     os.kill(left["pid"], signal.SIGTERM)
     wait_for(lambda: not alive(left["pid"]), "its end")
-    (stand_in.parent / "slow").unlink()
+    (stand_in / "slow").unlink()
     sweep(*argv)
     assert len(starts(done)) == 1 and len(starts(interrupted)) == 2
     assert not result(done)["resumed"] and result(interrupted)["resumed"]
