@@ -4,6 +4,7 @@ Most sweeps here start a stand-in for sentiment_train.py, which says at once how
 """
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -165,6 +166,14 @@ def test_the_interval_is_that_of_the_paired_t_test():
     )
 
 
+def test_differences_that_are_all_the_same_are_compared_quietly():
+    """Regression: scipy warns of them, and a tiny test set has them often."""
+    a, b = pd.Series([0.5, 0.75, 1.0]), pd.Series([0.25, 0.5, 0.75])
+    with warnings.catch_warnings(action="error"):
+        assert program.compare(a, b) == (0.25, 0.0)
+        assert program.compare(a, a) == (0.0, 0.0)
+
+
 def test_one_seed_has_no_spread(sweep):
     folder = sweep("grid.mask=[false,true]", "seeds=[5]")
     text = (folder / "table.md").read_text(encoding="utf-8")
@@ -323,6 +332,7 @@ def test_a_signal_leaves_every_run_saved_and_nothing_running(
     ended = process.wait()
     assert (ended.status, ended.err.count("Traceback")) == (128 + number, 0)
     assert "the same command continues" in ended.out
+    assert "stopping 2 run(s): each saves its state first" in ended.out
     assert all(
         (run / "step-00000001").exists() and not alive(starts(run)[0]["pid"]) for run in first
     )
@@ -361,14 +371,59 @@ def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
     assert not result(done)["resumed"] and result(interrupted)["resumed"]
 
 
-def test_a_run_whose_report_was_cut_short_is_taken_up_again(sweep):
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "null"])
+def test_a_run_whose_report_was_cut_short_is_taken_up_again(sweep, damage):
     folder = sweep("grid.mask=[true,false]", "seeds=[0]")
     run = folder / "mask-true_seed-0"
     text = (run / "result.json").read_text(encoding="utf-8")
-    (run / "result.json").write_text(text[: len(text) // 2], encoding="utf-8")
+    (run / "result.json").write_text(damage(text), encoding="utf-8")
     sweep("grid.mask=[true,false]", "seeds=[0]")
     assert len(starts(run)) == 2 and result(run)["test"]
     assert len(starts(folder / "mask-false_seed-0")) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 40, b"null", b"\xff"])
+def test_a_damaged_record_is_as_none(sweep, content):
+    """Regression: after a full disk every start ended in a traceback that named no file."""
+    folder = sweep("grid.mask=[true]", "seeds=[0]")
+    (folder / "mask-true_seed-0" / "sweep.json").write_bytes(content)
+    sweep("grid.mask=[true]", "seeds=[0]")
+    assert len(starts(folder / "mask-true_seed-0")) == 1
+
+
+def test_an_error_stops_the_other_runs_and_each_saves(sweep, stand_in, tmp_path, monkeypatch):
+    """A run that another process holds ends the sweep: the run beside it must not be left alone."""
+    first, locked, third = (tmp_path / "s" / f"lm_weight-{i}_seed-0" for i in (1, 2, 3))
+    locked.mkdir(parents=True)
+    (stand_in / "slow").touch()
+    launch = program.launch
+
+    def wait_and_launch(run, *args):
+        if run.folder == locked:
+            wait_for((first / "ready").exists, "the first run")
+        return launch(run, *args)
+
+    monkeypatch.setattr(program, "launch", wait_and_launch)
+    with open(locked / "log.txt", "w", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process.* still trains .*lm_weight-2_seed-0"):
+            sweep("grid.lm_weight=[1,2,3]", "seeds=[0]", "workers=2")
+    assert (first / "step-00000001").exists() and not alive(starts(first)[0]["pid"])
+    assert not starts(third)
+
+
+def test_the_first_row_is_that_of_the_first_combination(sweep):
+    """Also where its first seed failed: the differences of all others are from it."""
+    folder = sweep("grid.mask=[true,false]", "seeds=[0,1]")
+    (folder / "mask-true_seed-0" / "result.json").unlink()
+    runs = [
+        program.Run({"mask": mask}, seed, folder / f"mask-{mask}_seed-{seed}", {})
+        for seed in (0, 1)
+        for mask in ("true", "false")
+    ]
+    table = program.table(runs)
+    assert [(row.cell["mask"], len(row.accuracy)) for row in table] == [("true", 1), ("false", 2)]
+    assert math.isnan(table[0].difference) and table[1].difference == pytest.approx(-0.055)
 
 
 def test_a_failing_run_is_named_with_its_log_and_the_others_run(sweep, tmp_path, capsys):
@@ -514,6 +569,7 @@ def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
         f"set.data.path={tmp_path / 'reviews.csv'}",
         "set.max_steps=2",
         "set.device=cpu",
+        "workers=2",
     ]
     for key, value in ENV.items():
         monkeypatch.setenv(key, value)
