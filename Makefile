@@ -1,16 +1,23 @@
 # make quickstart   a model of your own in a few minutes, on any computer with Python 3.11 or newer
-# make test         the tests
+# make test         lint and all tests
+# make check        lint and the tests that are not slow: under a minute
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test check lint clean
 
-# remade when requirements.txt changes; the stamp is touched last, so a broken install is not taken for a good one
-$(VENV)/.installed: requirements.txt
+# A stamp is older than a changed requirement, so the install is repeated. It is touched last: a broken install
+# is not taken for a good one.
+$(VENV)/.installed: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "small-gpt needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
+	$(PIP) -r requirements-test.txt
 	@touch $@
 
 quickstart: $(VENV)/.installed
@@ -22,10 +29,13 @@ quickstart: $(VENV)/.installed
 	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"
 	@echo "Classify with:  $(PY) scripts/classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
 
-test: $(VENV)/.installed lint
+test: lint
 	$(PY) -m pytest -q -n 2 --dist worksteal
 
-lint: $(VENV)/.installed
+check: lint
+	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 

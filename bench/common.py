@@ -1,8 +1,9 @@
 """What the benchmarks share: contenders, each in a process of its own, timed in alternating rounds.
 
-Every contender is built and warmed up once (compilation included), then sleeps on its pipe until the parent asks for a
-timed round; the parent asks one at a time, in turn. So a machine that slows down slows all of them, and the ratio of
-two contenders, taken round by round, stays comparable where their speeds do not.
+Every contender is built and warmed up once (compilation included), then sleeps on its pipe until
+the parent asks for a timed round; the parent asks one at a time, in turn. So a machine that slows
+down slows all of them, and the ratio of two contenders, taken round by round, stays comparable
+where their speeds do not.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-# No torch here: a child's ru_maxrss begins at the memory of the process that started it, so the parent stays small.
+# No torch here: a child's ru_maxrss begins at the memory of the process that started it, so the
+# parent stays small.
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -83,7 +85,8 @@ def import_nanogpt(path: str):
 
 
 def gpt2_of_hugging_face(args: argparse.Namespace):
-    """GPT2LMHeadModel of the same shape, without dropout and with fused attention. Its biases cannot be turned off."""
+    """GPT2LMHeadModel of the same shape, without dropout and with fused attention. Its biases
+    cannot be turned off."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     names = {
@@ -112,7 +115,8 @@ def cpu_name() -> str:
 
 
 def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Contender]) -> None:
-    """Build and warm up one contender, then run a timed round for each line on stdin; answers are JSON lines."""
+    """Build and warm up one contender, then run a timed round for each line on stdin; answers are
+    JSON lines."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is not an answer
 
@@ -211,7 +215,8 @@ def table(workers: list[Worker], cuda: bool, unit: str) -> str:
     """A Markdown table. The ratio is that of the first contender to each, within the same round."""
     ours = workers[0].speeds()
     rows = [
-        f"| contender | precision | compiled | {unit}/s: median (min to max) | {workers[0].name} is faster by: median "
+        f"| contender | precision | compiled | {unit}/s: median (min to max) "
+        f"| {workers[0].name} is faster by: median "
         "(min to max) | peak memory | why |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -220,8 +225,9 @@ def table(workers: list[Worker], cuda: bool, unit: str) -> str:
         ratio = [x / y for x, y in zip(ours, speed, strict=True)]
         memory = last["peak_cuda"] if cuda else last["peak_rss"]
         rows.append(
-            f"| {w.name} | {a['precision']} | {'yes' if a['compiled'] else 'no'} | {statistics.median(speed):,.0f} "
-            f"({min(speed):,.0f} to {max(speed):,.0f}) | {statistics.median(ratio):.2f}x ({min(ratio):.2f} to "
+            f"| {w.name} | {a['precision']} | {'yes' if a['compiled'] else 'no'} "
+            f"| {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) "
+            f"| {statistics.median(ratio):.2f}x ({min(ratio):.2f} to "
             f"{max(ratio):.2f}) | {memory / 2**20:,.0f} MiB | {a['why']} |"
         )
     return "\n".join(rows)
@@ -230,7 +236,8 @@ def table(workers: list[Worker], cuda: bool, unit: str) -> str:
 def compete(
     args: argparse.Namespace, *groups: dict[str, Callable[[argparse.Namespace], Contender]]
 ) -> None:
-    """As the parent: start all, alternate, print a table for each group, write the JSON. As a worker: serve."""
+    """As the parent: start all, alternate, print a table for each group, write the JSON. As a
+    worker: serve."""
     contenders = {name: build for group in groups for name, build in group.items()}
     if args.worker:
         return serve(args, contenders[args.worker])
@@ -253,9 +260,10 @@ def compete(
     load.append(os.getloadavg())
     m = workers[0].about["machine"]
     print(
-        f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['cpu_capability']}; torch "
-        f"{m['torch']}, transformers {m['transformers']}; {args.rounds} alternating rounds; load average "
-        f"{load[0][0]:.1f} before, {load[1][0]:.1f} after (above the threads: others used the machine)"
+        f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, "
+        f"{m['cpu_capability']}; torch {m['torch']}, transformers {m['transformers']}; "
+        f"{args.rounds} alternating rounds; load average {load[0][0]:.1f} before, "
+        f"{load[1][0]:.1f} after (above the threads: others used the machine)"
     )
     for group in groups:
         if members := [w for w in workers if w.name in group]:
@@ -284,6 +292,7 @@ def compete(
         }
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for w in workers:
-        w.process.stdin.close()  # the end of its input ends a worker; all of them at once, as it can take seconds
+        # the end of its input ends a worker; all of them at once, as it can take seconds
+        w.process.stdin.close()
     for w in workers:
         w.process.wait()

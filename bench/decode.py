@@ -1,8 +1,9 @@
 """Speed of a reply: this project, Hugging Face and nanoGPT side by side, in alternating rounds.
 
-    python bench/decode.py --nanogpt ~/nanoGPT --json decode.json        about three minutes on two cores
+    python bench/decode.py --nanogpt ~/nanoGPT --json decode.json   about three minutes on two cores
 
-A round is one reply at batch 1: a prompt is read and 200 tokens are generated, greedily, none of which may end it.
+A round is one reply at batch 1: a prompt is read and 200 tokens are generated, greedily, none of
+which may end it.
 """
 
 import argparse
@@ -14,7 +15,8 @@ WHY = {"float32": "the weights' own precision", "bfloat16": "as asked, weights i
 
 
 def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
-    """What chat.py does for a line, from the text of the prompt to the text of the reply: Conversation.reply()."""
+    """What chat.py does for a line, from the text of the prompt to the text of the reply:
+    Conversation.reply()."""
     import torch
 
     from model import GPT, GPTConfig

@@ -3,7 +3,8 @@
     python bench/density.py                       every script and smallgpt/
     python bench/density.py model.py ../nanoGPT   other files and folders
 
-Docstrings, comments and blank lines are left out. nanoGPT has 9.0, nanochat 8.2, lingua 6.8, torchtitan 5.6.
+Docstrings, comments and blank lines are left out. nanoGPT has 9.0, nanochat 8.2, lingua 6.8,
+torchtitan 5.6.
 """
 
 import ast

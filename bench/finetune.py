@@ -1,10 +1,12 @@
-"""Speed of fine-tuning: this project and Hugging Face's Trainer on the same SST-2 examples, in alternating rounds.
+"""Speed of fine-tuning: this project and Hugging Face's Trainer on the same SST-2 examples, in
+alternating rounds.
 
     python bench/finetune.py data/SST-2 --json finetune.json        about ten minutes on two cores
 
-A round trains a classifier of the same shape (GPT-2's form, dropout 0.1, AdamW, clipping, batches of 32) on the same
-examples, encoded by the same tokenizer: once over --examples of them for the whole model; --epochs times for a frozen
-trunk, our one pass that keeps what the trunk says included. The Trainer pads each batch to its longest example.
+A round trains a classifier of the same shape (GPT-2's form, dropout 0.1, AdamW, clipping, batches
+of 32) on the same examples, encoded by the same tokenizer: once over --examples of them for the
+whole model; --epochs times for a frozen trunk, our one pass that keeps what the trunk says
+included. The Trainer pads each batch to its longest example.
 """
 
 import argparse
@@ -50,7 +52,6 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
     device, (dtype, why) = hardware.choose_device(args.device), precision(args)
-    world, ctx = World(0, 1, device), hardware.autocast(device, dtype)
     form = dict(pos="learned", norm="layernorm", mlp="gelu", qk_norm=False, bias=True, dropout=0.1)
     model = GPTClassifier(GPT(GPTConfig(**shape(args), **form)), 2).to(device).train()
     freezing.freeze(model, freeze, model.gpt.config.vocab_size)
@@ -60,19 +61,23 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
         Buckets(encoded.lengths, 32, seed=0),
         torch.from_numpy(encoded.labels).to(device),
     )
-    optimizers, strategy = make_optimizers(model, OptimSettings(lr=1e-4)), Single(model, world)
+    strategy = Single(model, World(0, 1, device), dtype)
+    optimizers = make_optimizers(strategy.names(), OptimSettings(lr=1e-4))
+
+    def loss_of(run, rows) -> torch.Tensor:
+        x, lengths, reads = inputs.of(rows)
+        return F.cross_entropy(run(x, lengths, None, reads).float(), labels[rows])
+
+    inputs = Inputs(encoded, tokenizer.pad, 0, device)
 
     def train() -> None:
-        inputs = Inputs(encoded, tokenizer.pad, 0, device)
-        freezing.keep(model, inputs, ctx, 16384, 4.0, model.gpt.config.vocab_size)
+        inputs.states = []
+        vocab_size = model.gpt.config.vocab_size
+        freezing.cache_frozen_states(model, inputs, strategy.autocast, 16384, 4.0, vocab_size)
         for step in range(epochs * buckets.steps_per_epoch):
             rows = buckets.of(step)
-            x, lengths = inputs.of(rows)
-            with ctx:
-                scores = model(x, lengths)
-            loss = F.cross_entropy(scores.float(), labels[rows])
-            loss.backward()
-            strategy.clip(1.0)
+            loss = strategy.forward_backward([rows], loss_of, 1.0)
+            strategy.clip(optimizers, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

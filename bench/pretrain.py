@@ -1,9 +1,10 @@
 """Training speed: this project, Hugging Face and nanoGPT side by side, in alternating rounds.
 
-    python bench/pretrain.py --nanogpt ~/nanoGPT --json pretrain.json       about ten minutes on two cores
+    python bench/pretrain.py --nanogpt ~/nanoGPT --json pretrain.json about ten minutes on two cores
 
-A round is a few whole optimizer steps: forward, backward, clipping at 1.0, AdamW. Everyone gets the same shape, the
-same tokens, no dropout and the same number of threads. Peak memory is that of the whole process, compiling included.
+A round is a few whole optimizer steps: forward, backward, clipping at 1.0, AdamW. Everyone gets the
+same shape, the same tokens, no dropout and the same number of threads. Peak memory is that of the
+whole process, compiling included.
 """
 
 import argparse
@@ -34,33 +35,39 @@ def rounds_of(step: Callable[[], None], args: argparse.Namespace) -> dict:
 
 def ours(args: argparse.Namespace, form: dict) -> Contender:
     """This project through the calls of train.py."""
-    import torch
 
     from model import GPT, IGNORE, GPTConfig
     from smallgpt import hardware
-    from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
-    from smallgpt.parallel.strategy import choose
+    from smallgpt.optim import (
+        OptimSettings,
+        check_finite,
+        lr_factor,
+        make_optimizers,
+        set_lr,
+        update,
+    )
+    from smallgpt.parallel.strategy import build
     from smallgpt.parallel.world import World
 
     device = hardware.choose_device(args.device)
     dtype, why = hardware.choose_dtype("auto", device)
-    module, s = GPT(GPTConfig(**shape(args), **form)).to(device), OptimSettings()
-    optimizers = make_optimizers(module, s)
-    strategy = choose(module, World(0, 1, device))
-    module.compile_parts()
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    ctx, (x, y) = hardware.autocast(device, dtype), batch(args)
+    s = OptimSettings()
+    model = GPT(GPTConfig(**shape(args), **form)).to(device)
+    model.compile_parts()
+    strategy = build(model, World(0, 1, device), dtype)
+    optimizers = make_optimizers(strategy.names(), s)
+    x, y = batch(args)
     at = 0
 
     def step() -> None:
         nonlocal at
         set_lr(optimizers, lr_factor(at, 1000, s))
         targets = int((y != IGNORE).sum())
-        with strategy.accumulate(last=True):
-            with ctx:
-                loss = strategy.model(x, y)
-            scaler.scale(loss * (strategy.loss_scale / targets)).backward()
-        update(optimizers, scaler, strategy.clip, s.clip, float(loss), at, 0)
+        nats = strategy.forward_backward([(x, y)], lambda run, pair: run(*pair), 1 / targets)
+        loss = float(nats) / targets
+        norm = strategy.clip(optimizers, s.clip)
+        check_finite(loss, norm, strategy.scaler, at, 0)
+        update(optimizers, strategy.scaler, norm)
         at += 1
 
     return Contender(

@@ -1,12 +1,14 @@
-"""Pretrain this project and nanoGPT on the same text, machine and time; compare held-out bits per byte.
+"""Pretrain this project and nanoGPT on the same text, machine and time; compare held-out bits per
+byte.
 
     python bench/real_run.py config/chat_zh.yaml [key=value ...] --nanogpt PATH --minutes 30
 
-PATH is a checkout of nanoGPT. The settings file names the text and the shape of the model. The two run side by side,
-each pinned to one half of the cores. Each is first timed for a few steps, then run with as many steps as fit into the
-minutes: both schedules end when the time does. Both train on the same dialogues and are judged on the same held-out
-ones. nanoGPT gets the recipe of its own config/train_shakespeare_char.py (characters, AdamW 1e-3), the same shape,
-tokens per step and torch.compile.
+PATH is a checkout of nanoGPT. The settings file names the text and the shape of the model. The two
+run side by side, each pinned to one half of the cores. Each is first timed for a few steps, then
+run with as many steps as fit into the minutes: both schedules end when the time does. Both train on
+the same dialogues and are judged on the same held-out ones. nanoGPT gets the recipe of its own
+config/train_shakespeare_char.py (characters, AdamW 1e-3), the same shape, tokens per step and
+torch.compile.
 """
 
 import argparse
@@ -30,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from smallgpt import settings  # noqa: E402
 from smallgpt.runs import metrics  # noqa: E402
-from smallgpt.text.tokens import _sources, held_out, read_dialogues  # noqa: E402
+from smallgpt.text.tokens import find_sources, held_out, read_dialogues  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
 
@@ -57,7 +59,8 @@ def run(command: list[str], cwd: Path, log: Path, half: int) -> float:
 
 
 def ours(config: str, changes: list[str], minutes: float, out: Path) -> dict:
-    """Time 30 steps, then the run: wall time, steps, and held-out bits per byte at every evaluation."""
+    """Time 30 steps, then the run: wall time, steps, and held-out bits per byte at every
+    evaluation."""
 
     def train(name: str, steps: int, *more: str) -> float:
         command = [
@@ -103,7 +106,7 @@ def nanogpt(s: TrainSettings, checkout: Path, minutes: float, out: Path) -> dict
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "assets"))
     text = {True: [], False: []}
-    for source in _sources(s.data.path, Path(s.data.cache)):
+    for source in find_sources(s.data.path, Path(s.data.cache)):
         for turns in read_dialogues(source.path, s.data.errors):
             text[held_out(turns, s.data)].append("\n".join(turns) + "\n\n")
     val, train = ("".join(text[side]) for side in (True, False))
@@ -233,7 +236,8 @@ def main() -> None:
     for name in ("ours", "nanogpt"):
         r = result[name]
         print(
-            f"{name:8} {r['steps']:6} steps {r['seconds']:6.0f} s  {r['bits_per_byte']:.4f} bits/byte held out"
+            f"{name:8} {r['steps']:6} steps {r['seconds']:6.0f} s  "
+            f"{r['bits_per_byte']:.4f} bits/byte held out"
         )
 
 

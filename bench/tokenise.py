@@ -2,8 +2,9 @@
 
     python bench/tokenise.py data/*.txt [--megabytes 10 100]
 
-Makes a corpus of each size by repeating the dialogues of the files (a number before each first utterance keeps them
-apart), then times reading, splitting, encoding and writing, for a character and a BPE tokenizer that exist already.
+Makes a corpus of each size by repeating the dialogues of the files (a number before each first
+utterance keeps them apart), then times reading, splitting, encoding and writing, for a character
+and a BPE tokenizer that exist already.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def main() -> None:
         one(*args.files)
         return
     print(
-        f"{os.cpu_count()} cores\n\n| text | tokenizer | MB/s | later start, s | peak MiB: main, largest worker |"
+        f"{os.cpu_count()} cores\n\n| text | tokenizer | MB/s | later start, s "
+        "| peak MiB: main, largest worker |"
     )
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

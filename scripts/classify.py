@@ -15,6 +15,7 @@ is answered by an empty label. A model of pairs reads two texts with a tab betwe
 were half a pair is said at the end.
 """
 
+import codecs
 import gzip
 import io
 import itertools
@@ -34,29 +35,25 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
-from model import GPT, GPTClassifier, GPTConfig
+from model import GPT, GPTClassifier
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
-from smallgpt.sentiment.batches import encode_text, in_order, pad
+from smallgpt.sentiment.batches import collate, encode_text, length_batches
+from smallgpt.settings import Device
+from smallgpt.text import formats
 from smallgpt.tokenizer import Tokenizer
+from smallgpt.weights.pretrained import open_model
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
 
-GZIP = b"\x1f\x8b"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NO_TEXT = {
-    b"PK\x03\x04": "a zip archive",
+    **formats.ARCHIVES,
+    **formats.BINARIES,
     b"PAR1\x15": "a Parquet file",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!\x1a": "a rar archive",
-    b"BZh91AY&SY": "compressed with bzip2",
-    b"\xfd7zXZ": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"%PDF-": "a PDF document",
-    b"\xff\xfe\0\0": "text in UTF-32",  # it begins as UTF-16 does
-    GZIP: "compressed twice",
+    codecs.BOM_UTF32_LE: "text in UTF-32",  # it begins as UTF-16 does
 }
 
 
@@ -66,7 +63,7 @@ class ClassifySettings:
     json: bool = False  # answers as JSON Lines, with the probability of each label
     cloze: dict[str, str] = field(default_factory=dict)  # label -> its words: cloze.neg=bad,awful
     template: str = "{text} {word}"  # of a cloze: where the text and the word go
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
+    device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
 
     @property
@@ -141,7 +138,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
     given = []
     for word in argv[:end]:
         if is_setting(word) or word in ("-h", "--help"):
-            given.append(quoted(word))
+            given.append(word)
         elif word.startswith("--"):
             raise UserError(
                 f"there is no option {word}: settings are written key=value, such as json=true, "
@@ -165,12 +162,6 @@ def is_setting(word: str) -> bool:
     names = [f.name for f in fields(ClassifySettings)]
     is_known = key in names or key.startswith("cloze.")
     return bool(equals) and is_known
-
-
-def quoted(word: str) -> str:
-    """key=value with the value in quotes, so that YAML takes it literally."""
-    key, equals, value = word.partition("=")
-    return f"{key}={json.dumps(value)}" if equals else word
 
 
 def repair(argument: str) -> str:
@@ -216,11 +207,10 @@ def open_texts(file: str) -> tuple[Iterator[str], bool]:
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         return read_lines(raw, file), False
-    if sys.stdin is None:
-        raise UserError("standard input is closed: give texts, or file=FILE")
-    if sys.stdin.isatty():
-        return (line.removesuffix("\n") for line in sys.stdin), True
-    return read_lines(sys.stdin.buffer, "standard input"), False
+    stdin = console.open_stdin()
+    if stdin.isatty():
+        return (line.removesuffix("\n") for line in stdin), True
+    return read_lines(stdin.buffer, "standard input"), False
 
 
 def read_lines(raw: io.BufferedReader, name: str) -> Iterator[str]:
@@ -239,7 +229,7 @@ def read_lines(raw: io.BufferedReader, name: str) -> Iterator[str]:
 def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
     """The text in a file, known by its first bytes. UserError names what is no text."""
     head = raw.peek()
-    if head.startswith(GZIP):
+    if head.startswith(formats.GZIP):
         raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
         head = raw.peek()
     fix = "save its texts in UTF-8, one a line"
@@ -270,9 +260,9 @@ class Scorer:
     def batches(self, rows: list[list[int]], width: int = 0) -> Iterator[Batch]:
         """All rows of ids, from short to long, padded to the longest of a batch or to `width`."""
         lengths = [len(row) for row in rows]
-        for indices in in_order(lengths, BATCH, width, self.device):
+        for indices in length_batches(lengths, BATCH, width, self.device):
             ids = [rows[i] for i in indices]
-            idx, real = pad(ids, self.tokenizer.pad, width)
+            idx, real = collate(ids, self.tokenizer.pad, width)
             yield Batch(indices, idx.to(self.device), real.to(self.device))
 
 
@@ -293,7 +283,7 @@ class Classifier(Scorer):
         self.width = 0 if head["mask"] else self.block_size  # without a mask, padding is read
         self.is_of_pairs = found.meta.get("pairs", True)  # older versions did not record it
         tokenizer = checkpoint.tokenizer_of(found)
-        config = checkpoint.shape(found.meta["model"], path, GPTConfig)
+        config = checkpoint.model_config(found.meta["model"], path)
         trunk = GPT(config)
         model = GPTClassifier(trunk, len(self.labels), head["pool"], head["mask"])
         checkpoint.load_weights(found, model)
@@ -330,7 +320,7 @@ class Cloze(Scorer):
     counts."""
 
     def __init__(self, path: str, s: ClassifySettings):
-        _, model, tokenizer = checkpoint.open_model(path, GPT, GPTConfig)
+        _, model, tokenizer = open_model(path)
         super().__init__(model, tokenizer, s)
         self.words = s.label_words
         self.labels = list(self.words)

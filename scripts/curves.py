@@ -62,13 +62,10 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     runs = []
     others = []
     for word in words:
-        key, equals, _ = word.partition("=")
-        is_setting = equals and "/" not in key and "\\" not in key
-        is_run = not is_setting and not word.startswith("-")
-        if is_run:
-            runs.append(word)
-        else:
+        if settings.is_setting(word) or word.startswith("-"):
             others.append(word)
+        else:
+            runs.append(word)
     return runs, others
 
 

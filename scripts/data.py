@@ -1,15 +1,14 @@
 """Get data, and look at it.
 
-    python scripts/data.py embedded to=data                    small Chinese and English chats, no network
-    python scripts/data.py fetch name=lccc to=data             a public chat corpus from the Hugging Face hub
-    python scripts/data.py fetch name=sst2 to=data             a public labelled set, checksummed
-    python scripts/data.py stats path=data/chatterbot.txt      dialogues, utterances, bytes
-    python scripts/data.py stats set=csv path=my.csv           splits and labels, and what was dropped and why
-    python scripts/data.py text sst2=data mrpc=data to=data/reviews.txt
-                                                               training texts of sets, to pretrain on
+    python scripts/data.py embedded to=data                small Chinese and English chats, no
+    network python scripts/data.py fetch name=lccc to=data         a public chat corpus of the
+    Hugging Face hub python scripts/data.py fetch name=sst2 to=data         a public labelled set,
+    checksummed python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes,
+    what was dropped python scripts/data.py stats set=csv path=my.csv       splits, labels, what was
+    dropped and why python scripts/data.py text sst2=data to=reviews.txt   training texts of sets,
+    to pretrain on
 
-`text` takes each set as SET=PATH, its further settings behind it as SET.KEY=VALUE (csv=my.csv csv.text_column=review),
-and leaves out what the held-out splits hold.
+`python scripts/data.py COMMAND --help` lists the keys of a command.
 """
 
 import glob
@@ -17,7 +16,10 @@ import importlib.util
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import cleandoc
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -25,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from smallgpt import console, settings
 from smallgpt.console import UserError
-from smallgpt.sentiment import leaks, sets, splits
+from smallgpt.sentiment import sets, splits
 from smallgpt.sentiment.sets import READERS, SOURCES, ReviewSettings
-from smallgpt.text.formats import read_dialogues
+from smallgpt.text.formats import Counts, read_dialogues, sniff
 
 CHATS = {  # name -> (dataset, file) on the Hugging Face hub
     "lccc": ("silver/lccc", "lccc_base_train.jsonl.gz"),
@@ -35,6 +37,64 @@ CHATS = {  # name -> (dataset, file) on the Hugging Face hub
     "minimind": ("jingyaogong/minimind_dataset", "sft_mini_512.jsonl"),
     "slimorca": ("Open-Orca/SlimOrca", "oo-labeled_correct.gpt4.sharegpt.jsonl"),
 }
+
+
+# -- embedded --------------------------------------------------------------------------------------
+
+
+@dataclass
+class EmbeddedSettings:
+    to: str = "data"  # folder to write into
+
+
+def embedded_command(argv: list[str]) -> None:
+    """Write the chats of the package chatterbot-corpus as one text file."""
+    s = settings.load(EmbeddedSettings, argv, doc=embedded_command.__doc__)
+    print(embedded(Path(s.to)))
+
+
+def embedded(to: Path) -> Path:
+    """Write the Chinese and English chats of the package chatterbot-corpus into the folder `to`."""
+    package = importlib.util.find_spec("chatterbot_corpus")
+    if package is None or package.origin is None:
+        raise UserError("the package chatterbot-corpus is missing: pip install chatterbot-corpus")
+    data = Path(package.origin).parent / "data"
+    to.mkdir(parents=True, exist_ok=True)
+    path = to / "chatterbot.txt"
+    with open(path, "w", encoding="utf-8", newline="\n") as out:
+        for file in [*sorted(data.glob("chinese/*.yml")), *sorted(data.glob("english/*.yml"))]:
+            for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+                if not isinstance(turns, list):
+                    continue  # one entry of 1.3.3 is a stray string
+                for turn in turns:
+                    out.write(" ".join(str(turn).split()) + "\n")
+                out.write("\n")
+    return path
+
+
+# -- fetch -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class FetchSettings:
+    name: str = ""  # a chat corpus or a labelled set
+    to: str = "data"  # folder to write into
+
+    def check(self) -> list[str]:
+        """Problems with these settings, in plain words."""
+        known = (*CHATS, *SOURCES)
+        if self.name not in known:
+            return [f"name={self.name} is not known: choose one of {', '.join(known)}"]
+        return []
+
+
+def fetch_command(argv: list[str]) -> None:
+    """Download a public chat corpus or labelled set."""
+    s = settings.load(FetchSettings, argv, doc=fetch_command.__doc__)
+    if s.name in CHATS:
+        print(fetch_chat(s.name, Path(s.to)))
+    else:
+        print(*sets.fetch(s.name, Path(s.to)), sep="\n")
 
 
 def fetch_chat(name: str, to: Path) -> Path:
@@ -51,75 +111,43 @@ def fetch_chat(name: str, to: Path) -> Path:
         ) from problem
 
 
-def embedded(to: Path) -> Path:
-    """Write the Chinese and English conversations of the package chatterbot-corpus as one chat text file."""
-    package = importlib.util.find_spec("chatterbot_corpus")
-    if package is None or package.origin is None:
-        raise UserError("the package chatterbot-corpus is missing: pip install chatterbot-corpus")
-    to.mkdir(parents=True, exist_ok=True)
-    with open(to / "chatterbot.txt", "w", encoding="utf-8", newline="\n") as out:
-        for language in ("chinese", "english"):
-            for file in sorted((Path(package.origin).parent / "data" / language).glob("*.yml")):
-                for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-                    if isinstance(turns, list):  # one entry of 1.3.3 is a stray string
-                        out.writelines(" ".join(str(turn).split()) + "\n" for turn in turns)
-                        out.write("\n")
-    return to / "chatterbot.txt"
-
-
-@dataclass
-class EmbeddedSettings:
-    to: str = "data"  # folder to write into
-
-
-@dataclass
-class FetchSettings:
-    name: str = ""  # a chat corpus or a labelled set
-    to: str = "data"  # folder to write into
-
-    def check(self) -> list[str]:
-        """Problems with these settings, in plain words."""
-        known = (*CHATS, *SOURCES)
-        if self.name not in known:
-            return [f"name={self.name} is not known: choose one of {', '.join(known)}"]
-        return []
+# -- stats -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class ChatStatsSettings:
     path: str = ""  # a chat file, or a glob
-
-
-def embedded_command(argv: list[str]) -> None:
-    s = settings.load(EmbeddedSettings, argv, doc=__doc__)
-    print(embedded(Path(s.to)))
-
-
-def fetch_command(argv: list[str]) -> None:
-    s = settings.load(FetchSettings, argv, doc=__doc__)
-    if s.name in CHATS:
-        print(fetch_chat(s.name, Path(s.to)))
-    else:
-        print(*sets.fetch(s.name, Path(s.to)), sep="\n")
+    errors: Literal["strict", "replace"] = "strict"  # bytes that are not UTF-8, as data.errors
 
 
 def stats_command(argv: list[str]) -> None:
+    """Count what a chat file holds (path=FILE), or a labelled set (set=SET path=PATH), and what was
+    dropped.
+
+    `stats set=SET --help` lists the keys of a labelled set."""
     if any(word.startswith("set=") for word in argv):
-        print_set(settings.load(ReviewSettings, argv, doc=__doc__))
+        print_set(settings.load(ReviewSettings, argv, doc=stats_command.__doc__))
         return
-    s = settings.load(ChatStatsSettings, argv, doc=__doc__)
+    s = settings.load(ChatStatsSettings, argv, doc=stats_command.__doc__)
     if not s.path:
         raise UserError("give path=FILE of a chat, or set=SET path=PATH of a labelled set")
     print(f"{'dialogues':>12} {'utterances':>12} {'bytes':>14}  file")
     for path in sorted(glob.glob(s.path)) or [s.path]:
-        dialogues = utterances = size = 0
-        for turns in read_dialogues(path):
-            dialogues += 1
-            utterances += len(turns)
-            size += (
-                sum(len(turn.encode()) + 1 for turn in turns) + 1
-            )  # newlines, and the blank line
-        print(f"{dialogues:>12,} {utterances:>12,} {size:>14,}  {path}", flush=True)
+        print_chat(Path(path), s.errors)
+
+
+def print_chat(path: Path, errors: str) -> None:
+    """Read a chat file, and print what it holds, how it was read and what was dropped."""
+    counts = Counts()
+    utterances = size = 0
+    for turns in read_dialogues(path, errors, counts):
+        utterances += len(turns)
+        lines = [len(turn.encode("utf-8")) + 1 for turn in turns]
+        size += sum(lines) + 1  # the blank line
+    print(f"{counts.dialogues:>12,} {utterances:>12,} {size:>14,}  {path} ({sniff(path)})")
+    for note in counts.notes():
+        print(f"  {note}")
+    sys.stdout.flush()  # the next file may take long
 
 
 def print_set(s: ReviewSettings) -> splits.Reviews:
@@ -134,9 +162,36 @@ def print_set(s: ReviewSettings) -> splits.Reviews:
     return reviews
 
 
+# -- text ------------------------------------------------------------------------------------------
+
+
 def text_command(argv: list[str]) -> None:
+    """Write the training texts of labelled sets to a chat file, to pretrain on: SET=PATH ...
+    to=FILE
+
+    A further setting of a set follows its path as SET.KEY=VALUE (csv=my.csv
+    csv.text_column=review); `stats set=SET --help` lists them. Texts that share something with a
+    held-out example are left out."""
+    if "-h" in argv or "--help" in argv:
+        print(cleandoc(text_command.__doc__))
+        return
+    to, wanted = sets_and_target(argv)
+    if not to or not wanted:
+        raise UserError("give one or more SET=PATH, such as sst2=data, and to=FILE")
+    from smallgpt.sentiment import leaks  # imports torch
+
+    found = [print_set(settings.load(ReviewSettings, words)) for words in wanted]
+    written, left = leaks.training_texts(found, Path(to))
+    print(
+        f"wrote {written:,} texts to {to}; left out {left:,} that are parts of others "
+        "or share text with a held-out example"
+    )
+
+
+def sets_and_target(argv: list[str]) -> tuple[str, list[list[str]]]:
+    """sst2=data csv=my.csv csv.text_column=review to=FILE -> FILE, and the settings of each set."""
     to = ""
-    wanted: list[list[str]] = []  # the settings of each set, as typed
+    wanted: list[list[str]] = []
     for word in argv:
         key, _, value = word.partition("=")
         name, _, setting = key.partition(".")
@@ -151,15 +206,10 @@ def text_command(argv: list[str]) -> None:
             wanted[-1].append(f"{setting}={value}")
         else:
             raise UserError(f"{word} must follow {name}=PATH")
-    if not to or not wanted:
-        raise UserError("give one or more SET=PATH, such as sst2=data, and to=FILE")
-    found = [print_set(settings.load(ReviewSettings, words)) for words in wanted]
-    written, left = leaks.training_texts(found, Path(to))
-    print(
-        f"wrote {written:,} texts to {to}; left out {left:,} that are parts of others "
-        "or share text with a held-out example"
-    )
+    return to, wanted
 
+
+# -- main ------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "embedded": embedded_command,
@@ -173,10 +223,14 @@ def main() -> None:
     command, *argv = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.strip())
-    elif command in COMMANDS:
-        COMMANDS[command](argv)
-    else:
-        raise UserError(f"there is no command {command}: use {', '.join(COMMANDS)}")
+        return
+    if command not in COMMANDS:
+        (nearest,) = get_close_matches(command, COMMANDS, n=1, cutoff=0.0)
+        known = ", ".join(COMMANDS)
+        raise UserError(
+            f"there is no command {command}; did you mean {nearest}? (the commands are {known})"
+        )
+    COMMANDS[command](argv)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from smallgpt.console import UserError
 from smallgpt.files import read_json, write_atomic
 from smallgpt.parallel.world import StopRequest
 from smallgpt.runs import checkpoint
+from smallgpt.settings import Count
 from smallgpt.weights import pretrained
 
 if TYPE_CHECKING:  # it takes a second to import
@@ -46,7 +47,7 @@ SCRIPT = ROOT / "sentiment_train.py"
 SIZE = "data.train_size"  # the x axis of the figure, where the grid has it
 LARGEST_CLASS, SVM = "largest class", "TF-IDF + linear SVM"  # report.py's baselines, in its order
 
-Cell = dict[str, Any]  # one combination of the grid: {"mask": "true", "freeze": "none"}
+Cell = dict[str, str]  # one combination of the grid: {"mask": "true", "freeze": "none"}
 
 
 @dataclass
@@ -54,43 +55,29 @@ class SweepSettings:
     name: str = "sweep"  # folder of the sweep under out_dir
     out_dir: str = "checkpoints"  # where it lives
     config: str = ""  # YAML of sentiment_train.py that all runs share
-    set: dict[str, Any] = field(
-        default_factory=dict
-    )  # further settings of all runs, such as set.epochs=2
-    grid: dict[str, Any] = field(
-        default_factory=dict
-    )  # setting -> list of its values; all combinations are run
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2]
-    )  # each combination is run once with each
-    workers: int = 0  # runs at once; 0 = one per GPU, or one
-
-    def __post_init__(self) -> None:
-        self.set, self.grid = flat(self.set), flat(self.grid)
+    set: dict[str, str] = field(default_factory=dict)  # settings of all runs: set.epochs=2
+    grid: dict[str, list[str]] = field(default_factory=dict)  # values, every combination is run
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # a run of a combination for each
+    workers: Count = 0  # runs at once; 0 = one per GPU, or one
 
     def check(self) -> list[str]:
-        """Problems with these settings, in plain words."""
+        """Problems that the types do not show, in plain words."""
         problems = [p.replace("run=", "name=") for p in checkpoint.name_problems(self.name)]
-        no_list = [k for k, v in self.grid.items() if not isinstance(v, list) or not v]
-        problems += [
-            f"grid.{k} must be a list of values, such as [a, b], not {show(self.grid[k])}"
-            for k in no_list
-        ]
-        own = [k for k in ("run", "out_dir", "seed") if k in (*self.grid, *self.set)]
-        problems += [
-            f"{k} is set by the sweep itself (name, out_dir, seeds): leave it out" for k in own
-        ]
-        problems += [
-            f"{k} is in set and in grid: leave one out" for k in self.set.keys() & self.grid.keys()
-        ]
-        wrong = {
-            "grid is empty: give settings and their values, such as grid.mask=[true,false]": not self.grid,
-            f"seeds={self.seeds} must be one or more different numbers": not 0
-            < len(self.seeds)
-            == len({*self.seeds}),
-            f"workers={self.workers} must not be negative": self.workers < 0,
-        }
-        return problems + [problem for problem, found in wrong.items() if found]
+        for key, values in self.grid.items():
+            if not values:
+                problems.append(f"grid.{key} must be a list of values, such as [a, b], not []")
+            if key in self.set:
+                problems.append(f"{key} is in set and in grid: leave one out")
+        for key in ("run", "out_dir", "seed"):
+            if key in self.grid or key in self.set:
+                own = "is set by the sweep itself (name, out_dir, seeds): leave it out"
+                problems.append(f"{key} {own}")
+        if not self.grid:
+            example = "such as grid.mask=[true,false]"
+            problems.append(f"grid is empty: give settings and their values, {example}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            problems.append(f"seeds={self.seeds} must be one or more different numbers")
+        return problems
 
 
 @dataclass
@@ -100,11 +87,11 @@ class Run:
     cell: Cell
     seed: int
     folder: Path
-    keys: dict[str, Any]  # all settings of sentiment_train.py but run and out_dir
+    keys: dict[str, str]  # all settings of sentiment_train.py but run and out_dir
 
     @property
     def name(self) -> str:
-        return cell_name({**self.cell, "seed": self.seed})
+        return cell_name({**self.cell, "seed": str(self.seed)})
 
     @property
     def log(self) -> Path:
@@ -136,7 +123,7 @@ class Row:
     def flat(self) -> dict[str, Any]:
         """The row of table.csv."""
         return {
-            **{key: show(value) for key, value in self.cell.items()},
+            **self.cell,
             "n": len(self.accuracy),
             "macro_f1": self.macro_f1.mean(),
             "macro_f1_sd": self.macro_f1.std(),
@@ -185,7 +172,7 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
     cells = [dict(zip(s.grid, values, strict=True)) for values in combinations]
     runs: dict[str, Run] = {}
     for seed, cell in itertools.product(s.seeds, cells):
-        keys = {**common, **cell, "seed": seed}
+        keys = {**common, **cell, "seed": str(seed)}
         keys.pop("run", None)  # of the shared file
         keys.pop("out_dir", None)
         run = Run(cell, seed, folder / folder_name(cell, seed), keys)
@@ -202,44 +189,32 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
     return list(runs.values())
 
 
-def flat(keys: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections written as dotted keys: set.optim.lr=1 arrives as {"optim": {"lr": 1}}."""
-    found: dict[str, Any] = {}
-    for key, value in keys.items():
-        found |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
-    return found
-
-
-def show(value: Any) -> str:
-    """A value as people write it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def cell_name(cell: Cell) -> str:
     """A combination as people read it: mask=true, freeze=none."""
     pairs = []
     for key, value in cell.items():
         _, _, last = key.rpartition(".")
-        pairs.append(f"{last}={show(value)}")
+        pairs.append(f"{last}={value}")
     return ", ".join(pairs)
 
 
 def folder_name(cell: Cell, seed: int) -> str:
     """mask-true_freeze-none_seed-0"""
-    name = cell_name({**cell, "seed": seed}).replace(", ", "_")
+    name = cell_name({**cell, "seed": str(seed)}).replace(", ", "_")
     return re.sub(r"[^\w.-]", "-", name)
 
 
-def shared(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file and its bases, flat. The runs get them one by one, and not the file: so a run's
-    record shows whether the file has changed since."""
-    problems: list[tuple[str, str]] = []
-    layers = settings.read_yaml(path, problems)
-    if problems:
-        raise UserError("; ".join(f"config: {message}" for _, message in problems))
-    return {key: value for _, values, _ in layers for key, value in flat(values).items()}
+def shared(path: Path) -> dict[str, str]:
+    """The settings in a YAML file and its bases, by dotted names, as text.
+
+    The runs get them one by one, and not the file: a run's record shows whether it has changed."""
+    found: dict[str, str] = {}
+    try:
+        for values in settings.read_yaml(path).values():
+            found |= settings.dotted(values)
+    except UserError as error:
+        raise UserError(f"config: {error}") from None
+    return found
 
 
 def check_settings(run: Run) -> None:
@@ -251,8 +226,8 @@ def check_settings(run: Run) -> None:
     changed = [key for key in before | run.keys if before.get(key) != run.keys.get(key)]
     if changed:
         key = min(changed)
-        then = show(before[key]) if key in before else "not set"
-        now = show(run.keys[key]) if key in run.keys else "not set"
+        then = before.get(key, "not set")
+        now = run.keys.get(key, "not set")
         raise UserError(
             f"{run.folder}: {key} was {then} and is now {now}: put it back, or choose another name="
         )
@@ -265,7 +240,7 @@ def check_trunk(run: Run) -> None:
     if not then:
         return
     trunk = run.keys.get("trunk", "")
-    now = pretrained.digest(str(trunk))
+    now = pretrained.digest(trunk)
     if now not in ("", then):
         raise UserError(
             f"{run.folder}: its trunk was trained again since: delete {run.folder.parent}, or "
@@ -345,7 +320,7 @@ def launch(run: Run, slot: int, workers: int) -> subprocess.Popen:
     """Start a run, its output going to log.txt."""
     run.folder.mkdir(parents=True, exist_ok=True)
     keys = {**run.keys, "out_dir": str(run.folder.parent), "run": run.folder.name}
-    arguments = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in keys.items()]
+    arguments = [f"{key}={value}" for key, value in keys.items()]
     with open(run.log, "a", encoding="utf-8") as log:
         lock(log, run)
         write_atomic(run.record, json.dumps(run.keys, ensure_ascii=False, indent=1))
@@ -496,7 +471,7 @@ def markdown(rows: list[Row]) -> str:
     lines = [table_line(titles), "|---" * len(titles) + "|"]
     for row in rows:
         words = [
-            *(show(value).replace("|", "\\|") for value in row.cell.values()),
+            *(value.replace("|", "\\|") for value in row.cell.values()),
             f"{row.train:,}",
             percent(row.accuracy.mean(), row.accuracy.std()),
             percent(row.macro_f1.mean(), row.macro_f1.std()),

@@ -12,35 +12,58 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit with the status it returns; a UserError is one message and status 2."""
+    """Run a script's `main` and exit with the status it returns.
+
+    A user's mistake is one sentence and status 2; a bug of ours shows its traceback."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # files and pipes are UTF-8 everywhere, a console may have to show ?
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            # files and pipes are UTF-8 everywhere; a terminal has its own encoding, and may show ?
+            encoding = None if stream.isatty() else "utf-8"
+            stream.reconfigure(encoding=encoding, errors="replace")
     try:
         status = main()
-        sys.stdout.flush()  # a reader that left (`| head`) shows here, not in a traceback at exit
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that left (`| head`) shows here, not at exit
     except KeyboardInterrupt:
         status = 130  # 128 + SIGINT, as a shell reports it; 141, below, is SIGPIPE
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # where what is still buffered goes
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still buffered
+        os.dup2(nowhere, sys.stdout.fileno())
         status = 141
-    except (UserError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):
-            if (
-                type(error).__name__ != "OutOfMemoryError"
-            ):  # torch's, which this module does not import
-                raise
-            error = UserError(
-                "the GPU's memory is full: lower micro_batch (fine-tuning: micro_tokens), or the model"
-            )
-        if (rank := os.environ.get("RANK", "0")) != "0":
-            time.sleep(
-                2
-            )  # mostly all ranks fail alike: then rank 0 says so, and torchrun ends this one meanwhile
-        print(f"error: {error}" if rank == "0" else f"(process {rank}: {error})", file=sys.stderr)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        report(sentence)
         status = 2
     sys.exit(status)
+
+
+def explain(error: Exception) -> str | None:
+    """What a user can do about the error, in one sentence; None if it is a bug of ours."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        lower = "lower micro_batch (fine-tuning: micro_tokens), or the model"
+        return f"the GPU's memory is full: {lower}"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        # how Python spells the bytes of a file name that are not UTF-8
+        return f"{error.object!r} is not UTF-8: rename the file, or give the text as UTF-8"
+    return None
+
+
+def report(sentence: str) -> None:
+    """Print the sentence to stderr, under torchrun once for all ranks."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {sentence}", file=sys.stderr)
+        return
+    time.sleep(2)  # mostly all ranks fail alike: rank 0 says so, and torchrun ends this one
+    print(f"(process {rank}: {sentence})", file=sys.stderr)
+
+
+def open_stdin() -> io.TextIOBase:
+    """Standard input. UserError where it is closed, as by `<&-`."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed: start this in a terminal, or pipe text into it")
+    return sys.stdin

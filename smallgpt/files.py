@@ -1,4 +1,5 @@
-"""Files of our own: written at once, found damaged without a traceback, and hashes of what they hold."""
+"""Files of our own: written at once, found damaged without a traceback, and hashes of what they
+hold."""
 
 import hashlib
 import json
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a small file at once: a reader, in another process or after a crash, finds the old content or the new.
+def write_atomic(path: Path, content: str | bytes, shared: bool = False) -> None:
+    """Write a small file at once: a reader, in another process or after a crash, finds the old
+    content or the new.
 
-    Several processes may write the same file; one of them wins."""
+    shared: other processes may be writing the same file, and one of them wins."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = f".{os.getpid()}" if shared else ""
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -23,6 +26,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def expand_user(path: str) -> Path:
+    """The path with ~ or ~name replaced by that user's folder; ~$book.csv, no user, stays as typed."""
+    return Path(os.path.expanduser(path))
 
 
 def flush(path: Path) -> None:
@@ -37,7 +45,8 @@ def flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of our own holds; None where it is missing or damaged: the caller makes it again."""
+    """What a JSON file of our own holds; None where it is missing or damaged: the caller makes it
+    again."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -50,7 +59,8 @@ def digest(*parts: Any) -> str:
 
 
 def unit_hash(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the text and the seed alone; what is below a fraction is in its split."""
+    """A number in [0, 1) that depends on the text and the seed alone; what is below a fraction is
+    in its split."""
     key = str(seed).encode()
     found = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, key=key)
     return int.from_bytes(found.digest(), "big") / 2**64

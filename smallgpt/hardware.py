@@ -38,8 +38,9 @@ PEAK_FLOPS = {
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what a tensor frees for the next one. It would give it back to the system, which hands it
-    out again zeroed, a page at a time: a tenth of the time of a fine-tuning on a CPU (docs/experiments.md)."""
+    """Let glibc's malloc keep what a tensor frees for the next one. It would give it back to the
+    system, which hands it out again zeroed, a page at a time: a tenth of the time of a fine-tuning
+    on a CPU (docs/experiments.md)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -54,20 +55,19 @@ def gpus(device: str) -> int:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` = CUDA if there is a GPU, else Apple's MPS, else the CPU, for which malloc is prepared. UserError if the
-    named device is not there."""
+    """`auto` = CUDA if there is a GPU, else Apple's MPS, else the CPU, for which malloc is
+    prepared. UserError if the named device is not there."""
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; "
+                f"process {local_rank} of this machine has no GPU: "
+                f"{torch.cuda.device_count()} found; "
                 "lower --nproc_per_node or use device=cpu"
             )
         return torch.device("cuda", local_rank)
@@ -79,14 +79,16 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def cpu_has_bf16() -> bool:
-    """Does this CPU multiply bf16 matrices in hardware (AMX tiles or AVX-512 BF16)? Without, bf16 is ~10x slower."""
+    """Does this CPU multiply bf16 matrices in hardware (AMX tiles or AVX-512 BF16)? Without, bf16
+    is ~10x slower."""
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     avx = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return bool(amx() or avx())
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The precision of matrix products, and the reason in words. Weights stay in float32 (float64 for float64)."""
+    """The precision of matrix products, and the reason in words. Weights stay in float32 (float64
+    for float64)."""
     if name != "auto":
         if name == "float16" and device.type != "cuda":
             raise UserError("dtype=float16 needs a CUDA GPU; use dtype=bfloat16 or dtype=float32")
@@ -105,7 +107,8 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, str]:
-    """Whether to run torch.compile, and the reason. `auto`: where it works and the run is long enough to pay for it."""
+    """Whether to run torch.compile, and the reason. `auto`: where it works and the run is long
+    enough to pay for it."""
     if name != "auto":
         return name == "true", "as asked"
     if os.name == "nt" or device.type == "mps":
@@ -126,14 +129,25 @@ def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, s
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in dtype, everything delicate in float32; does nothing for float32 and float64."""
+    """Matrix products in dtype, everything delicate in float32; does nothing for float32 and
+    float64."""
     low = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(device.type, dtype=dtype if low else torch.bfloat16, enabled=low)
 
 
-def peak_flops(device: torch.device) -> float:
-    """Peak bf16 FLOP/s of a known GPU, 0.0 otherwise."""
-    if device.type != "cuda":
+def weights_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of the weights, given that of matrix products."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """torch.float32 -> float32"""
+    return str(dtype).removeprefix("torch.")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s of a known GPU in half precision, 0.0 otherwise."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return 0.0
     words = set(torch.cuda.get_device_name(device).replace("-", " ").split())
     known = [key for key in PEAK_FLOPS if words.issuperset(key.split())]

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.figure import Figure
 
-CHINESE = re.compile(
-    "CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode"
-)  # fonts that have it
+# fonts that have Chinese
+CHINESE = re.compile("CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode")
 
 
 def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any]:
-    """An empty figure of so many inches and its axes. Needs no display; Chinese labels are drawn where a font has them,
-    and a label may hold `$`."""
+    """An empty figure of so many inches and its axes, an array of them for several columns.
+
+    It needs no display. Chinese labels are drawn where a font has them; a label may hold `$`."""
     from matplotlib import font_manager, rcParams
     from matplotlib.figure import Figure
 
-    rcParams["font.family"] = [
-        "DejaVu Sans",
-        *sorted(set(filter(CHINESE.search, font_manager.get_font_names()))),
-    ]
+    installed = set(font_manager.get_font_names())
+    chinese = sorted(filter(CHINESE.search, installed))
+    rcParams["font.family"] = ["DejaVu Sans", *chinese]
     rcParams["text.parse_math"] = False
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(1, columns)
@@ -30,7 +29,6 @@ def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any
 
 def save(fig: "Figure", file: Path) -> None:
     """Write it as a PNG."""
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # Chinese where no font has it: a warning for each character
+    # where no font has Chinese, matplotlib warns of each character
+    with warnings.catch_warnings(action="ignore"):
         fig.savefig(file, dpi=150)

@@ -3,39 +3,32 @@
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from model import GPT
+from smallgpt.settings import Count, Positive, PositiveFraction
 from smallgpt.tokenizer import Tokenizer
 
 
 @dataclass
 class SampleSettings:
-    temperature: float = 0.8  # 0 = always the likeliest token
-    top_k: int = 0  # only the k likeliest tokens; 0 = all
-    top_p: float = 0.9  # only the likeliest tokens that together reach this probability
-    repetition_penalty: float = 1.1  # above 1: tokens already in the reply are made less likely
-    max_tokens: int = 100  # longest reply, in tokens
+    temperature: Annotated[float, Ge(0), Le(1000)] = 0.8  # 0 = always the likeliest token
+    top_k: Count = 0  # only the k likeliest tokens; 0 = all
+    top_p: PositiveFraction = 0.9  # only the likeliest tokens that together are this probable
+    repetition_penalty: Annotated[float, Ge(0.01), Le(100)] = 1.1  # above 1: less of the same
+    max_tokens: Positive = 100  # longest reply, in tokens
     seed: int = 0  # of the sampling; the same seed gives the same replies
 
     def check(self) -> list[str]:
-        """Problems with these settings, in plain words."""
-        problems = []
-        if self.temperature != 0 and self.temperature < 1e-3:
-            problems.append(
-                f"temperature={self.temperature} must be at least 0.001, or 0: always the likeliest token"
-            )
-        if self.top_k < 0:
-            problems.append(f"top_k={self.top_k} must not be negative")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} must be in (0, 1]")
-        if self.repetition_penalty <= 0:
-            problems.append(f"repetition_penalty={self.repetition_penalty} must be positive")
-        if self.max_tokens < 1:
-            problems.append(f"max_tokens={self.max_tokens} must be at least 1")
-        return problems
+        """Problems that the types do not show, in plain words."""
+        if 0 < self.temperature < 1e-3:
+            least = "must be at least 0.001, or 0: always the likeliest token"
+            return [f"temperature={self.temperature} {least}"]
+        return []
 
 
 def pick(

@@ -1,249 +1,391 @@
-"""Settings: dataclass defaults < one YAML file (with `base:`) < key=value on the command line; strict.
+"""Typed settings: defaults < one YAML file (with `base:`) < key=value on the command line.
 
-Each part declares a dataclass beside its code, every field with a default; a script nests them as sections.
-The dataclass is its own documentation: `--help` shows the comment that ends each field's line.
+Each part declares a dataclass beside its code; a script nests them as sections. A field has a type
+that states its limits, a default, and at the end of its line a comment that `--help` shows.
 
     @dataclass
     class Settings:
         seed: int = 0  # the same seed gives the same run
+        log_every: Free[Positive] = 10  # steps between records
         model: ModelSettings = field(default_factory=ModelSettings)  # architecture
 
-    settings = load(Settings, doc=__doc__)      # python train.py config/tiny.yaml model.n_layer=4
+    settings = load(Settings, doc=__doc__)  # python train.py config/tiny.yaml model.n_layer=4
 
-A dataclass may define `check(self) -> list[str]` for what types cannot state, such as exclusive options.
+Text is what was typed, not what YAML makes of it: `run=exp #2`, `run=007` and, in a file, `run: on`
+name the runs "exp #2", "007" and "on". pydantic converts text to the other types.
+What types cannot state, such as exclusive options, a dataclass finds in `check(self) -> list[str]`.
 """
 
 import ast
 import functools
 import inspect
 import io
-import math
+import json
+import os
+import re
 import sys
 import textwrap
 import tokenize
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, astuple, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from smallgpt.console import UserError
 
 T = TypeVar("T")
-_ALTERNATIVES = (Literal, Union, UnionType)
-_Problem = tuple[str, str]  # the key or section it is about ("" if it may be any), and the message
-_Layer = tuple[str, dict, str | None]  # how its messages begin, its values, the value as typed
+FREE = "may change when a run is resumed"
+FINITE = ConfigDict(allow_inf_nan=False)
+LIMITS = {int: 2**63, float: 2.0**128}  # where int64 and float32 end
+SIGNS = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python spells such bytes of an argument
+BRACKETS = {"[]": list, "{}": dict}
 
 
-class _Key(NamedTuple):
+def _spelled(word: Any) -> str:
+    """Other words for true and false, which YAML has, as Switch spells them."""
+    lower = str(word).lower()
+    if lower in ("yes", "on"):
+        return "true"
+    if lower in ("no", "off"):
+        return "false"
+    return lower
+
+
+Free = Annotated[T, FREE]  # Free[Positive], Free[str]; what is not Free is a run's identity
+Positive = Annotated[int, Ge(1)]
+Count = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+Amount = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+PositiveFraction = Annotated[float, Gt(0), Le(1)]
+Share = Annotated[float, Gt(0), Lt(1)]  # neither none nor all
+Rate = Annotated[float, Ge(0), Lt(1)]  # of dropout, of a moving average
+Switch = Annotated[Literal["auto", "true", "false"], BeforeValidator(_spelled)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+
+
+@dataclass
+class Key:
+    """A setting or a section: a field of a dataclass object, or an item of a mapping."""
+
+    name: str  # dotted: model.n_layer
+    owner: Any  # the object, or the mapping
+    field: str  # n_layer
     hint: Any
-    default: Any
-    owner: type  # the dataclass that declares it
+    free: bool = False
+
+    @property
+    def value(self) -> Any:
+        """What the field holds; an item is only ever set."""
+        return getattr(self.owner, self.field)
+
+    @property
+    def is_section(self) -> bool:
+        return is_dataclass(self.value)
+
+    @property
+    def bare_hint(self) -> Any:
+        """The type without limits and marks."""
+        if get_origin(self.hint) is Annotated:
+            return self.hint.__origin__
+        return self.hint
+
+    @property
+    def item_hint(self) -> Any:
+        """The type of a mapping's items; None if it is no mapping."""
+        if get_origin(self.bare_hint) is not dict:
+            return None
+        _, item = get_args(self.bare_hint)
+        return item
+
+    @property
+    def kind(self) -> str:
+        """The type as people read it: int >= 1, auto|cpu|cuda|mps, str | list[str]."""
+        bare = self.bare_hint
+        if get_origin(bare) is Literal:
+            return "|".join(get_args(bare))
+        limits = []
+        for mark in getattr(self.hint, "__metadata__", ()):
+            sign = SIGNS.get(type(mark))
+            if sign:
+                (limit,) = astuple(mark)
+                limits.append(f" {sign} {limit}")
+        return inspect.formatannotation(bare) + " and".join(limits)
+
+    def set(self, given: Any) -> None:
+        """Set it to text, or to lists and mappings of text. ValueError: what is wrong with it."""
+        if isinstance(given, str):
+            given = self.parse(given)
+        if isinstance(given, dict):
+            given = dotted(given)
+        try:
+            value = TypeAdapter(self.hint, config=FINITE).validate_python(given)
+        except ValidationError:
+            is_list = get_origin(self.bare_hint) is list
+            wanted = f"{self.kind}, written [a, b]" if is_list else self.kind
+            raise ValueError(f"{self.name} must be {wanted}, not {_show(given)}") from None
+        limit = LIMITS.get(type(value))
+        if limit and abs(value) >= limit:
+            raise ValueError(f"{self.name}={given} is too large")
+        if isinstance(self.owner, dict):
+            self.owner[self.field] = value
+        else:
+            setattr(self.owner, self.field, value)
+
+    def parse(self, text: str) -> Any:
+        """[a, b] as a list where the type allows one, {a: b} as a mapping; other text as it is."""
+        if NOT_UTF8.search(text):
+            raise ValueError(f"{self.name}={text!r} is not UTF-8: rename the file or folder")
+        options = (self.bare_hint, *get_args(self.bare_hint))
+        brackets = text[:1] + text[-1:]
+        wanted = BRACKETS.get(brackets)
+        if wanted is None or wanted not in map(get_origin, options):
+            return text
+        try:
+            return yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            _, problem = _explain(error)
+            fix = "put an item in quotes if it holds any of , : # [ ]"
+            raise ValueError(f"{self.name}={text}: {problem}; {fix}") from None
+
+
+Keys = dict[str, Key]  # by their dotted names: run, model, model.n_layer, ...
+Problem = tuple[str, str]  # the key it is about, "" for all of them, and the message
 
 
 def load(schema: type[T], argv: list[str] | None = None, doc: str | None = None) -> T:
-    """Settings from `argv` (default: sys.argv[1:]): at most one YAML path, and key=value. UserError: all problems.
+    """Settings from `argv` (default: sys.argv[1:]): at most one YAML path, and key=value.
 
-    `-h` or `--help` anywhere prints `doc` and every key, and exits with status 0."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "-h" in argv or "--help" in argv:
-        print(
-            _help(schema, doc), flush=True
-        )  # flushed so that `--help | head` breaks the pipe inside `cli`
+    UserError: all problems at once. `-h` or `--help` anywhere prints `doc` and every key and exits
+    with status 0."""
+    words = sys.argv[1:] if argv is None else argv
+    settings = schema()
+    keys = _keys(settings)
+    if "-h" in words or "--help" in words:
+        # flushed, so that `--help | head` breaks the pipe inside console.run
+        print(_help(keys, doc), flush=True)
         raise SystemExit(0)
-    return _build(
-        schema, [arg for arg in argv if "=" not in arg], [arg for arg in argv if "=" in arg]
-    )
+
+    problems: list[Problem] = []
+    paths = [word for word in words if not is_setting(word)]
+    if len(paths) > 1:
+        listed = ", ".join(paths)
+        problems.append(("", f"give one YAML file, not {listed} (settings are written key=value)"))
+    for path in paths:
+        try:
+            layers = read_yaml(Path(path))
+        except UserError as error:
+            problems.append(("", str(error)))
+            continue
+        for file, values in layers.items():
+            problems += _assign(keys, values, where=f"{file}: ")
+    for word in filter(is_setting, words):
+        name, _, text = word.partition("=")
+        problems += _assign(keys, {name: text})
+    broken = [name for name, _ in problems]
+    problems += _check("", settings, broken)
+    for key in keys.values():
+        if key.is_section:
+            problems += _check(f"{key.name}.", key.value, broken)
+
+    messages = [message for _, message in problems]
+    if len(messages) > 1:
+        messages.insert(0, "several problems")
+    if messages:
+        raise UserError("\n  - ".join(messages))
+    return settings
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word of the command line is key=value. `runs/lr=0.1` is a path."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" not in key and "\\" not in key
 
 
 def write(settings: Any, path: str | Path) -> None:
     """Write the settings to `path` as YAML that `load` reads back unchanged, in UTF-8."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(settings)), encoding="utf-8")
+    values = asdict(settings)
+    text = yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=sys.maxsize)
+    Path(path).write_text(text, encoding="utf-8")
 
 
-def _build(schema: type[T], paths: list[str | Path], overrides: list[str]) -> T:
-    problems: list[_Problem] = []
-    if len(paths) > 1:
-        problems.append(
-            ("", f"give one YAML file, not {', '.join(paths)} (settings are written key=value)")
-        )
-    layers = [layer for path in paths for layer in read_yaml(Path(path), problems)]
-    for token in overrides:
-        key, _, text = token.partition("=")
-        try:
-            layers.append(("", OmegaConf.to_container(OmegaConf.from_dotlist([token])), text))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            problems.append(
-                (key, f"{token} cannot be read as YAML ({_brief(error)}): quote the value")
-            )
-    keys = dict(_walk(schema()))
-    config = OmegaConf.structured(schema())
-    for where, values, text in layers:
-        problems += (
-            (name, where + message) for name, message in _assign(config, keys, values, text)
-        )
-    try:
-        settings = OmegaConf.to_object(config)
-        numbers = ((k, v.default) for k, v in _walk(settings) if isinstance(v.default, int | float))
-        wrong = (
-            (k, v) for k, v in numbers if not abs(v) < (2**63 if isinstance(v, int) else math.inf)
-        )  # nan, too
-        problems += ((k, f"{k}={v} is no number to work with") for k, v in wrong)
-        # A refused value left a default in its place: a check that saw it would blame what the user never wrote.
-        broken = [key for key, _ in problems]
-        for section, message in _checks(settings):
-            if not any(key.startswith(section) or section.startswith(key) for key in broken):
-                problems.append((section, message))
-    except (
-        OmegaConfBaseException
-    ) as error:  # ${interpolations} are followed once everything is merged
-        problems.append((error.full_key, f"{error.full_key}: {_brief(error)}"))
-    if problems:
-        heading = ["several problems"] if len(problems) > 1 else []
-        raise UserError("\n  - ".join([*heading, *(message for _, message in problems)]))
-    return settings
+def flat(settings: Any) -> dict[str, Any]:
+    """Every setting by its dotted name: {"run": "pretrain", "model.n_layer": 12, ...}."""
+    found: dict[str, Any] = {}
+    for key in _keys(settings).values():
+        if not key.is_section:
+            found[key.name] = key.value
+    return found
 
 
-def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, _Key]]:
-    hints = get_type_hints(type(section))
-    for f in fields(section):
-        value = getattr(section, f.name)
-        yield prefix + f.name, _Key(hints[f.name], value, type(section))
-        if is_dataclass(value):
-            yield from _walk(value, f"{prefix}{f.name}.")
+def identity(settings: Any) -> dict[str, Any]:
+    """`flat` without what is Free: a run can be resumed by settings of the same identity only."""
+    found = flat(settings)
+    for key in _keys(settings).values():
+        if key.free:
+            found.pop(key.name, None)
+    return found
 
 
-def _assign(
-    config: Any, keys: dict, values: dict, text: str | None, prefix: str = ""
-) -> Iterator[_Problem]:
-    """Set the values, found below `prefix`, in the config; yield what cannot be set."""
+def dotted(values: dict, keys: Collection[str] = (), prefix: str = "") -> dict:
+    """Nested values by dotted names: {"optim": {"lr": 1}} as {"optim.lr": 1}.
+
+    A mapping that is the value of one of `keys` stays whole."""
+    found = {}
     for name, value in values.items():
-        name = f"{prefix}{name}"
-        is_section = name in keys and is_dataclass(keys[name].default)
-        if isinstance(value, dict) and (is_section or (value and name not in keys)):
-            yield from _assign(config, keys, value, text, name + ".")
-        elif name not in keys:
-            yield (
-                name,
-                f"unknown key {name}; did you mean {_nearest(name, keys)}? (--help lists every key)",
-            )
-        elif is_section:
-            inside = next(key for key in keys if key.startswith(f"{name}."))
-            yield name, f"{name} is a section, not a value: set the keys in it, such as {inside}"
+        name = prefix + name
+        if isinstance(value, dict) and value and name not in keys:
+            found |= dotted(value, keys, f"{name}.")
         else:
-            value = "" if (value, text, keys[name].hint) == (None, "", str) else value  # init_from=
-            if isinstance(value, bool | int | float) and _is_text(keys[name].hint):
-                # YAML reads `true` and 007 as no text: they keep the spelling if known, a bool in lower case
-                spelling = str(value) if text is None else text
-                value = spelling.lower() if isinstance(value, bool) else spelling
-            try:
-                OmegaConf.update(
-                    config, name, value, merge=text is not None
-                )  # key=value adds to a mapping
-            except OmegaConfBaseException:
-                yield name, f"{name} must be {_type_name(keys[name].hint)}, not {_show(value)}"
+            found[name] = value
+    return found
 
 
-def _checks(section: Any, prefix: str = "") -> Iterator[_Problem]:
-    for name, value in vars(section).items():
-        if is_dataclass(value):
-            yield from _checks(value, f"{prefix}{name}.")
+def _keys(section: Any, prefix: str = "", free: bool = False) -> Keys:
+    """All settings and sections in a section."""
+    keys: Keys = {}
+    hints = get_type_hints(type(section), include_extras=True)
+    for field, hint in hints.items():
+        marks = getattr(hint, "__metadata__", ())
+        key = Key(prefix + field, section, field, hint, free or FREE in marks)
+        keys[key.name] = key
+        if key.is_section:
+            keys |= _keys(key.value, f"{key.name}.", key.free)
+    return keys
+
+
+def _assign(keys: Keys, values: dict, where: str = "") -> Iterator[Problem]:
+    """Set the values; yield what cannot be set."""
+    leaves = [key.name for key in keys.values() if not key.is_section]
+    for name, value in dotted(values, leaves).items():
+        try:
+            _find(keys, name).set(value)
+        except ValueError as error:
+            yield name, f"{where}{error}"
+
+
+def _find(keys: Keys, name: str) -> Key:
+    """The key of this name, also one that a mapping may have: set.optim.lr, in `set`."""
+    if name in keys and keys[name].is_section:
+        first, *_ = fields(keys[name].value)
+        hint = f"set the keys in it, such as {name}.{first.name}"
+        raise ValueError(f"{name} is a section, not a value: {hint}")
+    if name in keys:
+        return keys[name]
+    for key in keys.values():
+        if key.item_hint and name.startswith(f"{key.name}."):
+            item = name.removeprefix(f"{key.name}.")
+            return Key(name, key.value, item, key.item_hint)
+    *_, last = name.split(".")
+    namesakes = [key.name for key in keys.values() if key.field == last]  # lr -> optim.lr
+    (near,) = get_close_matches(name, namesakes or keys, n=1, cutoff=0.0)
+    raise ValueError(f"unknown key {name}; did you mean {near}? (--help lists every key)")
+
+
+def _check(prefix: str, section: Any, broken: list[str]) -> Iterator[Problem]:
+    """What check() finds in a section without broken keys: it would blame their defaults."""
+    for name in broken:
+        if name.startswith(prefix) or prefix.startswith(name):
+            return
+    label = f"{prefix[:-1]}: " if prefix else ""
     if hasattr(section, "check"):
-        yield from (
-            (prefix, f"{prefix[:-1]}: {text}".removeprefix(": ")) for text in section.check()
-        )
+        for message in section.check():
+            yield prefix, label + message
 
 
-def read_yaml(path: Path, problems: list[_Problem], above: tuple[Path, ...] = ()) -> list[_Layer]:
-    """The file as a layer, after those of its `base:`; adds to `problems`. `above`: the files whose bases led here."""
+class _Loader(getattr(yaml, "CBaseLoader", yaml.BaseLoader)):
+    """YAML whose scalars stay the text that was written. libyaml alone reads [How are you?]."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = []
+        for key, _ in node.value:
+            if key.value in names:
+                twice = f"{key.value} is written twice"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            names.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, above: tuple = ()) -> dict[Path, dict]:
+    """File -> its values, as text: those of the `base:` first. `above`: whose bases led here."""
     chain = (*above, path)
+    if os.path.realpath(path) in map(os.path.realpath, above):
+        circle = " -> ".join(map(str, chain))
+        raise UserError(f"{path}: base: goes in a circle, {circle}")
     try:
-        if path.resolve() in [p.resolve() for p in above]:
-            raise ValueError(f"base: goes in a circle, {' -> '.join(map(str, chain))}")
-        values = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(values, dict):
-            raise ValueError("must hold `key: value` lines, not a list")
-        base = values.pop("base", None)
-        if not isinstance(base, str | None):
-            raise ValueError(f"base must be the path of one YAML file, not {_show(base)}")
-        below = read_yaml(path.parent / base, problems, chain) if base else []
-        return [*below, (f"{path}: ", values, None)]
+        values = yaml.load(path.read_bytes(), _Loader) or {}
     except FileNotFoundError:
-        near = get_close_matches(str(path), map(str, path.parent.glob("*.yaml")), n=1)
+        neighbours = map(str, path.parent.glob("*.yaml"))
+        near = get_close_matches(str(path), neighbours, n=1)
         hint = f"did you mean {near[0]}?" if near else "settings are written key=value"
-        problems.append(
-            ("", f"{f'{above[-1]}: base: ' if above else ''}there is no file {path}; {hint}")
-        )
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        mark = getattr(error, "problem_mark", None)
-        problems.append(("", f"{path}{f':{mark.line + 1}' if mark else ''}: {_brief(error)}"))
-    return []
+        base = f"{above[-1]}: base: " if above else ""
+        raise UserError(f"{base}there is no file {path}; {hint}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        line, problem = _explain(error)
+        raise UserError(f"{path}{line}: {problem}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold `key: value` lines, not a list")
+    base = values.pop("base", "")
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the path of one YAML file, not {_show(base)}")
+    below = {}
+    if base:
+        below = read_yaml(path.parent / base, chain)
+    return {**below, path: values}
 
 
-def _nearest(name: str, keys: dict[str, _Key]) -> str:
-    """The valid key most like `name`; one with the same last part if there is any (`lr` -> `optim.lr`)."""
-    namesakes = [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    return get_close_matches(name, namesakes or keys, n=1, cutoff=0.0)[0]
-
-
-def _brief(error: Exception) -> str:
-    text = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error)
-    return text.partition("\n")[0]
-
-
-def _is_text(hint: Any) -> bool:
-    """Whether nothing but text or null fits: str, a Literal of strings, either of them optional."""
-    if get_origin(hint) in _ALTERNATIVES:
-        return all(map(_is_text, get_args(hint)))
-    return hint in (str, NoneType) or isinstance(hint, str)
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) in _ALTERNATIVES:
-        return "|".join(map(_type_name, get_args(hint)))
-    name = hint.__name__ if inspect.isclass(hint) else str(hint).removeprefix("typing.")
-    return name.replace("NoneType", "null")
+def _explain(error: yaml.YAMLError) -> tuple[str, str]:
+    """(":LINE" or "", what is wrong there)."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f":{error.problem_mark.line + 1}", error.problem
+    return "", str(error).partition("\n")[0]
 
 
 def _show(value: Any) -> str:
-    """The value as it would be written in YAML, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=sys.maxsize)
-    return text.removesuffix("...\n").strip()
+    """A value on one line; text is shown as it is."""
+    if isinstance(value, str):
+        return value or "''"
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _help(schema: type, doc: str | None) -> str:
-    keys = dict(_walk(schema()))
-    width = max(map(len, keys))
-    usage = f"\nusage: python {Path(sys.argv[0]).name} [SETTINGS.yaml] [key=value ...]\n"
+def _help(keys: Keys, doc: str | None) -> str:
+    script = Path(sys.argv[0]).name
+    usage = f"\nusage: python {script} [SETTINGS.yaml] [key=value ...]\n"
     lines = [inspect.cleandoc(doc or ""), usage]
-    for name, (hint, default, owner) in keys.items():
-        meaning = _meanings(owner)[name.rpartition(".")[2]]
-        if is_dataclass(default):
+    width = max(map(len, keys))
+    for name, key in keys.items():
+        meaning = _meanings(type(key.owner))[key.field]
+        if key.is_section:
             lines.append(f"\n{name}: {meaning}")
         else:
-            lines.append(
-                f"  {name:<{width}}  {_show(default):<10}  {_type_name(hint):<12}  {meaning}"
-            )
+            default = _show(key.value)
+            lines.append(f"  {name:<{width}}  {default:<11}  {key.kind:<22}  {meaning}")
     return "\n".join(lines).strip()
 
 
 @functools.cache
 def _meanings(cls: type) -> dict[str, str]:
-    """Field -> the comment beside it in the source of the dataclass, or of the dataclass it inherits from."""
-    meanings = {}
+    """Field -> the comment beside it, in the source of the dataclass or one it inherits from."""
+    meanings: dict[str, str] = {}
     for base in filter(is_dataclass, reversed(cls.__mro__)):
         source = textwrap.dedent(inspect.getsource(base))
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        comments: dict[int, str] = {}  # line -> its comment
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                line, _ = token.start
+                comments[line] = token.string.lstrip("# ")
         for node in ast.parse(source).body[0].body:
             if isinstance(node, ast.AnnAssign):
                 lines = range(node.lineno, node.end_lineno + 1)
-                meanings[node.target.id] = " ".join(
-                    comments[line] for line in lines if line in comments
-                )
+                found = [comments[line] for line in lines if line in comments]
+                meanings[node.target.id] = " ".join(found)
     return meanings

@@ -1,15 +1,15 @@
-"""Text to token ids and back: characters, trained byte-level BPE, or an encoding published with tiktoken.
+"""Text to token ids and back: characters, trained byte-level BPE, or an encoding published with
+tiktoken.
 
-Every tokenizer here is one `tiktoken.Encoding` over bytes. So any text comes back exactly (lone surrogates as U+FFFD;
-capitals as small letters where `lowercase` is asked for), there is no <unk>, and text that spells a special token is
-encoded like any other: nobody can type the end of a dialogue. The special ids follow the ordinary ones.
-"""
+Every tokenizer here is one `tiktoken.Encoding` over bytes. So any text comes back exactly (lone
+surrogates as U+FFFD; capitals as small letters where `lowercase` is set), and there is no <unk>.
+Text that spells a special token is encoded like any other: nobody can type the end of a dialogue.
+The special ids follow the ordinary ones."""
 
 import base64
 import codecs
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,27 +21,24 @@ import numpy as np
 import tiktoken
 
 from smallgpt.console import UserError
+from smallgpt.files import write_atomic
+from smallgpt.settings import Count, Positive
 
 FORMAT = 1  # of tokenizer.json
-SPECIALS = (
-    "<|bos|>",
-    "<|sep|>",
-    "<|end|>",
-    "<|pad|>",
-    "<|cls|>",
-    "<|pair|>",
-)  # the last two are kept for later
+# the last two are for classifiers
+SPECIALS = ("<|bos|>", "<|sep|>", "<|end|>", "<|pad|>", "<|cls|>", "<|pair|>")
 BYTES = [bytes([b]) for b in range(256)]
-# The printable character that GPT-2's files (and Hugging Face's ByteLevel) write for each byte, in id order.
-STAND_INS = {chr(b): b for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))}
-STAND_INS |= {
-    chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(STAND_INS.values())))
-}
+# The printable character that GPT-2's files (and Hugging Face's ByteLevel) write for each byte, in
+# id order: itself, or one from 256 on.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+UNPRINTABLE = sorted(set(range(256)) - set(PRINTABLE))
+STAND_INS = {chr(byte): byte for byte in PRINTABLE}
+STAND_INS |= {chr(256 + i): byte for i, byte in enumerate(UNPRINTABLE)}
 
 CHAR_PATTERN = r"(?s:.)"
-# No token crosses these pieces, as in GPT-2 and GPT-4. Han is kept apart from other letters, as Chinese puts
-# no space around a Latin word. There is no look-around: the match is linear in time, and a million spaces
-# cannot overflow the regex engine's stack as they do in GPT-4's pattern.
+# No token crosses these pieces, as in GPT-2 and GPT-4. Han is kept apart from other letters, as
+# Chinese puts no space around a Latin word. There is no look-around: the match is linear in time,
+# and a million spaces cannot overflow the regex engine's stack as they do in GPT-4's pattern.
 BPE_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)"  # it's, we'll
     r"| ?[\p{L}\p{M}&&[^\p{Han}]]+"  # a word with the space before it
@@ -53,8 +50,8 @@ BPE_PATTERN = (
 @dataclass
 class TokenizerSettings:
     kind: str = "char"  # char | bpe | a tiktoken encoding such as gpt2 or cl100k_base
-    vocab_size: int = 8192  # upper limit, special tokens included (char, bpe)
-    min_count: int = 2  # characters seen fewer times are spelled in bytes (char)
+    vocab_size: Positive = 8192  # upper limit, special tokens included (char, bpe)
+    min_count: Count = 2  # characters seen fewer times are spelled in bytes (char)
     lowercase: bool = False  # read all text in lower case, as the uncased BERT does (char, bpe)
 
     def check(self) -> list[str]:
@@ -71,8 +68,10 @@ class TokenizerSettings:
 
 
 class Tokenizer:
-    """An immutable vocabulary. `ranks[i]` is what id i spells, in merge order; b"" is an id that nobody uses.
-    `specials` are an encoding's own; ours follow. ValueError where the parts would not be lossless."""
+    """An immutable vocabulary.
+
+    `ranks[i]` is what id i spells, in merge order; b"" is an id that nobody uses. `specials` are an
+    encoding's own; ours follow. ValueError where the parts would not be lossless."""
 
     def __init__(
         self,
@@ -82,36 +81,42 @@ class Tokenizer:
         specials: dict[str, int],
         lowercase: bool = False,
     ) -> None:
-        first = max([len(ranks), *(i + 1 for i in specials.values())])
-        specials = {name: first + i for i, name in enumerate(SPECIALS)} | specials
-        names = {i: name for name, i in specials.items()}
-        ids = {token: i for i, token in enumerate(ranks) if token}
-        distinct = len(ids) == len(ranks) - ranks.count(b"") and len(names) == len(specials)
-        if not distinct or names.keys() & ids.values() or not ids.keys() >= set(BYTES):
+        n_ordinary = max([len(ranks), *(id + 1 for id in specials.values())])
+        ours = {name: n_ordinary + i for i, name in enumerate(SPECIALS)}
+        specials = ours | specials
+        names = {id: name for name, id in specials.items()}
+        ids = {token: id for id, token in enumerate(ranks) if token}
+        if not _is_lossless(ranks, ids, specials):
             raise ValueError(
                 "two tokens share an id or a spelling, or one of the 256 bytes is missing"
             )
-        self.kind, self.lowercase = kind, lowercase
+        self.kind = kind
+        self.lowercase = lowercase
         self.vocab_size = max(names) + 1
-        self.bos, self.sep, self.end, self.pad, self.cls, self.pair = (
-            specials[name] for name in SPECIALS
-        )
+        special_ids = [specials[name] for name in SPECIALS]
+        self.bos, self.sep, self.end, self.pad, self.cls, self.pair = special_ids
         self.encoding = tiktoken.Encoding(
             kind, pat_str=pattern, mergeable_ranks=ids, special_tokens=specials
         )
-        spellings = [base64.b64encode(token).decode("ascii") for token in ranks]
-        self._content = dict(
-            format=FORMAT, kind=kind, pattern=pattern, ranks=spellings, specials=specials
-        )
-        self._content |= {"lowercase": True} if lowercase else {}
+        self._content = {
+            "format": FORMAT,
+            "kind": kind,
+            "pattern": pattern,
+            "ranks": [base64.b64encode(token).decode("ascii") for token in ranks],
+            "specials": specials,
+        }
+        if lowercase:
+            self._content["lowercase"] = True
         self.hash = _hash(self._content)
-        # Dictionaries, so that a negative id (an ignored target) is a KeyError and not the last token.
+        # Dictionaries: a negative id (an ignored target) is a KeyError, not the last token.
         self._spelled = dict.fromkeys(range(self.vocab_size), b"") | dict(enumerate(ranks))
-        self._named = self._spelled | {i: name.encode("utf-8") for i, name in names.items()}
+        self._named = self._spelled | {id: name.encode("utf-8") for id, name in names.items()}
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; never a special id, whatever the text spells."""
-        return self.encoding.encode_ordinary(text.lower() if self.lowercase else text)
+        if self.lowercase:
+            text = text.lower()
+        return self.encoding.encode_ordinary(text)
 
     def encode_dialogue(self, turns: Sequence[str]) -> list[int]:
         """[bos] turn [sep] turn ... turn [end]"""
@@ -124,51 +129,54 @@ class Tokenizer:
 
     def encode_dialogues(self, batch: Iterable[Sequence[str]]) -> np.ndarray:
         """Many dialogues one after the other, uint32 (n_tokens,)."""
-        return np.fromiter(chain.from_iterable(map(self.encode_dialogue, batch)), dtype=np.uint32)
+        ids = chain.from_iterable(map(self.encode_dialogue, batch))
+        return np.fromiter(ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int], errors: str = "replace", specials: bool = False) -> str:
-        """The text of ids; special tokens are left out, or written by name if `specials`. `errors` is that of
-        bytes.decode, for ids that end inside a character. KeyError for an id outside the vocabulary."""
-        table = self._named if specials else self._spelled
-        return b"".join(table[int(i)] for i in ids).decode("utf-8", errors)
+        """The text of ids; special tokens are left out, or written by name if `specials`.
+
+        `errors` is that of bytes.decode, for ids that end inside a character. KeyError for an id
+        outside the vocabulary."""
+        spelling = self._named if specials else self._spelled
+        utf8 = b"".join(spelling[int(id)] for id in ids)
+        return utf8.decode("utf-8", errors)
 
     def stream(self) -> "StreamDecoder":
         """A decoder for ids that arrive one at a time."""
         return StreamDecoder(self._spelled)
 
     def token_bytes(self) -> np.ndarray:
-        """int64 (vocab_size,): the bytes of a chat file that each id stands for; sep is a newline, end that
-        and a blank line. So bits per byte can be compared between any two tokenizers that keep capitals."""
-        sizes = np.array([len(self._spelled[i]) for i in range(self.vocab_size)], dtype=np.int64)
-        sizes[self.sep], sizes[self.end] = 1, 2
+        """int64 (vocab_size,): the bytes of a chat file that each id stands for.
+
+        So bits per byte can be compared between any two tokenizers that keep capitals."""
+        lengths = [len(self._spelled[id]) for id in range(self.vocab_size)]
+        sizes = np.array(lengths, dtype=np.int64)
+        sizes[self.sep] = 1  # a newline
+        sizes[self.end] = 2  # a newline and a blank line
         return sizes
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json, atomically: a reader sees the old file or the new one, never a part."""
-        partial = Path(f"{path}.{os.getpid()}.tmp")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(self._content | {"hash": self.hash}, file, indent=0)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        """Write tokenizer.json at once: a reader sees the old file or the new one, never a part."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = self._content | {"hash": self.hash}
+        write_atomic(path, json.dumps(content, indent=0))
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read what `save` wrote. UserError naming the file where it is missing, damaged or edited."""
+        """Read what `save` wrote. UserError names a file that is missing, damaged or edited."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise ValueError(f"it is not a tokenizer of format {FORMAT}")
             if content.pop("hash", None) != _hash(content):
                 raise ValueError("its content does not match its hash")
-            ranks = [base64.b64decode(token) for token in content["ranks"]]
             return cls(
                 content["kind"],
                 content["pattern"],
-                ranks,
-                content["specials"],
-                content.get("lowercase", False),
+                ranks=[base64.b64decode(token) for token in content["ranks"]],
+                specials=content["specials"],
+                lowercase=content.get("lowercase", False),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -195,42 +203,55 @@ class StreamDecoder:
 def train(
     settings: TokenizerSettings, texts: Callable[[], Iterable[str]] | Iterable[str]
 ) -> Tokenizer:
-    """The tokenizer that the settings ask for, from one pass over the texts (one utterance each); a published encoding
-    reads none. Repeatable; memory does not grow with the texts; the vocabulary may stay smaller than vocab_size."""
-    if problems := settings.check():
+    """The tokenizer of these settings, from one pass over the texts (one utterance each).
+
+    A published encoding reads none. Repeatable; memory does not grow with the texts; the vocabulary
+    may stay smaller than vocab_size."""
+    problems = settings.check()
+    if problems:
         raise UserError("; ".join(problems))
     if settings.kind not in ("char", "bpe"):
         return named(settings.kind)
-    texts = texts() if callable(texts) else texts
-    texts = map(str.lower, texts) if settings.lowercase else texts
+    if callable(texts):
+        texts = texts()
+    if settings.lowercase:
+        texts = map(str.lower, texts)
     room = settings.vocab_size - len(BYTES) - len(SPECIALS)
     if settings.kind == "char":
-        pattern, ranks = CHAR_PATTERN, BYTES + _characters(texts, room, settings.min_count)
+        pattern = CHAR_PATTERN
+        learned = _characters(texts, room, settings.min_count)
     else:
-        pattern, ranks = BPE_PATTERN, BYTES + _merges(texts, room)
-    return Tokenizer(settings.kind, pattern, ranks, {}, settings.lowercase)
+        pattern = BPE_PATTERN
+        learned = _merges(texts, room)
+    return Tokenizer(settings.kind, pattern, BYTES + learned, {}, settings.lowercase)
 
 
 def named(kind: str) -> Tokenizer:
     """An encoding published with tiktoken, which downloads it once. It keeps all of its own ids."""
-    if problems := TokenizerSettings(kind).check():
+    problems = TokenizerSettings(kind=kind).check()
+    if problems:
         raise UserError(problems[0])
     try:
         encoding = tiktoken.get_encoding(kind)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # the exceptions of requests are OSErrors that know their request
-        fix = str(error)
-        if request := getattr(error, "request", None):
-            name = hashlib.sha1(
-                request.url.encode("utf-8")
-            ).hexdigest()  # its name in tiktoken's cache
-            fix = f"save {request.url} as {name} in a folder, and set TIKTOKEN_CACHE_DIR to that folder"
-        raise UserError(f"the tokenizer {kind} could not be downloaded: {fix}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer {kind} could not be downloaded: {_fix_download(error)}"
+        ) from error
     token_of = {rank: token for token, rank in encoding._mergeable_ranks.items()}
     ranks = [token_of.get(rank, b"") for rank in range(max(token_of) + 1)]
     return Tokenizer(kind, encoding._pat_str, ranks, encoding._special_tokens)
+
+
+def _fix_download(error: Exception) -> str:
+    """How to get tiktoken's file by other means; the error itself where it names no address."""
+    request = getattr(error, "request", None)  # the exceptions of requests know their request
+    if request is None:
+        return str(error)
+    name_in_cache = hashlib.sha1(request.url.encode("utf-8")).hexdigest()
+    return (
+        f"save {request.url} as {name_in_cache} in a folder, "
+        "and set TIKTOKEN_CACHE_DIR to that folder"
+    )
 
 
 def bytes_of(token: str) -> bytes:
@@ -241,42 +262,68 @@ def bytes_of(token: str) -> bytes:
 def _characters(texts: Iterable[str], room: int, min_count: int) -> list[bytes]:
     """The frequent characters beyond ASCII, most frequent first."""
     counts = Counter(chain.from_iterable(texts))
-    frequent = sorted((c for c in counts if counts[c] >= min_count), key=lambda c: (-counts[c], c))
+    frequent = [c for c, count in counts.items() if count >= min_count]
+    frequent.sort(key=lambda c: (-counts[c], c))
     spelled = [c.encode("utf-8", "ignore") for c in frequent]
-    return [token for token in spelled if len(token) > 1][
-        :room
-    ]  # one byte is ASCII, none a lone surrogate
+    beyond_ascii = [token for token in spelled if len(token) > 1]  # no byte: a lone surrogate
+    return beyond_ascii[:room]
 
 
 def _merges(texts: Iterable[str], room: int) -> list[bytes]:
     """The merged tokens of byte-level BPE, in the order in which they were learned."""
     import tokenizers as hf  # only training needs it
 
-    split = hf.pre_tokenizers.Split(hf.Regex(BPE_PATTERN), "isolated")
-    spell = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = hf.Tokenizer(hf.models.BPE())
-    bpe.pre_tokenizer = hf.pre_tokenizers.Sequence([split, spell])
-    options = dict(min_frequency=2, initial_alphabet=list(STAND_INS), show_progress=False)
-    trainer = hf.trainers.BpeTrainer(vocab_size=len(BYTES) + room, **options)
+    bpe.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [
+            hf.pre_tokenizers.Split(hf.Regex(BPE_PATTERN), "isolated"),
+            hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=len(BYTES) + room,
+        min_frequency=2,
+        initial_alphabet=list(STAND_INS),
+        show_progress=False,
+    )
     bpe.train_from_iterator(_sample(texts), trainer)
     vocab = bpe.get_vocab()
-    return [bytes_of(token) for token in sorted(vocab, key=vocab.__getitem__) if len(token) > 1]
+    in_merge_order = sorted(vocab, key=vocab.__getitem__)
+    return [bytes_of(token) for token in in_merge_order if len(token) > 1]
 
 
 def _sample(texts: Iterable[str], limit: int = 8_000_000) -> list[str]:
-    """Texts from all over, at most `limit` characters (BPE then takes under 1 GB and half a minute). When
-    there are more, half is dropped and half of what follows: at random, since speakers alternate."""
-    rng, chance, kept, size = random.Random(0), 1.0, [], 0
+    """Texts from all over, at most `limit` characters: BPE then takes under 1 GB and half a minute.
+
+    When there are more, half is dropped and half of what follows: at random, since speakers
+    alternate.
+    """
+    rng = random.Random(0)
+    chance = 1.0
+    sample: list[str] = []
+    size = 0
     for text in texts:
         if rng.random() < chance:
-            kept.append(text.encode("utf-8", "replace").decode("utf-8"))  # no lone surrogates
+            without_surrogates = text.encode("utf-8", "replace").decode("utf-8")
+            sample.append(without_surrogates)
             size += len(text)
-        if size > limit and len(kept) > 1:
+        if size > limit and len(sample) > 1:
             chance /= 2
-            kept = kept[:1] + [text for text in kept[1:] if rng.random() < 0.5]
-            size = sum(map(len, kept))
-    return kept
+            first, *others = sample
+            sample = [first, *(text for text in others if rng.random() < 0.5)]
+            size = sum(map(len, sample))
+    return sample
+
+
+def _is_lossless(ranks: Sequence[bytes], ids: dict[bytes, int], specials: dict[str, int]) -> bool:
+    """Has every token, ordinary or special, an id of its own, and every byte one?"""
+    n_used = len(ranks) - ranks.count(b"")
+    special_ids = set(specials.values())
+    spellings_differ = len(ids) == n_used
+    ids_differ = len(special_ids) == len(specials) and special_ids.isdisjoint(ids.values())
+    return spellings_differ and ids_differ and ids.keys() >= set(BYTES)
 
 
 def _hash(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

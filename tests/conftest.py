@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, TINY, Result, Started, child, free_port
+from helpers import ENV, ROOT, TINY, Result, Started, child, free_port, mistake
+from smallgpt import console
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +98,18 @@ def start_ranks(start) -> Callable[..., list[Started]]:
 @pytest.fixture(scope="session")
 def run_ranks(start_ranks) -> Callable[..., list[Result]]:
     return lambda size, argv, **kw: [p.wait() for p in start_ranks(size, argv, **kw)]
+
+
+@pytest.fixture
+def mistake_of(monkeypatch, capsys) -> Callable[..., str]:
+    """mistake_of(train.main, args) -> the message of a command that must end as a user's mistake
+    does; in this process, a tenth of the time of one of its own."""
+
+    def mistake_of(main: Callable[[], int | None], argv: list[str]) -> str:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            console.run(main)
+        return mistake(Result(end.value.code, *capsys.readouterr()))
+
+    return mistake_of

@@ -5,9 +5,11 @@ already (the fixture `start`): they are processes like any other, with their own
 and can be killed. What depends on how a user starts a script (torchrun, a terminal) goes through the real command.
 """
 
+import csv
 import importlib
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -100,6 +102,14 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = 60) ->
     while not condition():
         assert time.monotonic() < end, f"waited {timeout} s in vain for {what}"
         time.sleep(0.005)
+
+
+def drawn_seed() -> random.Random:
+    """Moments that differ from run to run; the seed is printed where the test fails, and
+    SMALLGPT_SEED sets it."""
+    seed = int(os.environ.get("SMALLGPT_SEED", time.time_ns()))
+    print(f"SMALLGPT_SEED={seed}")
+    return random.Random(seed)
 
 
 def free_port() -> int:
@@ -195,3 +205,11 @@ def steps(folder: Path) -> list[int]:
 
 
 DATA = Path(os.environ.get("SMALLGPT_DATA", ROOT.parent / "shared" / "data"))
+
+
+def write_csv(
+    path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")
+) -> Path:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path

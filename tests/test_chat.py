@@ -1,5 +1,6 @@
 """chat.py as its users use it: piped, and in a terminal (a pty)."""
 
+import io
 import json
 import os
 import pty
@@ -14,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+import chat
 from helpers import ENV, ROOT, Result, mistake
+from smallgpt import settings
+from smallgpt.console import UserError
 from smallgpt.text import tokens
 
 
@@ -107,7 +111,7 @@ def test_commands(talk, tmp_path):
 @pytest.mark.parametrize(
     "command, says",
     [
-        ("/set temperature=-1", "temperature=-1.0 must be at least 0.001, or 0"),
+        ("/set temperature=-1", "temperature must be float >= 0 and <= 1000, not -1"),
         ("/set temprature=1", "did you mean temperature"),
         ("/set top_k=many", "top_k must be int"),
         ("/set warm", "/set KEY=VALUE ..., not warm"),
@@ -154,18 +158,57 @@ def test_settings_in_a_file(run, model, tmp_path):
         (["/no/such/run"], "(no step-... folder) in /no/such/run"),
         (["{empty}"], "there is no checkpoint"),
         (["{empty}/step-00000001"], "step-00000001"),
-        (["{model}", "sample.top_p=2"], "top_p=2.0 must be in (0, 1]"),
+        (["{model}", "sample.top_p=2"], "sample.top_p must be float > 0 and <= 1, not 2"),
         (["{model}", "device=cuda"], "GPU"),
         (["{model}", "{model}"], "one model at a time"),
         (["{model}", "temperature=1"], "did you mean sample.temperature"),
-        (["{model}", "sample.temperature=nan"], "sample.temperature=nan is no number"),
+        (["{model}", "sample.temperature=nan"], "sample.temperature must be float >= 0"),
         (["{model}", "sample.temperature=1e-40"], "must be at least 0.001, or 0"),
+        (["{model}", "sample.temperature=1e39"], "must be float >= 0 and <= 1000, not 1e39"),
+        (["\udcc6\udcc0"], "is not UTF-8: rename the file or folder"),
     ],
 )
-def test_mistakes(run, model, tmp_path, args, says):
-    assert says in mistake(
-        run("chat", [a.format(empty=tmp_path, model=model) for a in args], stdin="hi\n")
-    )
+def test_mistakes(model, tmp_path, monkeypatch, args, says):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    monkeypatch.setattr(sys, "argv", ["chat.py"])
+    sys.argv += [arg.format(empty=tmp_path, model=model) for arg in args]
+    with pytest.raises(UserError) as error:
+        chat.main()
+    assert says in str(error.value)
+
+
+def test_a_closed_standard_input_is_a_mistake(model, monkeypatch):
+    """Regression: `python chat.py RUN <&-` ended in an AttributeError: sys.stdin is None then."""
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(model)])
+    with pytest.raises(UserError, match="standard input is closed"):
+        chat.main()
+
+
+@pytest.mark.parametrize(
+    "path", ["/a/run #7", "runs/lr=0.1", "/a/b=c/step-00000001", "a: b", "007", "{x}", "[a]", "on"]
+)
+def test_the_path_of_a_model_arrives_as_typed(path):
+    """Regression: "/a/run #7" opened /a/run, and a path with = in it was taken for a setting."""
+    argv = chat.name_checkpoint(["config/x.yaml", path, "sample.seed=1", "--help"])
+    assert argv == ["config/x.yaml", f"checkpoint={path}", "sample.seed=1", "--help"]
+    assert settings.load(chat.ChatSettings, argv[1:2]).checkpoint == path
+
+
+def test_a_model_in_a_folder_with_an_odd_name(run, model, tmp_path):
+    odd = shutil.copytree(model, tmp_path / "lr=0.1 #2" / "on")
+    result = run("chat", [odd, "sample.max_tokens=4"], stdin="hi\n")
+    assert (result.status, result.err) == (0, "") and result.out.strip()
+
+
+def test_without_a_home_folder_no_history_is_kept(monkeypatch):
+    """Regression: HOME unset and an unknown uid, as in a container, ended in a RuntimeError."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    chat.line_editing()
 
 
 class Terminal:
@@ -199,7 +242,7 @@ class Terminal:
 
 
 def test_a_terminal_session(tmp_path_factory, tiny, run, tmp_path):
-    """Ctrl-C stops a long reply and the session goes on; Ctrl-D leaves with status 0; history is kept."""
+    """Ctrl-C stops a long reply and the session goes on; Ctrl-D leaves with 0; history is kept."""
     out = tmp_path_factory.mktemp("long")
     # a model that has not learned to stop, with room for many seconds of talk
     args = tiny(

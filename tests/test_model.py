@@ -14,7 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, IGNORE, GPTClassifier, GPTConfig, LinearCrossEntropy, softmax_slice
+from model import (
+    GPT,
+    IGNORE,
+    GPTClassifier,
+    GPTConfig,
+    LinearCrossEntropy,
+    cross_entropy_slice,
+)
 from smallgpt.runs.metrics import flops_per_token
 
 torch.set_num_threads(
@@ -289,7 +296,7 @@ def test_more_than_block_size_is_refused_with_both_numbers():
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return LinearCrossEntropy.apply(h, weight, targets, weight.dtype, softmax_slice)
+    return LinearCrossEntropy.apply(h, weight, targets, weight.dtype, cross_entropy_slice)
 
 
 def test_loss_and_gradients_equal_cross_entropy_over_many_slices():

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from model import GPT, GPTClassifier, GPTConfig
+from smallgpt import settings
 from smallgpt.console import UserError
-from smallgpt.optim import OptimSettings, lr_factor, make_optimizers, set_lr, update
+from smallgpt.optim import OptimSettings, check_finite, lr_factor, make_optimizers, set_lr, update
 from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.world import World
 
 torch.set_num_threads(
     1
@@ -87,6 +89,11 @@ def test_the_warm_up_is_at_most_a_third_of_the_run():
     )
 
 
+def named(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, as a strategy hands them out."""
+    return dict(model.named_parameters())
+
+
 class Scaler:
     """Of float16, whose gradients are never finite."""
 
@@ -110,12 +117,13 @@ def test_float16_that_finds_no_scale_ends():
     with pytest.raises(UserError, match="no scale gives finite gradients in float16"):
         scaler = Scaler()
         for step in range(100):
-            update([], scaler, lambda norm: torch.tensor(math.nan), 1.0, 2.0, step, 0)
+            check_finite(2.0, math.nan, scaler, step, 0)
+            update([], scaler, math.nan)
     assert 30 < step < 50
 
 
 def test_set_lr_scales_every_group_and_answers_with_the_rate():
-    optimizers = make_optimizers(GPT(TINY), OptimSettings(name="muon", lr=0.02))
+    optimizers = make_optimizers(named(GPT(TINY)), OptimSettings(name="muon", lr=0.02))
     for factor in (0.5, 0.25, 1.0):  # always from the peak, not from the last rate
         assert set_lr(optimizers, factor) == pytest.approx(0.02 * factor)
         assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.02 * factor}
@@ -129,7 +137,7 @@ def test_set_lr_scales_every_group_and_answers_with_the_rate():
 def test_every_parameter_is_optimised_once(name, tie_weights):
     """A tied matrix has two names in the model and must still be stepped once."""
     model = GPTClassifier(GPT(replace(TINY, tie_weights=tie_weights)), n_classes=2)
-    params = all_params(make_optimizers(model, OptimSettings(name=name)))
+    params = all_params(make_optimizers(named(model), OptimSettings(name=name)))
     assert len(params) == len({id(p) for p in params})
     assert names_of(params, model) == {n for n, _ in model.named_parameters()}
 
@@ -137,7 +145,7 @@ def test_every_parameter_is_optimised_once(name, tie_weights):
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
     """Not the embeddings, the LM head or the classification head: their rows are looked up, or are classes."""
     model = GPTClassifier(GPT(replace(TINY, tie_weights=False, mlp="swiglu")), n_classes=2)
-    adamw, muon = make_optimizers(model, OptimSettings(name="muon"))
+    adamw, muon = make_optimizers(named(model), OptimSettings(name="muon"))
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
     parts = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.gate", "mlp.proj")
     assert names_of(all_params([muon]), model) == {
@@ -155,7 +163,9 @@ def test_only_matrices_and_embeddings_decay(name):
             p.add_(0.1)  # biases are 0 at first, and 0 does not show decay
             p.grad = torch.zeros_like(p)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for optimizer in make_optimizers(model, OptimSettings(name=name, lr=0.1, weight_decay=0.5)):
+    for optimizer in make_optimizers(
+        named(model), OptimSettings(name=name, lr=0.1, weight_decay=0.5)
+    ):
         optimizer.step()
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), before[n] * (0.95 if p.dim() == 2 else 1.0), msg=n)
@@ -170,7 +180,7 @@ def test_frozen_parameters_are_left_alone(name):
     model.head.requires_grad_(True)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizers = make_optimizers(model, OptimSettings(name=name))
+    optimizers = make_optimizers(named(model), OptimSettings(name=name))
     assert names_of(all_params(optimizers), model) == trainable
 
     model(torch.randint(64, (3, 8)), torch.tensor([8, 4, 1])).logsumexp(-1).sum().backward()
@@ -193,12 +203,12 @@ def train_only(wanted: str) -> torch.nn.Module:
 @both
 def test_a_head_alone_can_be_trained(name):
     """Nothing for Muon, no norms and no biases: no optimizer or group is made of nothing."""
-    (adamw,) = make_optimizers(train_only("head."), OptimSettings(name=name))
+    (adamw,) = make_optimizers(named(train_only("head.")), OptimSettings(name=name))
     assert len(adamw.param_groups) == len(all_params([adamw])) == 1
 
 
 def test_matrices_of_blocks_alone_can_be_trained_by_muon():
-    (muon,) = make_optimizers(train_only("blocks."), OptimSettings(name="muon"))
+    (muon,) = make_optimizers(named(train_only("blocks.")), OptimSettings(name="muon"))
     assert len(all_params([muon])) == 12
 
 
@@ -209,7 +219,7 @@ def test_matrices_of_blocks_alone_can_be_trained_by_muon():
 def test_a_batch_is_learned_by_heart(name):
     torch.manual_seed(0)
     model, idx = GPT(TINY), torch.randint(64, (4, 16))
-    optimizers = make_optimizers(model, OptimSettings(name=name, lr=0.01, warmup=0))
+    optimizers = make_optimizers(named(model), OptimSettings(name=name, lr=0.01, warmup=0))
     losses = []
     for step in range(60):
         set_lr(optimizers, lr_factor(step, 60, OptimSettings(warmup=5)))
@@ -226,12 +236,12 @@ def test_clipping_measures_the_norm_of_the_whole_gradient_before_it_scales():
     model, idx = GPT(TINY), torch.randint(64, (2, 16))
     model(idx, idx).backward()
     before = torch.cat([p.grad.flatten() for p in model.parameters()])
-    strategy = Single(model, world=None)
-    assert strategy.clip(0.0) == pytest.approx(before.norm().item())
+    strategy = Single(model, World(0, 1, torch.device("cpu")), torch.float32)
+    assert strategy.clip([], 0.0) == pytest.approx(before.norm().item())
     assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), before), (
         "0 only measures"
     )
-    assert strategy.clip(0.5) == pytest.approx(before.norm().item())
+    assert strategy.clip([], 0.5) == pytest.approx(before.norm().item())
     after = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(after, before * 0.5 / before.norm())
 
@@ -239,15 +249,17 @@ def test_clipping_measures_the_norm_of_the_whole_gradient_before_it_scales():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"lr": 0.0}, "lr=0.0 must be positive"),
-        ({"min_lr": 1.5}, "min_lr=1.5 is a fraction, from 0 to 1"),
-        ({"decay": -0.1}, "decay=-0.1 is a fraction, from 0 to 1"),
-        ({"warmup": -1}, "warmup=-1 must not be negative"),
-        ({"clip": -1.0}, "clip=-1.0 must not be negative"),  # it turned the gradient round
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must not be negative"),
-        ({"beta2": 1.0}, "beta1=0.9 and beta2=1.0 must be in [0, 1)"),
+        ("lr=0.0", "lr must be float > 0, not 0.0"),
+        ("min_lr=1.5", "min_lr must be float >= 0 and <= 1, not 1.5"),
+        ("decay=-0.1", "decay must be float >= 0 and <= 1, not -0.1"),
+        ("warmup=-1", "warmup must be int >= 0, not -1"),
+        ("clip=-1.0", "clip must be float >= 0, not -1.0"),  # it turned the gradient round
+        ("weight_decay=-0.1", "weight_decay must be float >= 0, not -0.1"),
+        ("beta2=1.0", "beta2 must be float >= 0 and < 1, not 1.0"),
     ],
 )
-def test_check_names_the_problem(change, problem):
-    assert OptimSettings().check() == []
-    assert OptimSettings(**change).check() == [problem]
+def test_limits_are_in_the_types(change, problem):
+    assert settings.load(OptimSettings, []) == OptimSettings()
+    with pytest.raises(UserError) as error:
+        settings.load(OptimSettings, [change])
+    assert str(error.value) == problem

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from smallgpt import settings
+from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings, one_line, pick, replies
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer, TokenizerSettings, train
 
@@ -159,20 +161,26 @@ def test_half_precision_scores_are_compared_in_full_precision():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        ("temperature=-0.1", "temperature must be float >= 0 and <= 1000, not -0.1"),
         (
-            {"temperature": -0.1},
-            "temperature=-0.1 must be at least 0.001, or 0: always the likeliest token",
+            "temperature=0.0001",
+            "temperature=0.0001 must be at least 0.001, or 0: always the likeliest token",
         ),
-        ({"top_k": -1}, "top_k=-1 must not be negative"),
-        ({"top_p": 0.0}, "top_p=0.0 must be in (0, 1]"),
-        ({"top_p": 1.1}, "top_p=1.1 must be in (0, 1]"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive"),
-        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ("temperature=1e39", "temperature must be float >= 0 and <= 1000, not 1e39"),
+        ("top_k=-1", "top_k must be int >= 0, not -1"),
+        ("top_p=0.0", "top_p must be float > 0 and <= 1, not 0.0"),
+        ("top_p=1.1", "top_p must be float > 0 and <= 1, not 1.1"),
+        ("repetition_penalty=1e-40", "repetition_penalty must be float >= 0.01 and <= 100"),
+        ("repetition_penalty=1e39", "repetition_penalty must be float >= 0.01 and <= 100"),
+        ("max_tokens=0", "max_tokens must be int >= 1, not 0"),
     ],
 )
-def test_check_names_the_problem(change, problem):
-    assert SampleSettings().check() == []
-    assert SampleSettings(**change).check() == [problem]
+def test_limits(change, problem):
+    """Regression: sample.temperature=1e39, which float32 cannot hold, ended in a traceback."""
+    assert settings.load(SampleSettings, []) == SampleSettings()
+    with pytest.raises(UserError) as error:
+        settings.load(SampleSettings, [change])
+    assert str(error.value).startswith(problem)
 
 
 # --- a conversation ---------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def tok(request) -> Tokenizer:
     return train(TokenizerSettings(kind=request.param, vocab_size=400), TALK)
 
 
-# --- lossless --------------------------------------------------------------------------------------
+# -- lossless --------------------------------------------------------------------------------------
 
 
 def test_any_text_comes_back_exactly(tok):
@@ -92,11 +92,11 @@ def test_lone_surrogates_are_replaced_in_training_and_encoding():
     "text", [" " * 1_000_000 + "x", "哈" * 300_000, "a" * 1_000_000, "\n" * 1_000_000]
 )
 def test_long_runs_neither_overflow_nor_crawl(tok, text):
-    """GPT-4's pattern asks `\\s+(?!\\S)`, which overflows the regex engine's stack on a million spaces."""
+    """GPT-4's pattern asks `\\s+(?!\\S)`: a million spaces overflow the regex engine's stack."""
     assert tok.decode(tok.encode(text)) == text
 
 
-# --- dialogues and special tokens ------------------------------------------------------------------
+# -- dialogues and special tokens ------------------------------------------------------------------
 
 
 def test_text_that_spells_a_special_token_stays_text(tok):
@@ -138,11 +138,11 @@ def test_token_bytes_add_up_to_the_chat_file(tok):
     assert sizes[tok.encode_dialogues(dialogues)].sum() == len(file.encode("utf-8"))
 
 
-# --- streaming -------------------------------------------------------------------------------------
+# -- streaming -------------------------------------------------------------------------------------
 
 
 def test_stream_never_shows_half_a_character(tok):
-    """Decoding token by token prints U+FFFD for each part of a character that is spelled in bytes."""
+    """Decoding token by token prints U+FFFD for each byte of a character spelled in bytes."""
     text = "龘a😀你好"
     stream = tok.stream()
     shown = [stream.push(i) for i in tok.encode(text)]
@@ -165,7 +165,7 @@ def test_stream_flush_shows_an_unfinished_character_and_starts_afresh(tok):
     assert stream.push(tok.encode("a")[0]) == "a"
 
 
-# --- training --------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_char_takes_frequent_characters_most_frequent_first():
@@ -211,7 +211,7 @@ def test_impossible_settings_are_named(settings, words):
 
 
 def test_both_libraries_split_alike():
-    """BPE is trained by one regex engine and applied by another: where they differ, tokens are wasted."""
+    """BPE is trained by one regex engine and applied by another: differences waste tokens."""
     from tokenizers import Regex, pre_tokenizers
 
     rng = random.Random(2)
@@ -270,7 +270,7 @@ def test_an_uncased_tokenizer_reads_capitals_as_small_letters(kind, tmp_path):
     assert learnt and learnt == [token.lower() for token in learnt]
 
 
-# --- the disk --------------------------------------------------------------------------------------
+# -- the disk --------------------------------------------------------------------------------------
 
 
 def test_saved_tokenizer_comes_back_the_same(tok, tmp_path):
@@ -327,7 +327,7 @@ def test_parts_that_cannot_be_lossless_are_refused(ranks, specials):
 
 
 def test_unused_ids_decode_to_nothing():
-    """p50k_base has a gap in its ranks, cl100k_base among its specials: a model may still sample them."""
+    """p50k_base has a gap in its ranks, cl100k_base among its specials; both may be sampled."""
     tok = Tokenizer("gaps", module.CHAR_PATTERN, [*module.BYTES, b"", "é".encode()], {"<|x|>": 260})
     assert (tok.bos, tok.vocab_size) == (261, 267)
     assert (
@@ -335,7 +335,7 @@ def test_unused_ids_decode_to_nothing():
     )
 
 
-# --- published encodings ---------------------------------------------------------------------------
+# -- published encodings ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +400,7 @@ def test_without_a_network_the_message_says_which_file_goes_where(monkeypatch):
     assert all(word in str(error.value) for word in expected)
 
 
-# --- real chat -------------------------------------------------------------------------------------
+# -- real chat -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

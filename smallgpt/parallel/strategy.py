@@ -1,93 +1,167 @@
-"""How a model is spread over processes. One loop serves all: a strategy owns the wrapping, the gradient
-synchronisation and the clipping; `single` is the strategy of one process and the interface of the others.
+"""How a model is spread over processes: the seam between the loops and every parallel layout.
 
-`loss_scale`: what the local loss sum must be multiplied by, besides 1 / (valid targets of the whole step), for the
-synchronised gradient to be that of the global mean. A later strategy (FSDP, tensor, pipeline) is one more class.
+A strategy owns what differs between one process, DDP and other layouts, and nothing else. The
+loops call it in this order:
+
+    model = GPT(config)                        # weights from the seed, the same on every rank
+    strategy = build(model, world, dtype)      # wraps in place
+    optimizers = make_optimizers(strategy.names(), ...)   # after wrapping: it sees the shards
+    ...
+    strategy.seed(seed, step)
+    nats = strategy.forward_backward(batches, loss_of, scale)
+    norm = strategy.clip(optimizers, max_norm)
+
+`Single` is the strategy of one process and the interface of the others: a new layout is one more
+class, which overrides what is different there.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from smallgpt.console import UserError
+from smallgpt.hardware import autocast
 from smallgpt.parallel.world import World
+
+LossOf = Callable[[Callable[..., Any], Any], Tensor]  # (what runs the model, a batch) -> loss
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How the global batch of a step is cut: rows = processes * accum * micro."""
+    """How the global batch of a step is cut: rows = data ranks * accum * micro."""
 
     rows: int  # sequences per step, over all processes
     accum: int  # forward passes per step and process
     micro: int  # sequences per forward pass
 
-    def of(self, step: int, rank: int) -> list[range]:
-        """The global sample indices of each micro-batch of this rank at this step."""
-        first = step * self.rows + rank * self.accum * self.micro
-        return [
-            range(i, i + self.micro)
-            for i in range(first, first + self.accum * self.micro, self.micro)
-        ]
+    def of(self, step: int, data_rank: int) -> list[range]:
+        """The global sample indices of each micro-batch of this data rank at this step."""
+        mine = self.accum * self.micro
+        first = step * self.rows + data_rank * mine
+        return [range(row, row + self.micro) for row in range(first, first + mine, self.micro)]
 
 
-def share_batch(batch_tokens: int, block_size: int, micro_batch: int, world: World) -> Shares:
+def share_batch(batch_tokens: int, block_size: int, micro_batch: int, data_size: int) -> Shares:
     """Derive accumulation and micro-batch (at most micro_batch sequences) from the global batch.
 
-    UserError if batch_tokens is not a multiple of block_size times the number of processes.
+    UserError if batch_tokens is not a multiple of block_size times the number of data ranks.
     """
-    unit = block_size * world.size
+    unit = block_size * data_size
     if batch_tokens % unit:
+        nearest = max(1, round(batch_tokens / unit)) * unit
         raise UserError(
-            f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of model.block_size="
-            f"{block_size} x {world.size} process(es) = {unit}, for example {max(1, round(batch_tokens / unit)) * unit}"
+            f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of "
+            f"model.block_size={block_size} x {data_size} process(es) = {unit}, for example "
+            f"{nearest}"
         )
     mine = batch_tokens // unit
-    micro = next(m for m in range(min(micro_batch, mine), 0, -1) if mine % m == 0)
-    return Shares(mine * world.size, mine // micro, micro)
+    micro = min(micro_batch, mine)
+    while mine % micro:
+        micro -= 1
+    return Shares(rows=mine * data_size, accum=mine // micro, micro=micro)
 
 
 class Single:
-    """One process. `module` is the plain model (clean parameter names); `model` is what the loop calls."""
+    """One process.
+
+    `model` is the plain model with clean parameter names. `data_rank` of `data_size`: which share
+    of every global batch this process reads; processes that hold parts of one replica have the
+    same one.
+    """
 
     name = "single"
-    loss_scale = 1.0
 
-    def __init__(self, module: nn.Module, world: World):
-        self.module = self.model = module
+    def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
+        self.model = model
+        self.world = world
+        self.data_rank = world.rank
+        self.data_size = world.size
+        self.autocast = autocast(world.device, dtype)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.wrapped: Callable[..., Any] = model  # what runs forward in training
+        self.gradient_scale = 1.0  # makes the synchronised gradient that of the summed loss
 
-    def accumulate(self, last: bool) -> AbstractContextManager:
-        """Around forward AND backward of a micro-batch; gradients are synchronised in the last one of a step."""
+    def names(self) -> dict[str, nn.Parameter]:
+        """Canonical name -> parameter, a tied matrix once. Checkpoints and optimizers use these."""
+        return dict(self.model.named_parameters())
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed torch for one step of this data rank. All randomness of a run is a function of
+        (seed, step, data rank): there is nothing to save, and resuming is exact."""
+        key = (seed * 1_000_003 + step) * 1_000_003 + self.data_rank
+        torch.manual_seed(key % 2**63)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over the processes that read different data, in float64. A collective."""
+        return self.world.sum(*values)
+
+    def synchronising(self, last: bool) -> AbstractContextManager:
+        """Around forward AND backward of a micro-batch: gradients are synchronised in the last."""
         return nullcontext()
 
-    def clip(self, max_norm: float) -> Tensor:
+    def forward_backward(self, batches: Sequence[Any], loss_of: LossOf, scale: float) -> float:
+        """Add the gradient of scale * (the sum of all losses, of all processes) to the parameters.
+
+        loss_of(run, batch) -> scalar: `run` is to be called like the model. Returns the sum of
+        this process's losses, not scaled."""
+        total: Tensor | float = 0.0
+        for number, batch in enumerate(batches, 1):
+            with self.synchronising(last=number == len(batches)):
+                with self.autocast:
+                    loss = loss_of(self.wrapped, batch)
+                scaled = loss * (self.gradient_scale * scale)
+                self.scaler.scale(scaled).backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, *inputs: Any) -> Any:
+        """What the model makes of inputs, without dropout; `settle` comes after the last call."""
+        self.model.eval()
+        with self.autocast:
+            return self.model(*inputs)
+
+    def settle(self) -> None:
+        """Back to training, after evaluations."""
+        self.model.train()
+
+    def clip(self, optimizers: list[Optimizer], max_norm: float) -> float:
         """Norm of the whole gradient before clipping it to max_norm (0 = only measure)."""
-        params = [p for p in self.module.parameters() if p.grad is not None]
-        return nn.utils.clip_grad_norm_(params, max_norm or float("inf"))
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
 
 
 class DDP(Single):
-    """Every process holds the whole model and a share of each batch; gradients are averaged while backward runs."""
+    """Every process holds the whole model and a share of each batch; gradients are averaged while
+    backward runs (Li et al. 2020)."""
 
     name = "ddp"
 
-    def __init__(self, module: nn.Module, world: World):
-        super().__init__(module, world)
-        self.loss_scale = float(world.size)  # DDP averages over processes, the step wants the sum
-        torch._dynamo.config.optimize_ddp = (
-            False  # it would cut each compiled block in two at the edge of a bucket
-        )
+    def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
+        super().__init__(model, world, dtype)
+        self.gradient_scale = float(world.size)  # DDP averages, the step wants the sum
+        # it would cut each compiled block in two at the edge of a bucket
+        torch._dynamo.config.optimize_ddp = False
         ids = [world.device.index] if world.device.type == "cuda" else None
-        self.model = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+        self.wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
-    def accumulate(self, last: bool) -> AbstractContextManager:
-        # around the forward too: DDP decides there whether the coming backward synchronises (build-nanogpt issue 30)
-        return nullcontext() if last else self.model.no_sync()
+    def synchronising(self, last: bool) -> AbstractContextManager:
+        # around the forward, too: DDP decides there whether the coming backward synchronises
+        return nullcontext() if last else self.wrapped.no_sync()
 
 
-def choose(module: nn.Module, world: World) -> Single:
-    """DDP when there are several processes, otherwise Single."""
-    return (DDP if world.size > 1 else Single)(module, world)
+def build(model: nn.Module, world: World, dtype: torch.dtype) -> Single:
+    """The strategy of this world: DDP for several processes, Single for one.
+
+    dtype: precision of matrix products. The model must hold its weights already; optimizers are
+    made from `names()` afterwards."""
+    return (DDP if world.size > 1 else Single)(model, world, dtype)

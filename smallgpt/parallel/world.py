@@ -1,7 +1,7 @@
-"""Where this process runs: ranks, device, precision, compilation; start-up and teardown of the process group.
+"""The processes of a run: ranks, sums over them, start-up and teardown, and stopping by a signal.
 
-Ranks come from torchrun's environment and nowhere else. RANK decides who writes and what is sampled; LOCAL_RANK only
-chooses the GPU.
+Ranks come from torchrun's environment and nowhere else. RANK decides who writes and what is
+sampled; LOCAL_RANK only chooses the GPU.
 """
 
 import os
@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 
 import torch
-import torch.distributed as torch_dist
+import torch.distributed
 
 from smallgpt.console import UserError
 from smallgpt.hardware import choose_device
@@ -34,94 +35,97 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Sums of each value over all processes, in float64. A collective: every rank must call it."""
+        """Sums of each value over all processes, in float64. A collective: every rank calls it."""
         if self.size == 1:
-            return [float(v) for v in values]
+            return [float(value) for value in values]
         device = self.device if self.device.type == "cuda" else "cpu"
-        t = torch.tensor(values, dtype=torch.float64, device=device)
-        torch_dist.all_reduce(t)
-        return t.tolist()
-
-    def seed(self, seed: int, step: int) -> None:
-        """Seed torch for one step of this process. All randomness of a run is a function of (seed, step, rank): there
-        is nothing to save, and resuming is exact."""
-        torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
+        sums = torch.tensor(values, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums)
+        return sums.tolist()
 
     def must_agree(self, files: str, *values: float) -> None:
-        """UserError unless all processes hold the same values, which they read from these files. A collective."""
+        """UserError unless all processes hold the same values, which they read from these files.
+        A collective."""
         if self.sum(*values) != [value * self.size for value in values]:
             raise UserError(f"the processes see different files: all machines must share {files}")
 
 
 @contextmanager
 def start(device: str) -> Iterator[World]:
-    """Join the process group torchrun describes (gloo on CPU, nccl on CUDA), or run alone without one.
+    """Join the process group torchrun describes (gloo on CPU, nccl on CUDA), or run alone.
 
-    On an error the group is not torn down politely: the other ranks may be inside a collective this one will never
-    enter, and torchrun ends them all when this process exits.
+    On an error the group is not torn down politely: the other ranks may be inside a collective
+    this one will never enter, and torchrun ends them all when this process exits.
     """
-    env = os.environ
-    missing = [
-        k
-        for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if k not in env
-    ]
-    if "RANK" not in env:
+    if "RANK" not in os.environ:
         yield World(0, 1, choose_device(device))
         return
+    wanted = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if name not in os.environ]
     if missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} is not: start it with torchrun")
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(device))
+    join_group(world.device)
+    if world.sum(1.0) != [world.size]:  # a wrong network set-up shows here, not in the middle
         raise UserError(
-            f"RANK is set but {', '.join(missing)} is not: start the script with torchrun"
+            "not all processes answer: check the master address, the firewall and "
+            "NCCL_SOCKET_IFNAME"
         )
-    local_rank = int(env["LOCAL_RANK"])
+    yield world
+    torch.distributed.destroy_process_group()
+
+
+def device_of_rank(device: str) -> torch.device:
+    """The device of this one of several processes."""
     if device == "mps":
         raise UserError(
             "device=mps works in one process only: start without torchrun, or use device=cpu"
         )
     if device == "auto" and not torch.cuda.is_available():
         device = "cpu"
-    where = choose_device(device, local_rank)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    return choose_device(device, int(os.environ["LOCAL_RANK"]))
+
+
+def join_group(device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # the group warns about a device id that we set on the line above
-        torch_dist.init_process_group(
-            backend, timeout=timedelta(minutes=30), device_id=where if backend == "nccl" else None
+        warnings.simplefilter("ignore")  # a device id was set on the line above
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=30),
+            device_id=device if on_gpu else None,
         )
-    world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), where)
-    if world.sum(1.0) != [
-        world.size
-    ]:  # a self-test: a wrong network set-up shows here, not in the middle
-        raise UserError(
-            "not all processes answer: check the master address, the firewall and NCCL_SOCKET_IFNAME"
-        )
-    yield world
-    torch_dist.destroy_process_group()
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if hasattr(signal, "SIGHUP"):  # an SSH session that drops; Windows has none
+    SIGNALS.append(signal.SIGHUP)
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask the loop to finish its step, save and leave; a later one ends at once.
+    """SIGTERM, SIGINT and SIGHUP ask the loop to finish its step, save and leave; a later one ends
+    the process at once.
 
-    Not one that follows within two seconds: a scheduler and torchrun may each pass on the same request.
+    Not one that follows within two seconds: a scheduler and torchrun may each pass on the same
+    request. `signal` is the number of the first one, 0 before it.
     """
 
     def __enter__(self) -> "StopRequest":
-        self.signal, self.time = 0, 0.0
-        self.before = {
-            sig: signal.signal(sig, self.request) for sig in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.signal = 0
+        self.time = 0.0
+        self.handlers = {number: signal.signal(number, self.request) for number in SIGNALS}
         return self
 
-    def request(self, number: int, frame: object) -> None:
+    def request(self, number: int, frame: FrameType | None) -> None:
         if not self.signal:
-            self.signal, self.time = number, time.monotonic()
+            self.signal = number
+            self.time = time.monotonic()
         elif time.monotonic() - self.time > 2:
             self.__exit__()
             signal.raise_signal(number)
 
-    def __exit__(self, *exc: object) -> None:
-        for sig, handler in self.before.items():
-            signal.signal(sig, handler)
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

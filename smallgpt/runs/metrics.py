@@ -6,21 +6,21 @@ import sys
 import time
 from pathlib import Path
 
-import torch.nn as nn
 from tqdm import tqdm
 
+from model import GPT
 from smallgpt.parallel.world import World
 
 
 class Metrics:
     """Writes on the main process only; on the others every method does nothing.
 
-    `metrics.jsonl` is append-only: a resumed run repeats the steps after its checkpoint, and the last line of a step
-    counts (`read` gives those). TensorBoard is told to forget them.
-    """
+    `metrics.jsonl` is append-only: a resumed run repeats the steps after its checkpoint, and the
+    last line of a step counts (`read` gives those). TensorBoard is told to forget them."""
 
     def __init__(self, run: Path, world: World, step: int, max_steps: int):
-        self.main, self.max_steps = world.main, max_steps
+        self.main = world.main
+        self.max_steps = max_steps
         if not self.main:
             return
         from torch.utils.tensorboard import SummaryWriter  # 0.4 s to import: only where it is used
@@ -28,7 +28,8 @@ class Metrics:
         path = run / "metrics.jsonl"
         drop_partial_line(path)
         self.file = open(path, "a", encoding="utf-8")
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        forgotten_from = step + 1 if step else None
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=forgotten_from)
         self.bar = tqdm(
             total=max_steps,
             initial=step,
@@ -37,54 +38,65 @@ class Metrics:
             dynamic_ncols=True,
             leave=True,
         )
-        self.began, self.first = time.monotonic(), step
+        self.began = time.monotonic()
+        self.first = step
 
     def step(self, loss: float, count: int, unit: str = "tokens") -> None:
         """One optimisation step of so many tokens (or examples) is done: moves the bar."""
-        if self.main:
-            speed = (self.bar.format_dict["rate"] or 0) * count
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {unit}/s", refresh=False)
-            self.bar.update()
+        if not self.main:
+            return
+        steps_per_second = self.bar.format_dict["rate"] or 0
+        speed = steps_per_second * count
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {unit}/s", refresh=False)
+        self.bar.update()
 
     def log(self, record: dict) -> None:
-        """Add a record with at least `step` and `split` to metrics.jsonl and TensorBoard, and show it."""
+        """Add a record, which has a step and a split, to metrics.jsonl and TensorBoard; show it."""
         if not self.main:
             return
         record = {**record, "time": time.time()}
-        # JSON knows no infinity: the norm of a skipped float16 step is written as null
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
-        self.file.write(json.dumps(finite) + "\n")
+        self.file.write(json_line(record))
         self.file.flush()
         for key, value in record.items():
             if isinstance(value, int | float) and key not in ("step", "time"):
                 self.board.add_scalar(f"{key}/{record['split']}", value, record["step"])
         self.say(self.line(record))
 
-    def line(self, r: dict) -> str:
+    def line(self, record: dict) -> str:
         """A record as one line for people."""
-        parts = [f"step {r['step']}/{self.max_steps}", f"{r['split']} loss {r['loss']:.4f}"]
-        if "bits_per_byte" in r:
-            parts.append(f"{r['bits_per_byte']:.4f} bits/byte")
-        if "accuracy" in r:
-            parts.append(f"accuracy {r['accuracy']:.2%}")
-        if "macro_f1" in r:
-            parts.append(f"macro F1 {r['macro_f1']:.2%}")
-        if "lr" in r:
-            unit = "examples" if "examples_per_second" in r else "tokens"
-            parts += [
-                f"lr {r['lr']:.2e}",
-                f"norm {r['grad_norm']:.2f}",
-                f"{r[f'{unit}_per_second']:,.0f} {unit}/s",
-            ]
-            if r.get("mfu"):
-                parts.append(f"mfu {r['mfu']:.1%}")
-            done = r["step"] - self.first
-            left = (time.monotonic() - self.began) / max(1, done) * (self.max_steps - r["step"])
-            parts.append(f"{tqdm.format_interval(left)} left")
+        parts = [
+            f"step {record['step']}/{self.max_steps}",
+            f"{record['split']} loss {record['loss']:.4f}",
+        ]
+        if "bits_per_byte" in record:
+            parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
+        if "accuracy" in record:
+            parts.append(f"accuracy {record['accuracy']:.2%}")
+        if "macro_f1" in record:
+            parts.append(f"macro F1 {record['macro_f1']:.2%}")
+        if "lr" in record:
+            parts += self._progress(record)
         return " | ".join(parts)
+
+    def _progress(self, record: dict) -> list[str]:
+        """What only a training record has: the optimizer's numbers, the speed, the time left."""
+        unit = "examples" if "examples_per_second" in record else "tokens"
+        speed = record[f"{unit}_per_second"]
+        parts = [
+            f"lr {record['lr']:.2e}",
+            f"norm {record['grad_norm']:.2f}",
+            f"{speed:,.0f} {unit}/s",
+        ]
+        if record.get("mfu"):
+            parts.append(f"mfu {record['mfu']:.1%}")
+        parts.append(f"{tqdm.format_interval(self._seconds_left(record['step']))} left")
+        return parts
+
+    def _seconds_left(self, step: int) -> float:
+        """An estimate from the steps since this process began."""
+        done = max(1, step - self.first)
+        seconds_per_step = (time.monotonic() - self.began) / done
+        return seconds_per_step * (self.max_steps - step)
 
     def say(self, text: str) -> None:
         """A line for people; above the bar where there is one."""
@@ -95,7 +107,8 @@ class Metrics:
     def text(self, tag: str, text: str, step: int) -> None:
         """A piece of text, such as sample replies, on the console and in TensorBoard."""
         if self.main:
-            self.board.add_text(tag, text.replace("\n", "  \n"), step)
+            line_breaks = text.replace("\n", "  \n")  # as Markdown has them
+            self.board.add_text(tag, line_breaks, step)
             self.say(text)
 
     def close(self) -> None:
@@ -106,29 +119,65 @@ class Metrics:
             self.board.close()
 
 
-def flops_per_token(model: nn.Module) -> int:
-    """Floating-point operations of forward and backward per token, without recomputation (PaLM, appendix B)."""
-    c = model.config
-    matrices = sum(
-        p.numel()
-        for part in (model.blocks, model.lm_head)
-        for p in part.parameters()
-        if p.dim() == 2
-    )
-    return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
+def flops_per_token(model: GPT) -> int:
+    """Floating-point operations of forward and backward per token, without recomputation.
+
+    PaLM, appendix B: 6 for each weight of a matrix, and the attention scores."""
+    config = model.config
+    matrix_weights = 0
+    for part in (model.blocks, model.lm_head):
+        for parameter in part.parameters():
+            if parameter.dim() == 2:
+                matrix_weights += parameter.numel()
+    attention_scores = 12 * config.n_layer * config.n_embd * config.block_size
+    return 6 * matrix_weights + attention_scores
+
+
+# ---- metrics.jsonl
+
+
+def json_line(record: dict) -> str:
+    """A record as a line of metrics.jsonl."""
+    finite = dict(record)
+    for key, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            finite[key] = None  # the norm of a skipped float16 step; JSON knows no infinity
+    return json.dumps(finite) + "\n"
 
 
 def drop_partial_line(path: Path) -> None:
-    """A killed run may have left half a line: cut it off, so that the next one is not glued to it."""
-    if path.exists():
-        with open(path, "rb+") as f:
-            data = f.read()
-            f.truncate(data.rfind(b"\n") + 1)
+    """A killed run may have left half a line: cut it off, so that the next is not glued to it."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        whole_lines = file.read().rfind(b"\n") + 1
+        file.truncate(whole_lines)
 
 
 def read(run: Path | str, split: str) -> list[dict]:
-    """The records of a split, one per step (the last one written), in order of steps; none before the first line."""
+    """The records of a split, one per step, in order of steps; none before the first line.
+
+    Of several records of a step the last one counts. A line that is damaged, or not yet whole, is
+    passed over."""
     path = Path(run) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [r for _, r in sorted({r["step"]: r for r in records if r["split"] == split}.items())]
+    if not path.exists():
+        return []
+    *whole_lines, _ = path.read_bytes().split(b"\n")
+    records = {}
+    for line in whole_lines:
+        record = parse(line)
+        if record is not None and record["split"] == split:
+            records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
+
+
+def parse(line: bytes) -> dict | None:
+    """The record of a line; None if the line is damaged, as a crash of the machine leaves NULs."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also of bytes that are not UTF-8
+        return None
+    if not isinstance(record, dict):
+        return None
+    is_whole = isinstance(record.get("step"), int) and isinstance(record.get("split"), str)
+    return record if is_whole else None

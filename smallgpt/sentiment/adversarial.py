@@ -1,10 +1,12 @@
-"""Adversarial training: every text is also learnt with its token embeddings perturbed a little, in the direction that
-raises its loss most, so that a small change of what is read does not change the answer (Miyato, Dai and Goodfellow
-2017, Adversarial training methods for semi-supervised text classification). The two losses have equal weight. Unlike
-there, the embeddings are not normalised: instead the perturbation is measured in their norm before fine-tuning.
+"""Adversarial training: every text is also learnt with its token embeddings perturbed a little, in
+the direction that raises its loss most, so that a small change of what is read does not change the
+answer (Miyato, Dai and Goodfellow 2017, Adversarial training methods for semi-supervised text
+classification). The two losses have equal weight. Unlike there, the embeddings are not normalised:
+the perturbation is measured in their norm before fine-tuning.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -13,20 +15,24 @@ from torch import Tensor
 
 
 class Adversary:
-    """Watches the output (B, T, C) of an embedding and, in a second pass, perturbs it: each text's (T, C) by an L2 norm
-    of epsilon times the median norm of a token's embedding when this was made. epsilon=0: there is no second pass.
+    """Watches the output (B, T, C) of an embedding in a plain pass and perturbs it in a second one:
+    each text's (T, C) by an L2 norm of epsilon times the median norm of a token's embedding when
+    this was made. epsilon=0: nothing is watched.
 
-    A text is perturbed along its own gradient alone, so batches may be cut and shared in any way."""
+    A text is perturbed along its own gradient alone, so batches may be cut and shared in any way.
+    """
 
     def __init__(self, embedding: nn.Embedding, epsilon: float):
         self.epsilon = epsilon
-        self.output: Tensor | None = None  # of the plain pass
+        self.output: Tensor | None = None  # of the plain pass; holds its gradient after backward
         self.perturbation: Tensor | None = None  # what the second pass adds to it
         if epsilon:
-            self.norm = epsilon * float(embedding.weight.detach().norm(dim=1).median())
-            embedding.register_forward_hook(self._watch)
+            typical = embedding.weight.detach().norm(dim=1).median()
+            self.norm = epsilon * float(typical)
+            embedding.register_forward_hook(self.watch)
 
-    def _watch(self, embedding: nn.Embedding, args: tuple, output: Tensor) -> Tensor:
+    def watch(self, embedding: nn.Embedding, args: tuple, output: Tensor) -> Tensor:
+        """The forward hook of the embedding."""
         if self.perturbation is not None:
             return output + self.perturbation
         if output.requires_grad:
@@ -34,17 +40,22 @@ class Adversary:
             self.output = output
         return output
 
-    def passes(self) -> Iterator[tuple[bool, bool]]:
-        """(is it perturbed?, is it the last one?) of the passes over one micro-batch. The caller runs forward and
-        backward in each; the gradients add up."""
-        yield False, not self.epsilon
-        if self.epsilon:
-            grad = self.output.grad
-            # of a text that is learnt already the gradient is tiny, and its squares would vanish
-            grad = grad / grad.abs().amax((1, 2), keepdim=True).clamp(
-                min=torch.finfo(grad.dtype).tiny
-            )
-            self.perturbation = self.norm * F.normalize(grad.flatten(1)).view_as(grad)
-            self.output = None
-            yield True, True
+    @contextmanager
+    def perturbing(self) -> Iterator[None]:
+        """Forward passes inside are perturbed along the gradient of the last plain one."""
+        self.perturbation = self.norm * self.direction(self.output.grad)
+        self.output = None
+        try:
+            yield
+        finally:
             self.perturbation = None
+
+    @staticmethod
+    def direction(gradient: Tensor) -> Tensor:
+        """The gradient (B, T, C), each text's with an L2 norm of 1.
+
+        It is scaled by its largest entry first: of a text that is learnt already the gradient is
+        tiny, and its squares would vanish."""
+        smallest = torch.finfo(gradient.dtype).tiny
+        largest = gradient.abs().amax((1, 2), keepdim=True).clamp(min=smallest)
+        return F.normalize((gradient / largest).flatten(1)).view_as(gradient)

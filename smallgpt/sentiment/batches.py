@@ -1,66 +1,79 @@
-"""Labelled examples -> token ids -> batches without padding waste.
+"""Labelled examples -> token ids -> batches of like length.
 
-The batch of a step is a pure function of (data, seed, step), as everywhere here: so resuming is exact, and the number
-of processes may change.
+The batch of a step is a pure function of (data, seed, step): resuming is exact, and the number of
+processes may change.
 """
 
+import functools
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from smallgpt.parallel.world import World
+from model import IGNORE, Reads
+from smallgpt.parallel.strategy import Single
 from smallgpt.sentiment.sets import Example
 from smallgpt.text.batches import key_of, permute
 from smallgpt.tokenizer import Tokenizer
 
-SORTED = (
-    32  # batches whose examples are sorted by length together: less padding, and still a mixture
-)
+# Batches whose examples are sorted by length together: less padding, and still a mixture.
+SORTED_TOGETHER = 32
+CPU_TOKENS = 1024  # of an evaluation's batch: on a CPU its activations then stay in the cache
 
 
-class Encoded(NamedTuple):
+@dataclass
+class Encoded:
     """Examples of one split as the model reads them."""
 
     ids: list[np.ndarray]  # int64, each as long as its text
     labels: np.ndarray  # int64 (N,)
     cut: int  # texts that lost their middle
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
+        """int64 (N,)"""
         return np.array([len(ids) for ids in self.ids])
 
 
 def shorten(ids: list[int], room: int) -> list[int]:
-    """The beginning and the end: reviews say there what they mean (Sun et al. 2019, How to fine-tune BERT)."""
-    return ids if len(ids) <= room else ids[: room - room // 2] + ids[len(ids) - room // 2 :]
+    """The beginning and the end: reviews say there what they mean (Sun et al. 2019, How to
+    fine-tune BERT)."""
+    if len(ids) <= room:
+        return ids
+    tail = room // 2
+    return ids[: room - tail] + ids[len(ids) - tail :]
 
 
-def lead(text: str, tokenizer: Tokenizer) -> str:
-    """The text, after a space if it begins with a word: so "good" is the token first that it is later on, where in BPE
-    the space before a word belongs to it (as add_prefix_space of RoBERTa, Liu et al. 2019)."""
-    word = (
-        text[:1].isalpha() and text[0] < "\u2e80"
-    )  # Chinese and its like set no spaces between words
-    return f" {text}" if word and tokenizer.kind != "char" else text
+def add_leading_space(text: str, tokenizer: Tokenizer) -> str:
+    """The text, after a space if it begins with a word: "good" is then the token at first that it
+    is later on, since in BPE the space before a word belongs to it (as add_prefix_space of RoBERTa,
+    Liu et al. 2019). Chinese and its like set no spaces between words."""
+    begins_with_word = text[:1].isalpha() and text[0] < "\u2e80"
+    return f" {text}" if begins_with_word and tokenizer.kind != "char" else text
 
 
 def encode_text(
     tokenizer: Tokenizer, text: str, pair: str, block_size: int, prefix: list[int]
 ) -> tuple[list[int], bool]:
-    """Ids of prefix + text, or prefix + text [sep] pair, at most block_size of them; and whether something was cut.
-    Of a pair the longer side gives first, so that both stay."""
-    a, b = tokenizer.encode(lead(text, tokenizer)), tokenizer.encode(lead(pair, tokenizer))
+    """Ids of prefix + text, or prefix + text [sep] pair, at most block_size of them; and whether
+    something was cut. Of a pair the longer side gives first, so that both stay."""
+    first = tokenizer.encode(add_leading_space(text, tokenizer))
+    second = tokenizer.encode(add_leading_space(pair, tokenizer))
     room = block_size - len(prefix) - bool(pair)
-    if cut := len(a) + len(b) > room:
-        for_b = min(len(b), max(room // 2, room - len(a)))
-        a, b = shorten(a, room - for_b), shorten(b, for_b)
-    return [*prefix, *a, *([tokenizer.sep, *b] if pair else [])], cut
+    is_cut = len(first) + len(second) > room
+    if is_cut:
+        for_second = min(len(second), max(room // 2, room - len(first)))
+        first = shorten(first, room - for_second)
+        second = shorten(second, for_second)
+    ids = [*prefix, *first]
+    if pair:
+        ids += [tokenizer.sep, *second]
+    return ids, is_cut
 
 
 def encode(
@@ -71,68 +84,90 @@ def encode(
     prefix: list[int],
 ) -> Encoded:
     """Token ids of every example."""
-    both = [encode_text(tokenizer, e.text, e.pair, block_size, prefix) for e in examples]
-    index = {label: i for i, label in enumerate(labels)}
-    ids = [np.array(ids, np.int64) for ids, _ in both]
-    return Encoded(
-        ids, np.array([index[e.label] for e in examples], np.int64), sum(cut for _, cut in both)
-    )
+    number_of = {label: number for number, label in enumerate(labels)}
+    ids = []
+    cut = 0
+    for example in examples:
+        found, is_cut = encode_text(tokenizer, example.text, example.pair, block_size, prefix)
+        ids.append(np.array(found, np.int64))
+        cut += is_cut
+    numbers = np.array([number_of[example.label] for example in examples], np.int64)
+    return Encoded(ids, numbers, cut)
 
 
 class Buckets:
     """Global batches of examples of similar length: step -> indices."""
 
     def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
         self.steps_per_epoch = -(-len(lengths) // batch_size)
-        self._epoch = lru_cache(maxsize=2)(self._order)
+        self.batches_of = functools.lru_cache(maxsize=2)(self.bucket)
 
     def of(self, step: int) -> np.ndarray:
         """The examples of a global step; the last batch of an epoch may be smaller."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[batch]
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return self.batches_of(epoch)[number]
 
-    def _order(self, epoch: int) -> list[np.ndarray]:
-        n, size = len(self.lengths), self.batch_size
-        order = permute(np.arange(n), n, key_of(self.seed, 0, np.uint64(epoch)))
+    def bucket(self, epoch: int) -> list[np.ndarray]:
+        """All batches of an epoch: shuffle the examples, sort each window of them by length, cut
+        the windows into batches, shuffle the batches."""
+        order = self.shuffle(len(self.lengths), 0, epoch)
+        window_size = SORTED_TOGETHER * self.batch_size
         batches = []
-        for first in range(0, n, SORTED * size):
-            window = order[first : first + SORTED * size]
+        for first in range(0, len(order), window_size):
+            window = order[first : first + window_size]
             window = window[np.argsort(self.lengths[window], kind="stable")]
-            batches += [window[i : i + size] for i in range(0, len(window), size)]
-        shuffled = permute(
-            np.arange(len(batches)), len(batches), key_of(self.seed, 1, np.uint64(epoch))
-        )
-        return [batches[i] for i in shuffled]
+            for at in range(0, len(window), self.batch_size):
+                batches.append(window[at : at + self.batch_size])
+        return [batches[number] for number in self.shuffle(len(batches), 1, epoch)]
+
+    def shuffle(self, count: int, purpose: int, epoch: int) -> np.ndarray:
+        """range(count) in the order of this seed, purpose and epoch."""
+        return permute(np.arange(count), count, key_of(self.seed, purpose, np.uint64(epoch)))
 
 
-def share(rows: np.ndarray, longest: int, world: World, max_tokens: int) -> list[np.ndarray]:
-    """This rank's part of a global batch, cut into micro-batches of at most max_tokens (padding counted). Every rank
-    gets the same number of micro-batches, if need be empty ones: each of them is a collective."""
-    most, fit = (
-        -(-len(rows) // world.size),
-        max(1, max_tokens // longest),
-    )  # examples of rank 0, of a micro-batch
-    return np.array_split(rows[world.rank :: world.size], -(-most // fit))
+def share_rows(
+    rows: np.ndarray, longest: int, data_rank: int, data_size: int, max_tokens: int
+) -> list[np.ndarray]:
+    """This data rank's part of a global batch, cut into micro-batches of at most max_tokens
+    (padding counted). Every rank gets the same number of micro-batches, if need be empty ones:
+    each of them is a collective."""
+    of_rank_0 = -(-len(rows) // data_size)
+    fitting = max(1, max_tokens // longest)
+    return np.array_split(rows[data_rank::data_size], -(-of_rank_0 // fitting))
 
 
-def pad(
+def collate(
     ids: Sequence[Sequence[int] | np.ndarray], fill: int, width: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """idx int64 (B, T), padded on the right with `fill` to the longest, or to `width`; lengths (B,)."""
-    lengths = torch.tensor([len(i) for i in ids])
-    idx = torch.full((len(ids), width or int(lengths.max())), fill)
-    for row, i in zip(idx, ids, strict=True):
-        row[: len(i)] = torch.as_tensor(i)
-    return idx, lengths
+    """Tokens int64 (B, T), padded on the right with `fill` to the longest, or to `width`; and
+    lengths (B,)."""
+    lengths = torch.tensor([len(one) for one in ids])
+    tokens = torch.full((len(ids), width or int(lengths.max())), fill)
+    for row, one in zip(tokens, ids, strict=True):
+        row[: len(one)] = torch.as_tensor(one)
+    return tokens, lengths
+
+
+class Collated(NamedTuple):
+    """What the classifier reads of a batch."""
+
+    x: Tensor  # tokens (B, T), or what the frozen part made of them: (B, T, C) or (B, C)
+    lengths: Tensor  # (B,)
+    reads: Reads  # what x is
 
 
 class Inputs:
-    """Batches of one split for the model: token ids, or what the frozen part has made of them once."""
+    """Batches of one split for the model: tokens, or the cached states of its frozen part."""
 
     def __init__(self, data: Encoded, fill: int, width: int, device: torch.device):
-        self.data, self.fill, self.width, self.device = data, fill, width, device
-        self.kept: list[Tensor] = []
+        self.data = data
+        self.fill = fill  # the token of padding
+        self.width = width  # of every batch; 0 = that of its longest text
+        self.device = device
+        self.states: list[Tensor] = []  # of each text, (T, C) or (C,); empty = not cached
 
     @property
     def largest(self) -> int:
@@ -140,70 +175,77 @@ class Inputs:
         return int(np.concatenate([*self.data.ids, [self.fill] if self.width else []]).max())
 
     def tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        idx, lengths = pad([self.data.ids[i] for i in rows], self.fill, self.width)
-        return idx.to(self.device), lengths.to(self.device)
+        """Tokens (B, T) and lengths (B,)."""
+        tokens, lengths = collate([self.data.ids[row] for row in rows], self.fill, self.width)
+        return tokens.to(self.device), lengths.to(self.device)
 
-    def of(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """x (B, T), (B, T, C) or (B, C), as GPTClassifier takes it, and lengths (B,)."""
-        if not self.kept:
-            return self.tokens(rows)
-        lengths = torch.tensor([len(self.data.ids[i]) for i in rows], device=self.device)
-        return torch.nn.utils.rnn.pad_sequence(
-            [self.kept[i] for i in rows], batch_first=True
-        ), lengths
+    def of(self, rows: np.ndarray) -> Collated:
+        """What the model reads of these examples."""
+        if not self.states:
+            return Collated(*self.tokens(rows), "tokens")
+        lengths = torch.tensor([len(self.data.ids[row]) for row in rows], device=self.device)
+        states = [self.states[row] for row in rows]
+        reads = "pooled" if states[0].dim() == 1 else "states"
+        return Collated(pad_sequence(states, batch_first=True), lengths, reads)
 
     def targets(self, rows: np.ndarray) -> Tensor:
-        """The next token of each position (B, T); -1 where there is none."""
-        idx, lengths = self.tokens(rows)
-        real = torch.arange(1, idx.size(1), device=idx.device) < lengths[:, None]
-        return F.pad(torch.where(real, idx[:, 1:], -1), (0, 1), value=-1)
+        """The next token of each position (B, T); IGNORE where there is none."""
+        tokens, lengths = self.tokens(rows)
+        next_position = torch.arange(1, tokens.size(1), device=tokens.device)
+        is_real = next_position < lengths[:, None]
+        return F.pad(torch.where(is_real, tokens[:, 1:], IGNORE), (0, 1), value=IGNORE)
 
 
 def drop_tokens(
-    idx: Tensor, lengths: Tensor, share: float, fill: int, sep: int, width: int
+    tokens: Tensor, lengths: Tensor, share: float, fill: int, sep: int, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Leave out each token of idx (B, T) with probability `share`, but neither a row's first one, nor the separator of
-    a pair, nor all else of an example: the others close up, padded with `fill` to the longest or to `width`. So a
-    classifier cannot rely on single words (word dropout, Iyyer et al. 2015). Returns the new idx and lengths (B,)."""
-    kept = (torch.rand(idx.shape, device=idx.device) >= share) | (idx == sep)
+    """Leave out each token (B, T) with probability `share`, but neither a row's first one, nor the
+    separator of a pair, nor all else of an example: the others close up, padded with `fill` to the
+    longest or to `width`. A classifier then cannot rely on single words (word dropout, Iyyer et
+    al. 2015). Returns the new tokens and lengths (B,)."""
+    positions = torch.arange(tokens.size(1), device=tokens.device)
+    is_real = positions < lengths[:, None]
+    is_sep = tokens == sep
+    kept = torch.rand(tokens.shape, device=tokens.device) >= share
+    kept |= is_sep
     kept[:, 0] = True
-    position = torch.arange(idx.size(1), device=idx.device)
-    real = position < lengths[:, None]
-    kept &= real
-    kept |= real & (
-        (kept & (idx != sep)).sum(1, keepdim=True) < 2
-    )  # a label of nothing but [bos] teaches nothing
-    order, lengths = torch.sort(~kept, dim=1, stable=True).indices, kept.sum(1)
-    idx = idx.gather(1, order)[:, : width or int(lengths.max())]
-    return idx.where(position[: idx.size(1)] < lengths[:, None], fill), lengths
+    kept &= is_real
+    words_left = (kept & ~is_sep).sum(1, keepdim=True)
+    kept |= is_real & (words_left < 2)  # a label of nothing but [bos] teaches nothing
+    lengths = kept.sum(1)
+    kept_first = torch.sort(~kept, dim=1, stable=True).indices
+    tokens = tokens.gather(1, kept_first)[:, : width or int(lengths.max())]
+    is_real = positions[: tokens.size(1)] < lengths[:, None]
+    return tokens.where(is_real, fill), lengths
 
 
-def in_order(
+def length_batches(
     lengths: Sequence[int] | np.ndarray, max_tokens: int, width: int, device: torch.device
 ) -> list[np.ndarray]:
-    """All examples, from short to long, in batches of at most max_tokens, each padded to its longest or to `width`; on
-    a CPU in smaller ones, whose activations stay in its cache."""
-    max_tokens = min(max_tokens, 1024) if device.type == "cpu" else max_tokens
+    """All examples, from short to long, in batches of at most max_tokens, each padded to its
+    longest or to `width`; on a CPU in smaller ones."""
+    if device.type == "cpu":
+        max_tokens = min(max_tokens, CPU_TOKENS)
     order = np.argsort(lengths, kind="stable")
-    batches, first = [], 0
-    for i in range(1, len(order)):
-        if (i + 1 - first) * (width or lengths[order[i]]) > max_tokens:
-            batches.append(order[first:i])
-            first = i
-    return [*batches, order[first:]] if len(order) else []
+    batches = []
+    first = 0
+    for end in range(1, len(order)):
+        size_with_next = (end + 1 - first) * (width or lengths[order[end]])
+        if size_with_next > max_tokens:
+            batches.append(order[first:end])
+            first = end
+    if len(order):
+        batches.append(order[first:])
+    return batches
 
 
-@torch.no_grad()
-def score(
-    model: nn.Module, inputs: Inputs, world: World, ctx: torch.autocast, max_tokens: int
-) -> np.ndarray:
-    """Scores (N, n_classes) of a split, its batches shared by all ranks."""
-    model.eval()
-    found = np.zeros((len(inputs.data.ids), model.head.out_features))
-    for rows in in_order(inputs.data.lengths, max_tokens, inputs.width, inputs.device)[
-        world.rank :: world.size
-    ]:
-        with ctx:
-            found[rows] = model(*inputs.of(rows)).cpu().double().numpy()  # MPS has no float64
-    model.train()
-    return np.array(world.sum(*found.ravel())).reshape(found.shape)
+def score(strategy: Single, inputs: Inputs, max_tokens: int) -> np.ndarray:
+    """Scores (N, n_classes) of a split, its batches shared by all data ranks."""
+    batches = length_batches(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
+    scores = np.zeros((len(inputs.data.ids), strategy.model.head.out_features))
+    for rows in batches[strategy.data_rank :: strategy.data_size]:
+        x, lengths, reads = inputs.of(rows)
+        found = strategy.evaluate(x, lengths, None, reads)
+        scores[rows] = found.cpu().double().numpy()  # MPS has no float64
+    strategy.settle()
+    return np.array(strategy.sum(*scores.ravel())).reshape(scores.shape)

@@ -1,99 +1,124 @@
-"""Freezing the lower part of a trunk. What does not train says the same of a text every time: it is asked once.
-
-Models come by argument: `model.gpt.trunk(x, layers=, norm=)`, `model.pooled(h, lengths)`, `model.first_block`.
-"""
+"""Freezing the lower part of a trunk. What does not train makes the same of a text at every step:
+it runs once per text, and its states are cached."""
 
 import re
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+from model import GPTClassifier
 from smallgpt.console import UserError
-from smallgpt.sentiment.batches import Inputs, in_order
+from smallgpt.sentiment.batches import Inputs, length_batches
 
 
-def freeze(model: nn.Module, how: str, rows: int) -> None:
-    """Freeze what `how` says of a classifier: none, trunk (all but the head), all_but_last:K (all but the last K
-    blocks, the final norm and the head). New tokens, ids from `rows` on, always train. UserError for too large a K."""
-    gpt, n_layer = model.gpt, model.gpt.config.n_layer
+def is_valid(how: str) -> bool:
+    """Is it a value of the setting `freeze`?"""
+    return re.fullmatch(r"none|trunk|all_but_last:[1-9]\d*", how) is not None
+
+
+def trained_blocks(how: str, n_layer: int) -> int:
+    """How many of the last blocks train."""
     if how == "none":
-        return
+        return n_layer
     count = int(how.partition(":")[2] or 0)
     if count >= n_layer:
         raise UserError(
             f"freeze={how}: the trunk has {n_layer} blocks; train fewer of them, or use freeze=none"
         )
-    model.first_block = n_layer - count
-    for part in [
-        gpt.wte,
-        gpt.wpe,
-        gpt.lm_head,
-        *gpt.blocks[: model.first_block],
-        *([] if count else [gpt.norm]),
-    ]:
-        if part is not None:
-            part.requires_grad_(False)
-    gpt.drop.p = 0.0
-    for block in gpt.blocks[: model.first_block]:
-        block.drop.p = block.attn.dropout = 0.0
-    if (
-        rows < gpt.config.vocab_size
-    ):  # the old rows get no gradient, and AdamW leaves alone what has none and no decay
-        weight = gpt.wte.weight.requires_grad_(True)
-        weight.no_decay, weight.first_row = True, rows
-        weight.register_hook(lambda g: g * (torch.arange(len(g), device=g.device) >= rows)[:, None])
+    return count
 
 
-def trainable(model: nn.Module) -> int:
+def freeze(model: GPTClassifier, how: str, rows: int) -> None:
+    """Freeze what `how` names: none, trunk (all but the head), all_but_last:K (all but the last K
+    blocks, the final norm and the head). UserError for too large a K.
+
+    New tokens, ids from `rows` on, always train."""
+    if how == "none":
+        return
+    gpt = model.gpt
+    count = trained_blocks(how, gpt.config.n_layer)
+    model.first_block = gpt.config.n_layer - count
+    frozen_blocks = gpt.blocks[: model.first_block]
+    parts = [gpt.wte, gpt.lm_head, *frozen_blocks]
+    if gpt.wpe is not None:
+        parts.append(gpt.wpe)
+    if count == 0:
+        parts.append(gpt.norm)
+    for part in parts:
+        part.requires_grad_(False)
+    gpt.drop.p = 0.0  # dropout would make the states differ from step to step
+    for block in frozen_blocks:
+        block.drop.p = 0.0
+        block.attn.dropout = 0.0
+    if rows < gpt.config.vocab_size:
+        train_new_rows(gpt.wte, rows)
+
+
+def train_new_rows(embedding: nn.Embedding, rows: int) -> None:
+    """Train the rows from `rows` on: the old ones get no gradient, and AdamW leaves alone what has
+    neither gradient nor decay."""
+    weight = embedding.weight.requires_grad_(True)
+    weight.no_decay = True
+    weight.first_row = rows
+
+    def keep_new_rows(gradient: Tensor) -> Tensor:
+        is_new = torch.arange(gradient.size(0), device=gradient.device) >= rows
+        return gradient * is_new[:, None]
+
+    weight.register_hook(keep_new_rows)
+
+
+def count_trainable(model: nn.Module) -> int:
     """How many numbers train; of an embedding that is frozen up to its new rows, only those."""
-    return sum(
-        p[getattr(p, "first_row", 0) :].numel() for p in model.parameters() if p.requires_grad
-    )
-
-
-def is_valid(how: str) -> bool:
-    """Is it a value of the setting `freeze`?"""
-    return bool(re.fullmatch(r"none|trunk|all_but_last:[1-9]\d*", how))
-
-
-def below(model: nn.Module, idx: Tensor, lengths: Tensor) -> Tensor:
-    """What the frozen part makes of tokens idx (B, T): the hidden states (B, T, C) that go into the first trained
-    block, or the pooled one (B, C) if the whole trunk is frozen. The model's forward takes either in place of idx."""
-    whole = model.first_block == model.gpt.config.n_layer
-    at = lengths - 1 if whole and model.pool == "last" and model.mask else None
-    h = model.gpt.trunk(idx, layers=slice(model.first_block), norm=whole, at=at)
-    return h if not whole else h[:, 0] if at is not None else model.pooled(h, lengths)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(p[getattr(p, "first_row", 0) :].numel() for p in trained)
 
 
 @torch.no_grad()
-def keep(
-    model: nn.Module,
+def cache_frozen_states(
+    model: GPTClassifier,
     inputs: Inputs,
-    ctx: torch.autocast,
+    autocast: AbstractContextManager,
     max_tokens: int,
     gigabytes: float,
     rows: int,
 ) -> str:
-    """Let the frozen part read every example once; `inputs` gives what it said from now on. Returns why not, in words,
-    if it is no use or takes more than so many GiB."""
-    config, first = model.gpt.config, model.first_block
-    if not first or not gigabytes:
+    """Let the frozen part read every example once; `inputs` gives its states from now on.
+
+    Returns why not, in words, if that is no use or takes more than so many GiB; rows: ids from
+    this one on are new tokens, which train."""
+    config = model.gpt.config
+    if not model.first_block or not gigabytes:
         return ""
     if model.gpt.wte.weight.requires_grad and inputs.largest >= rows:
         return "new tokens train below the frozen part, which therefore runs every time"
-    tokens = 1 if first == config.n_layer else inputs.width or inputs.data.lengths.mean()
-    size = len(inputs.data.ids) * tokens * config.n_embd * 4 / 2**30
+    size = cache_size(model, inputs) / 2**30
     if size > gigabytes:
-        return f"keeping what the frozen part says would take {size:.1f} GiB (cache_gb={gigabytes}): it runs every time"
-    kept: list[Tensor] = [torch.empty(0)] * len(inputs.data.ids)
-    batches = in_order(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
+        return (
+            f"caching the states of the frozen part would take {size:.1f} GiB "
+            f"(cache_gb={gigabytes}): it runs every time"
+        )
+    states: list[Tensor] = [torch.empty(0)] * len(inputs.data.ids)
+    batches = length_batches(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
+    pooled = model.first_block == config.n_layer
     for batch in tqdm(batches, desc="frozen part, once", disable=None, leave=False):
-        idx, lengths = inputs.tokens(batch)
-        with ctx:
-            states = below(model, idx, lengths)
-        for i, state, n in zip(batch, states, lengths.tolist(), strict=True):
-            kept[i] = (state if state.dim() == 1 or inputs.width else state[:n]).clone()
-    inputs.kept = kept
+        tokens, lengths = inputs.tokens(batch)
+        with autocast:
+            found = model.run_frozen(tokens, lengths)
+        for row, state, length in zip(batch, found, lengths.tolist(), strict=True):
+            is_whole = pooled or inputs.width  # the mask being off, padding is read like text
+            states[row] = (state if is_whole else state[:length]).clone()
+    inputs.states = states
     return ""
+
+
+def cache_size(model: GPTClassifier, inputs: Inputs) -> float:
+    """Bytes of all states, in float32."""
+    config = model.gpt.config
+    states_per_text = inputs.width or inputs.data.lengths.mean()
+    if model.first_block == config.n_layer:
+        states_per_text = 1
+    return len(inputs.data.ids) * states_per_text * config.n_embd * 4

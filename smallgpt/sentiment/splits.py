@@ -1,193 +1,327 @@
 """Sentiment and sentence-pair sets -> labelled examples in three splits.
 
-    python scripts/data.py fetch name=sst2 to=data/            a public set, checksummed
-    python scripts/data.py stats set=chnsenticorp path=data          what a set holds, and what was dropped from it
-    python scripts/data.py stats set=csv path=my.tsv,text_column=review,label_column=stars
-    python scripts/data.py text sst2=data tweets=data to=data/x.txt    their training texts, to pretrain on
+    python scripts/data.py fetch name=sst2 to=data             a public set, checksummed
+    python scripts/data.py stats set=chnsenticorp path=data    what it holds, and what was dropped
+    python scripts/data.py text sst2=data to=data/x.txt        its training texts, to pretrain on
 
-A set's reader (sets.py) returns the splits it comes with. What it lacks is cut off here, by the text alone: so a text
-is on one side only, and no other setting changes which texts are the test.
+A set's reader (sets.py) returns the splits it comes with. What it lacks is cut off here, by the
+text alone: so a text is on one side only, and no other setting changes which texts are the test.
 """
 
 import hashlib
 import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from smallgpt.console import UserError
-from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, Splits
+from smallgpt.files import unit_hash
+from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
 from smallgpt.sentiment.tables import show
 
 SPLITS = ("train", "validation", "test")
+SEEDS_TRIED = 20  # for one that leaves each label a training example
 
 
 @dataclass
 class Reviews:
-    """A set, ready for training: examples of train, validation and test, the names of the labels, what was done."""
+    """A set, ready for training."""
 
-    splits: dict[str, list[Example]]
-    labels: list[str]
-    notes: list[str] = field(default_factory=list)
+    splits: dict[str, list[Example]]  # train, validation and test
+    labels: list[str]  # their names, in the order of the classes
+    notes: list[str] = field(default_factory=list)  # what was guessed, dropped and held out
 
     @property
     def fingerprint(self) -> str:
         """A hash of every example in its place."""
-        return hashlib.blake2b(
-            repr((self.splits, self.labels)).encode(), digest_size=12
-        ).hexdigest()
+        content = repr((self.splits, self.labels)).encode()
+        return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
 def load(s: ReviewSettings) -> Reviews:
-    """Read the set, drop what would falsify a result, cut off the splits it lacks. UserError if it cannot be used."""
-    notes: list[str] = []
-    splits = READERS[s.set](s)
-    for split, examples in splits.items():
-        # "none" and "null" may be names of labels; a table has nothing in a cell without a value, or pandas' nan
-        missing = [
-            i
-            for i, e in enumerate(examples, 1)
-            if e.text.strip() and e.label.lower() in ("", "nan")
-        ]
-        if missing:
-            raise UserError(
-                f"{len(missing)} example(s) of the {split} split have no label, the first is row "
-                f"{missing[0]}: fill them in or remove them"
-            )
-        splits[split] = [e for e in examples if e.text.strip()]
-        if empty := len(examples) - len(splits[split]):
-            notes.append(f"{split}: dropped {empty} with an empty text")
-    if "test" not in splits:  # one table: each text once, then cut by the text
-        splits["train"] = once(splits["train"], notes)
-        cut(splits, "test", s.test_fraction, s.split_seed)
-    if "validation" not in splits:
-        cut(splits, "validation", s.val_fraction, s.split_seed + 1)
+    """Read the set, drop what would falsify a result, cut off the splits it lacks.
+
+    UserError if it cannot be used."""
+    problems = s.check()  # of settings that another version recorded
+    if problems:
+        raise UserError("; ".join(problems))
+    files = SetFiles(s)
+    splits = READERS[s.set](files)
+    notes = files.notes
+    for split in splits:
+        refuse_missing_labels(split, splits[split])
+        splits[split] = drop_empty(split, splits[split], notes)
+    lacking = [split for split in ("test", "validation") if split not in splits]
+    if "test" in lacking:
+        splits["train"] = deduplicate(splits["train"], notes)
+        cut_off(splits, "test", s)
+    if "validation" in lacking:
+        cut_off(splits, "validation", s)
         if s.set == "sst2":
-            whole_sentences(splits, notes)
-    for split, others in (("validation", ["test"]), ("train", ["validation", "test"])):
-        taken = {e.key for other in others for e in splits[other]}
-        kept = [e for e in splits[split] if e.key not in taken]
-        if len(kept) < len(splits[split]):
-            notes.append(
-                f"{split}: dropped {len(splits[split]) - len(kept)} that are also in {' or '.join(others)}"
-            )
-        splits[split] = kept
-    splits["train"] = once(splits["train"], notes)
+            hold_out_whole_sentences(splits, notes)
+    drop_overlap(splits, "validation", ["test"], notes)
+    drop_overlap(splits, "train", ["validation", "test"], notes)
+    splits["train"] = deduplicate(splits["train"], notes)
     for split in SPLITS:
         if not splits[split]:
-            raise UserError(
-                f"the {split} split of {s.set} is empty ({'; '.join(notes) or 'too few rows'}): add some"
-            )
+            reason = "; ".join(notes) or "too few rows"
+            raise UserError(f"the {split} split of {s.set} is empty ({reason}): add some")
     labels = label_names(splits)
+    refuse_unknown_labels(splits, labels, lacking, s)
     if s.train_size:
-        if s.train_size > len(splits["train"]):
-            notes.append(
-                f"train: there are {len(splits['train'])}, fewer than data.train_size={s.train_size}"
-            )
-        splits["train"] = sorted(splits["train"], key=lambda e: place(e, s.split_seed + 2))[
-            : s.train_size
-        ]
-        if absent := set(labels) - {e.label for e in splits["train"]}:
-            raise UserError(
-                f"data.train_size={s.train_size} leaves no example of the label {min(absent)!r}: raise it"
-            )
+        splits["train"] = limit(splits["train"], labels, s, notes)
     return Reviews(splits, labels, notes)
 
 
+# ---- steps of load
+
+
+def refuse_missing_labels(split: str, examples: list[Example]) -> None:
+    """UserError for a text without a label.
+
+    "none" and "null" may be names of labels; "nan" is what pandas writes into an empty cell."""
+    missing = []
+    for row, e in enumerate(examples, 1):
+        if e.text.strip() and e.label.lower() in ("", "nan"):
+            missing.append(row)
+    if missing:
+        raise UserError(
+            f"{len(missing)} example(s) of the {split} split have no label, the first is row "
+            f"{missing[0]}: fill them in or remove them"
+        )
+
+
+def drop_empty(split: str, examples: list[Example], notes: list[str]) -> list[Example]:
+    """The examples that have a text."""
+    kept = [e for e in examples if e.text.strip()]
+    dropped = len(examples) - len(kept)
+    if dropped:
+        notes.append(f"{split}: dropped {dropped} with an empty text")
+    return kept
+
+
+def cut_off(splits: Splits, name: str, s: ReviewSettings) -> None:
+    """Move a part of the training split to a split of its own."""
+    splits["train"], splits[name] = cut(splits["train"], name, s, s.split_seed)
+
+
+def cut(
+    examples: list[Example],
+    name: str,
+    s: ReviewSettings,
+    split_seed: int,
+) -> tuple[list[Example], list[Example]]:
+    """The examples that stay, and those of the split: about its fraction, and at least one text."""
+    if name == "test":
+        fraction = s.test_fraction
+        seed = split_seed
+    else:
+        fraction = s.val_fraction
+        seed = split_seed + 1
+    hashes = [unit_hash(e.split_key, seed) for e in examples]
+    lowest = min(hashes, default=0.0)
+    stay: list[Example] = []
+    taken: list[Example] = []
+    for e, number in zip(examples, hashes, strict=True):
+        if number < fraction or number == lowest:
+            taken.append(e)
+        else:
+            stay.append(e)
+    return stay, taken
+
+
+def drop_overlap(splits: Splits, split: str, others: list[str], notes: list[str]) -> None:
+    """Drop from a split the copies of what others hold."""
+    held_out = set()
+    for other in others:
+        held_out.update(e.key for e in splits[other])
+    kept = [e for e in splits[split] if e.key not in held_out]
+    dropped = len(splits[split]) - len(kept)
+    if dropped:
+        notes.append(f"{split}: dropped {dropped} that are also in {' or '.join(others)}")
+    splits[split] = kept
+
+
+def deduplicate(examples: list[Example], notes: list[str]) -> list[Example]:
+    """Each text once, and none that has two labels."""
+    labels_of: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for text, pair, label in examples:
+        labels_of[text, pair].add(label)
+    unanimous = []
+    for e in examples:
+        if len(labels_of[e.text, e.pair]) == 1:
+            unanimous.append(e)
+    kept = list(dict.fromkeys(unanimous))
+    torn = len(examples) - len(unanimous)
+    copies = len(unanimous) - len(kept)
+    if torn:
+        notes.append(f"train: dropped {torn} whose text has more than one label")
+    if copies:
+        notes.append(f"train: dropped {copies} copies")
+    return kept
+
+
+def limit(
+    examples: list[Example], labels: list[str], s: ReviewSettings, notes: list[str]
+) -> list[Example]:
+    """train_size of the examples. Those of a smaller number are among those of a larger."""
+    if s.train_size > len(examples):
+        notes.append(f"train: there are {len(examples)}, fewer than data.train_size={s.train_size}")
+    seed = s.split_seed + 2
+    by_hash = sorted(examples, key=lambda e: unit_hash(e.split_key, seed))
+    kept = by_hash[: s.train_size]
+    absent = set(labels) - {e.label for e in kept}
+    if absent:
+        raise UserError(
+            f"data.train_size={s.train_size} leaves no example of the label {min(absent)!r}: "
+            "raise it"
+        )
+    return kept
+
+
+# ---- labels
+
+
 def label_names(splits: Splits) -> list[str]:
-    """The labels of the training split, in the order of their numbers or names; the other splits must know no more."""
+    """The labels of the training split, in the order of their numbers or names."""
     names = {e.label for e in splits["train"]}
-    labels = sorted(
-        names, key=(lambda name: (float(name), name)) if all(map(is_number, names)) else None
-    )
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?", name) for name in names):
+        labels = sorted(names, key=lambda name: (float(name), name))
+    else:
+        labels = sorted(names)
     if len(labels) < 2:
         raise UserError(
             f"all {len(splits['train'])} training examples have the label {labels[0]!r}: add others"
         )
-    for split in SPLITS:
-        if unknown := sorted({e.label for e in splits[split]} - names):
-            raise UserError(
-                f"the {split} split has the label {unknown[0]!r}, which no training example has "
-                f"(they have {show(labels)}): correct it, or add examples of it"
-            )
     return labels
 
 
-def is_number(name: str) -> bool:
-    return re.fullmatch(r"[+-]?\d+(\.\d+)?", name) is not None
+def refuse_unknown_labels(
+    splits: Splits, labels: list[str], cut_off_splits: list[str], s: ReviewSettings
+) -> None:
+    """UserError for a label that no training example has."""
+    for split in SPLITS:
+        unknown = sorted({e.label for e in splits[split]} - set(labels))
+        if not unknown:
+            continue
+        problem = f"the {split} split has the label {unknown[0]!r}, which no training example has"
+        if split in cut_off_splits:
+            raise UserError(f"{problem}: {rare_label(splits, unknown[0], cut_off_splits, s)}")
+        raise UserError(f"{problem} (they have {show(labels)}): correct it, or add examples of it")
 
 
-def place(example: Example, seed: int) -> float:
-    """A number in [0, 1) that depends on the text and the seed alone."""
-    digest = hashlib.blake2b(
-        example.key.encode("utf-8", "replace"), digest_size=8, key=str(seed).encode()
+def rare_label(splits: Splits, label: str, cut_off_splits: list[str], s: ReviewSettings) -> str:
+    """Why the cut took all examples of a label out of the training split, and what helps."""
+    whole = list(splits["train"])
+    for split in cut_off_splits:
+        whole += splits[split]
+    counts = Counter(e.label for e in whole)
+    reason = f"the set has {counts[label]} of it, of {len(counts)} labels in all"
+    seed = find_split_seed(whole, cut_off_splits, s)
+    if seed is not None:
+        return f"{reason}; data.split_seed={seed} leaves each label in training"
+    return (
+        f"{reason}, and no data.split_seed below {SEEDS_TRIED} leaves each label in training; add "
+        "examples, remove such labels, or name another data.label_column"
     )
-    return int.from_bytes(digest.digest(), "big") / 2**64
 
 
-def cut(splits: Splits, name: str, fraction: float, seed: int) -> None:
-    """Move about `fraction` of the training split, but at least one text, to a split of its own."""
-    places = [place(e, seed) for e in splits["train"]]
-    lowest = min(places, default=0.0)
-    sides: tuple[list[Example], list[Example]] = [], []
-    for e, at in zip(splits["train"], places, strict=True):
-        sides[at < fraction or at == lowest].append(e)
-    splits["train"], splits[name] = sides
+def find_split_seed(
+    whole: list[Example], cut_off_splits: list[str], s: ReviewSettings
+) -> int | None:
+    """A split seed that leaves each label in the training split, None if none of the first does."""
+    labels = {e.label for e in whole}
+    for seed in range(SEEDS_TRIED):
+        train = whole
+        for split in cut_off_splits:
+            train, _ = cut(train, split, s, seed)
+        if {e.label for e in train} == labels:
+            return seed
+    return None
 
 
-def once(examples: list[Example], notes: list[str]) -> list[Example]:
-    """Each text once, and none that has two labels."""
-    labels: dict[tuple[str, str], set[str]] = {}
-    for e in examples:
-        labels.setdefault(e[:2], set()).add(e.label)
-    kept = list({e[:2]: e for e in examples if len(labels[e[:2]]) == 1}.values())
-    torn = sum(len(labels[e[:2]]) > 1 for e in examples)
-    if torn:
-        notes.append(f"train: dropped {torn} whose text has more than one label")
-    if again := len(examples) - torn - len(kept):
-        notes.append(f"train: dropped {again} copies")
-    return kept
+# ---- texts that are a part of others
 
 
 def spaced(text: str) -> str:
-    """Words between single spaces, one before and behind: so a text is in another only at the borders of words."""
+    """Words between single spaces, one before and one behind.
+
+    So a text is a part of another only at the borders of words."""
     return f" {' '.join(text.split())} "
 
 
-def inner(candidates: set[str], texts: set[str]) -> set[str]:
-    """Those of the candidates that are a part of another of the texts, all `spaced`."""
-    around: dict[tuple[str, ...], list[str]] = {tuple(c.split()[:3]): [] for c in candidates}
-    for (
-        text
-    ) in texts:  # compare a candidate with the texts that hold its first three words, or all it has
-        words = text.split()
-        for n in (1, 2, 3):
-            for gram in {*zip(*(words[i:] for i in range(n)), strict=False)} & around.keys():
-                around[gram].append(text)
-    return {
-        c
-        for c in candidates
-        if any(c in text and c != text for text in around[tuple(c.split()[:3])])
-    }
+def is_substring(text: str, other: str) -> bool:
+    """Whether a text is a true part of another, both `spaced`."""
+    return text != other and text in other
 
 
-def whole_sentences(splits: Splits, notes: list[str]) -> None:
-    """SST-2's training split holds phrases of its sentences. Phrases in the validation split would be parts of what is
-    trained on, and are no test of anything: keep whole sentences there, and no part of them in training."""
-    candidates = {spaced(e.text) for e in splits["validation"] if len(e.text.split()) >= 5}
-    phrases = {spaced(e.text) for side in ("train", "validation") for e in splits[side]}
-    whole = candidates - inner(candidates, phrases)
-    wholes = [e for e in splits["validation"] if spaced(e.text) in whole]
-    parts = set()  # of three words or more
-    for words in (e.text.split() for e in wholes):
-        parts |= {
-            f" {' '.join(words[i:j])} "
-            for i in range(len(words))
-            for j in range(i + 3, len(words) + 1)
-        }
-    held = set(wholes)
-    back = [e for e in splits["validation"] if e not in held]
-    train = [e for e in splits["train"] + back if spaced(e.text) not in parts]
-    dropped = len(splits["train"]) + len(back) - len(train)
+def find_substrings(candidates: set[str], texts: set[str]) -> set[str]:
+    """Those of the candidates that are a part of one of the texts, all `spaced`.
+
+    A candidate is compared only with the texts that hold its opening, its first three words."""
+    texts_by_opening: dict[str, list[str]] = {opening(c): [] for c in candidates}
+    for text in texts:
+        for run in short_runs(text) & texts_by_opening.keys():
+            texts_by_opening[run].append(text)
+    found = set()
+    for candidate in candidates:
+        others = texts_by_opening[opening(candidate)]
+        if any(is_substring(candidate, other) for other in others):
+            found.add(candidate)
+    return found
+
+
+def opening(text: str) -> str:
+    """The first three words, or as many as there are."""
+    return " ".join(text.split()[:3])
+
+
+def short_runs(text: str) -> set[str]:
+    """All runs of one, two and three words: "a b c" -> a, b, c, a b, b c, a b c."""
+    words = text.split()
+    runs = set(words)
+    runs.update(map(" ".join, zip(words, words[1:], strict=False)))
+    runs.update(map(" ".join, zip(words, words[1:], words[2:], strict=False)))
+    return runs
+
+
+def long_runs(text: str) -> set[str]:
+    """All runs of three words or more, `spaced`."""
+    words = text.split()
+    runs = set()
+    for begin in range(len(words)):
+        for end in range(begin + 3, len(words) + 1):
+            runs.add(spaced(" ".join(words[begin:end])))
+    return runs
+
+
+def hold_out_whole_sentences(splits: Splits, notes: list[str]) -> None:
+    """Keep only whole sentences in SST-2's validation split, and no part of them in training.
+
+    The training split holds phrases of its sentences: in the validation split they would be parts
+    of what is trained on, and no test of anything."""
+    phrases = {spaced(e.text) for e in splits["train"] + splits["validation"]}
+    candidates = set()
+    for e in splits["validation"]:
+        if len(e.text.split()) >= 5:
+            candidates.add(spaced(e.text))
+    whole = candidates - find_substrings(candidates, phrases)
+
+    sentences = []
+    given_back = []
+    parts: set[str] = set()
+    for e in splits["validation"]:
+        if spaced(e.text) in whole:
+            sentences.append(e)
+            parts |= long_runs(e.text)
+        else:
+            given_back.append(e)
+
+    before = splits["train"] + given_back
+    train = [e for e in before if spaced(e.text) not in parts]
+    dropped = len(before) - len(train)
     notes.append(
-        f"validation: {len(wholes)} whole sentences, held out with {dropped} training phrases, parts of them"
+        f"validation: {len(sentences)} whole sentences, held out with {dropped} training phrases, "
+        "parts of them"
     )
-    splits["train"], splits["validation"] = train, wholes
+    splits["train"] = train
+    splits["validation"] = sentences

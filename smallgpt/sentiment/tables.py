@@ -1,12 +1,20 @@
-"""CSV, TSV and JSON Lines files of strangers: their encoding, separator and quoting, found out or named."""
+"""Tables of strangers: CSV, TSV, JSON Lines and Parquet files, also in a .gz or alone in a .zip.
+
+The first bytes of a file decide what it is, not its name. Encoding, separator, quoting and escapes
+are found out, or named in the settings. What was guessed stands in the table's notes.
+"""
 
 import csv
+import functools
 import gzip
 import io
 import json
 import re
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,206 +22,545 @@ from smallgpt.console import UserError
 
 SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
 BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-MAX_BYTES = (
-    4 << 30
-)  # of one unpacked file: a small .gz or .zip can hold more than a machine's memory
+EAST_ASIAN = ("big5", "shift_jis", "euc-kr", "euc-jp", "gb18030")
+NO_TABLES = {  # first bytes -> what such a file is, and what to do
+    b"\xd0\xcf\x11\xe0": "an Office file: save the sheet as CSV",
+    b"%PDF": "a PDF: save its table as CSV",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"Rar!": "a RAR archive: unpack it",
+    b"BZh": "packed with bzip2: unpack it",
+    b"\xfd7zXZ": "packed with xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it",
+}
+NO_TEXT = {list: "a list", dict: "an object", bytes: "bytes"}  # in JSON and Parquet
+# The limit of one unpacked file: a small .gz or .zip can hold more than a machine's memory.
+MAX_BYTES = 4 << 30
 csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 131,072 characters
 
 
-class Table(NamedTuple):
+@dataclass
+class Table:
     """All cells of a file as text, as they are written. Every row is as long as the header."""
 
+    path: Path
     header: list[str]
     rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)  # what was guessed about the file
+    # column -> where it first holds something that is no text, and what
+    nested: dict[str, tuple[str, str]] = field(default_factory=dict)
+    header_is_a_line: bool = False  # of the file, and perhaps one that was meant as a row
+
+    def column(self, name: str, fix: str) -> list[str]:
+        """The cells of a column, whatever spaces or capitals its header has.
+
+        UserError names the columns that there are, and the fix."""
+        exact = [i for i, title in enumerate(self.header) if title == name]
+        wanted = name.strip().lower()
+        alike = [i for i, title in enumerate(self.header) if title.strip().lower() == wanted]
+        found = exact or alike
+        if not found:
+            raise UserError(
+                f"{self.path} has no column {name!r}; it has: {show(self.header)}. {fix}"
+            )
+        if len(found) > 1:
+            titles = " and ".join(repr(self.header[i]) for i in found)
+            raise UserError(
+                f"{self.path} has {len(found)} columns for the name {name!r}, {titles}: "
+                "rename or remove one"
+            )
+        title = self.header[found[0]]
+        if title in self.nested:
+            place, kind = self.nested[title]
+            raise UserError(
+                f"{self.path}, {place}: the column {title!r} holds {kind}; write a text instead"
+            )
+        return [row[found[0]] for row in self.rows]
+
+
+def show(names: list[str]) -> str:
+    """At most ten names, a long one cut: the header of a file without a header is a review."""
+    shown = []
+    for name in names[:10]:
+        short = name if len(name) <= 40 else name[:37] + "..."
+        shown.append(repr(short) if "," in short else short)
+    if len(names) > 10:
+        shown.append("...")
+    return ", ".join(shown)
 
 
 def read_table(
-    path: Path, encoding: str = "auto", separator: str = "auto", quoting: str = "auto"
+    path: Path,
+    encoding: str = "auto",
+    separator: str = "auto",
+    quoting: str = "auto",
+    escape: str = "auto",
+    header: bool = True,
 ) -> Table:
     """All rows of a file, in its order; blank ones do not count.
 
-    path: .csv, .tsv, .txt or, one object a line, .jsonl, .ndjson or .json; also as .gz or as the only file in a .zip.
-    encoding `auto`: by its byte-order mark, else UTF-8, UTF-16 without a mark, or GB18030 (of which GBK is a part).
-    separator `auto`: the one most frequent in the header. quoting `auto`: on, but off in tab-separated files, where a
-    quote is mostly just a quote. UserError names the file, the line, what is wrong and the fix."""
+    encoding: auto = by the byte-order mark, else UTF-8, UTF-16 or GB18030 (of which GBK is a part).
+    separator: auto = what a line `sep=;` names, else the header's most frequent.
+    quoting: auto = quotes enclose cells; between tabs only if they evidently do.
+    escape: auto = backslashes are text; before quotes they escape where nothing else can be read.
+    header: False = the first line is a row, and the columns are named 1, 2, ...
+
+    UserError names the file, the line, what is wrong and the fix."""
     name, content = unpack(path)
+    refuse_other_formats(path, content)
+    if content.startswith(b"PAR1"):
+        return parquet_table(path, content)
+    notes: list[str] = []
+    if encoding == "auto":
+        encoding, guessed = find_encoding(path, content)
+        if guessed:
+            notes.append(f"{path.name}: guessed data.encoding={encoding}")
     text = decode(path, content, encoding)
     if not text.strip():
         raise UserError(f"{path} is empty")
-    if name.lower().endswith((".jsonl", ".ndjson", ".json")):
-        return json_rows(path, text)
-    header = text.lstrip().partition("\n")[0]
-    sep = (
-        max(SEPARATORS.values(), key=header.count) if separator == "auto" else SEPARATORS[separator]
-    )
-    quoted = quoting == "true" or (quoting == "auto" and sep != "\t")
-    # newlines as Python reads them: a CRLF file read with quoting off would keep \r in its last column.
-    # strict: a quote that is never closed is an error, and not one cell with the rest of the file in it
-    reader = csv.reader(
-        io.StringIO(text, newline=None),
-        delimiter=sep,
-        strict=True,
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-    )
-    rows: list[list[str]] = []
-    line = 1  # where the row begins
-    try:
-        for row in reader:
-            if any(map(str.strip, row)):
-                if rows and len(row) != len(rows[0]):
-                    raise UserError(
-                        f"{path}, line {line}: {len(row)} cells, the header has {len(rows[0])}; correct "
-                        "it, name its data.separator, or set data.quoting to true or false"
-                    )
-                rows.append(row)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        fix = (
-            "set data.quoting=false if quotes mean nothing here" if quoted else "set data.separator"
-        )
-        raise UserError(f"{path}, line {line}: {error}; correct its quotes, or {fix}") from None
-    if len(rows) < 2:
-        raise UserError(f"{path} has no rows below its header")
-    return Table(rows[0], rows[1:])
+    if is_json(name, text):
+        return json_table(path, text, notes)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "\0" in text:
+        line = line_of(text, text.index("\0"))
+        notes.append(f"{path.name}, line {line}: a NUL character, kept as part of the text")
+    return delimited_table(path, text, Options(separator, quoting, escape, header), notes)
+
+
+def line_of(text: str | bytes, position: int) -> int:
+    """The number of the line, from 1, that a position is in."""
+    newline = "\n" if isinstance(text, str) else b"\n"
+    return text.count(newline, 0, position) + 1
+
+
+# ---- bytes
 
 
 def unpack(path: Path) -> tuple[str, bytes]:
-    """The name and bytes of a file, of what a .gz holds, or of the only file in a .zip (known by their first bytes)."""
+    """The name and bytes of a file, of what a .gz holds, or of the only file in a .zip.
+
+    Packed files are known by their first bytes."""
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic in (b"PK\3\4", b"PK\5\6"):
-            with zipfile.ZipFile(path) as archive:
-                files = [
-                    f
-                    for f in archive.infolist()
-                    if not f.is_dir() and not f.filename.startswith("__MACOSX")
-                ]
-                if len(files) != 1:
-                    names = show([f.filename for f in files])
-                    raise UserError(
-                        f"{path} holds {len(files)} files ({names}): unpack it, or save it as CSV if it is "
-                        "a spreadsheet, and name the file to read"
-                    )
-                if files[0].file_size > MAX_BYTES:
-                    raise UserError(f"{path} unpacks to more than {MAX_BYTES >> 30} GiB")
-                return files[0].filename, archive.read(files[0])
-        with gzip.open(path) if magic[:2] == b"\x1f\x8b" else open(path, "rb") as file:
+            return unzip(path)
+        packed = magic.startswith(b"\x1f\x8b")
+        with gzip.open(path) if packed else open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        zipfile.BadZipFile,
-        RuntimeError,
-    ) as problem:  # RuntimeError: encrypted
-        raise UserError(
-            f"cannot read {path}: {getattr(problem, 'strerror', None) or problem}"
-        ) from None
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as problem:
+        # RuntimeError: the zip is encrypted
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"cannot read {path}: {reason}") from None
     if len(content) > MAX_BYTES:
         raise UserError(f"{path} holds more than {MAX_BYTES >> 30} GiB")
     return path.stem if path.suffix.lower() == ".gz" else path.name, content
 
 
-def decode(path: Path, content: bytes, encoding: str = "auto") -> str:
+def unzip(path: Path) -> tuple[str, bytes]:
+    """The name and bytes of the only file in a .zip."""
+    with zipfile.ZipFile(path) as archive:
+        files = [file for file in archive.infolist() if not file.is_dir()]
+        files = [file for file in files if not file.filename.startswith("__MACOSX")]
+        names = [file.filename for file in files]
+        if "xl/workbook.xml" in names or "content.xml" in names:
+            raise UserError(f"{path} is a spreadsheet: save the sheet as CSV")
+        if len(files) != 1:
+            raise UserError(
+                f"{path} holds {len(files)} files ({show(names)}): unpack it, and name the file "
+                "to read"
+            )
+        if files[0].file_size > MAX_BYTES:
+            raise UserError(f"{path} unpacks to more than {MAX_BYTES >> 30} GiB")
+        return names[0], archive.read(files[0])
+
+
+def refuse_other_formats(path: Path, content: bytes) -> None:
+    """UserError for a file that is known by its first bytes, and is no table."""
+    for magic, what in NO_TABLES.items():
+        if content.startswith(magic):
+            raise UserError(f"{path} is {what}")
+
+
+# ---- bytes -> text
+
+
+def decode(path: Path, content: bytes, encoding: str) -> str:
     """The text of the bytes, without a byte-order mark."""
-    if encoding == "auto":
-        encoding = next((e for bom, e in BOMS.items() if content.startswith(bom)), "") or guess(
-            path, content
-        )
     try:
         return content.decode(encoding).lstrip("\ufeff")
-    except LookupError:
-        raise UserError(
-            f"there is no encoding {encoding!r}: use e.g. utf-8, gb18030, utf-16 or latin-1"
-        ) from None
     except UnicodeDecodeError as error:
-        line = content[: error.start].decode(encoding, "replace").count("\n") + 1
+        before = content[: error.start].decode(encoding, "replace")
+        line = line_of(before, len(before))
         raise UserError(
             f"{path}, line {line}: not {encoding}; name its encoding in data.encoding"
         ) from None
+    except (LookupError, UnicodeError):
+        raise UserError(
+            f"there is no encoding {encoding!r}: use e.g. utf-8, gb18030, big5, utf-16 or latin-1"
+        ) from None
 
 
-def guess(path: Path, content: bytes) -> str:
-    """The encoding of bytes without a byte-order mark."""
-    # ASCII characters in UTF-16, such as separators, have a zero byte: the second (little endian) or the first
-    first, second = content[:1000:2].count(0), content[1:1000:2].count(0)
-    if max(first, second) > 1 + 2 * min(first, second):
-        return "utf-16-le" if second > first else "utf-16-be"
+def find_encoding(path: Path, content: bytes) -> tuple[str, bool]:
+    """The encoding of the bytes, and whether it is a guess that can be wrong."""
+    for bom, encoding in BOMS.items():
+        if content.startswith(bom):
+            return encoding, False
+    utf16 = find_utf16(content)
+    if utf16:
+        return utf16, True
     try:
         content.decode("utf-8")
-        return "utf-8"
+        return "utf-8", False
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-    high = len(re.findall(rb"[\x80-\xff]", content))
-    if (
-        2 * (len(content) - len(content.decode("utf-8", "ignore").encode())) < high
-    ):  # most of it is UTF-8
+        line = line_of(content, error.start)
+    if fits(content, "gb18030") and reads_like_chinese(content.decode("gb18030")):
+        return "gb18030", True
+    if mostly_utf8(content):
         raise UserError(
             f"{path}, line {line}: broken UTF-8; correct it, or name its encoding in data.encoding"
         )
-    # GB18030 writes a Chinese character as two bytes, the first above 0x80: an accented letter of latin-1 stands alone
-    alone = len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", content))
-    runs = len(re.findall(rb"[\x80-\xff]{2,}", content))
-    try:
-        if alone < runs:
-            content.decode("gb18030")
-            return "gb18030"
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+    if b"\0" in content:
+        line = line_of(content, content.index(b"\0"))
+        raise UserError(
+            f"{path}, line {line}: a NUL byte; the file is neither UTF-8 nor UTF-16 text"
+        )
+    proposed = [encoding for encoding in EAST_ASIAN if fits(content, encoding)]
+    if mostly_lone_bytes(content):
+        proposed.append("cp1252")
     raise UserError(
-        f"{path}, line {line}: neither UTF-8 nor GB18030; name its encoding in data.encoding, e.g. latin-1"
+        f"{path}, line {line}: neither UTF-8 nor GB18030; name its encoding in "
+        f"data.encoding, such as {' or '.join(proposed or EAST_ASIAN)}"
     )
 
 
-def json_rows(path: Path, text: str) -> Table:
-    """One JSON object a line; numbers and true as they are written, null and what an object lacks as ""."""
+def fits(content: bytes, encoding: str) -> bool:
+    """Whether all bytes mean something in this encoding."""
+    try:
+        content.decode(encoding)
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def find_utf16(content: bytes) -> str:
+    """The name of UTF-16 without a byte-order mark, "" for anything else."""
+    zeros = content.count(0)  # each ASCII character in UTF-16, such as a separator, has one
+    is_ascii_with_zeros = zeros < 0.4 * len(content) and fits(content, "utf-8")
+    if not zeros or is_ascii_with_zeros:
+        return ""
+    for encoding in ("utf-16-le", "utf-16-be"):
+        # in the wrong byte order, a newline is another character
+        if fits(content, encoding) and "\n" in content.decode(encoding):
+            return encoding
+    return ""
+
+
+def mostly_utf8(content: bytes) -> bool:
+    """Whether most bytes beyond ASCII are part of UTF-8 characters, and a few are broken."""
+    beyond_ascii = len(re.findall(rb"[\x80-\xff]", content))
+    broken = len(content) - len(content.decode("utf-8", "ignore").encode())
+    return 2 * broken < beyond_ascii
+
+
+def mostly_lone_bytes(content: bytes) -> bool:
+    """Whether bytes beyond ASCII mostly stand alone, as the accented letters of latin-1 do.
+
+    Chinese, Japanese and Korean characters have two bytes, mostly both beyond ASCII."""
+    lone = len(re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", content))
+    runs = len(re.findall(rb"[\x80-\xff]{2,}", content))
+    return lone >= runs
+
+
+def reads_like_chinese(text: str) -> bool:
+    """Whether what GB18030 makes of some bytes is Chinese, and not nonsense.
+
+    GB2312, its oldest part, has the 3,755 most common characters at the first bytes B0 to D7, in
+    the order of their sound. Bytes of other encodings have a meaning in it, too: Big5 and Shift-JIS
+    become rare characters, EUC-JP keeps its kana, and EUC-KR becomes common characters of the first
+    half of that order only."""
+    rare = common = kana = 0
+    first_bytes = []  # of different common characters
+    for character, count in Counter(text).items():
+        if "\u3041" <= character <= "\u30ff":
+            kana += count
+        elif "\u3400" <= character <= "\u9fff" or "\ue000" <= character <= "\uf8ff":
+            first_byte = character.encode("gb2312", "replace")[0]
+            if 0xB0 <= first_byte <= 0xD7:
+                common += count
+                first_bytes.append(first_byte)
+            else:
+                rare += count
+    second_half = sum(first_byte > 0xC8 for first_byte in first_bytes)
+    is_korean = len(first_bytes) >= 20 and second_half < 0.05 * len(first_bytes)
+    return common > 1.5 * rare and common > 4 * kana and not is_korean
+
+
+# ---- text -> rows
+
+
+class Options(NamedTuple):
+    """How a delimited file is to be read, as the settings have it; see `read_table`."""
+
+    separator: str
+    quoting: str
+    escape: str
+    header: bool
+
+
+class Reading(NamedTuple):
+    """One way to read a delimited file."""
+
+    separator: str
+    quoted: bool  # quotes enclose cells
+    escape: str | None
+    skip_spaces: bool = False  # those between a separator and a quote
+    notes: list[str] = []  # what is guessed in it
+
+
+class Irregular(Exception):
+    """A reading does not fit the file; says where and why."""
+
+
+def delimited_table(path: Path, text: str, options: Options, notes: list[str]) -> Table:
+    """The table in the text of a CSV or TSV file."""
+    named, first_line = separator_line(text)
+    text = text if first_line == 1 else text.partition("\n")[2]
+    if options.separator != "auto":
+        separator = SEPARATORS[options.separator]
+    elif named:
+        separator = named
+    else:
+        separator = find_separator(text)
+        usual = "\t" if ".tsv" in path.suffixes else ","
+        if separator != usual and separator in text:
+            name = next(name for name, sign in SEPARATORS.items() if sign == separator)
+            notes.append(f"{path.name}: guessed data.separator={name}")
+    first_problem = ""
+    for reading in possible_readings(text, separator, options):
+        try:
+            rows = list(regular_rows(text, reading, first_line))
+        except Irregular as problem:
+            first_problem = first_problem or str(problem)
+            continue
+        notes += [f"{path.name}: {note}" for note in reading.notes]
+        return titled(path, rows, options.header, notes)
+    raise UserError(f"{path}, {first_problem}")
+
+
+def separator_line(text: str) -> tuple[str, int]:
+    """The separator that a first line `sep=;` names, as Excel writes it, "" without such a line;
+    and the number of the line that the table begins in."""
+    found = re.match(r'"?sep=([^\w\s"\\]|\t)"?\n', text, re.IGNORECASE)
+    return (found[1], 2) if found else ("", 1)
+
+
+def find_separator(text: str) -> str:
+    """The separator that most lines hold as often as the header does, not counting within quotes.
+
+    Of several such, it is the header's most frequent."""
+    lines = text.strip("\n ")[:100_000].split("\n")[:100]
+    header = unquoted(first_record(lines))
+    lines = [unquoted(line) for line in lines if line.strip()]
+
+    def evidence(separator: str) -> tuple[bool, int, int]:
+        in_header = header.count(separator)
+        agreeing = sum(line.count(separator) == in_header for line in lines)
+        return in_header > 0, agreeing, in_header
+
+    return max(SEPARATORS.values(), key=evidence)
+
+
+def first_record(lines: list[str]) -> str:
+    """The first line, with those that follow it inside quotes."""
+    for end in range(1, 10):
+        record = "\n".join(lines[:end])
+        if record.count('"') % 2 == 0:
+            return record
+    return lines[0]
+
+
+def unquoted(line: str) -> str:
+    """The line without what stands between quotes."""
+    return re.sub(r'"(?:[^"]|"")*"', "", line)
+
+
+def possible_readings(text: str, separator: str, options: Options) -> list[Reading]:
+    """The ways to read the text that the options leave open, the most likely first."""
+    escape = "\\" if options.escape == "backslash" else None
+    quoted = options.quoting == "true"
+    notes: list[str] = []
+    if options.quoting == "auto":
+        quoted = separator != "\t" or quotes_enclose_cells(text, separator)
+        if quoted and separator == "\t":
+            notes = ["guessed data.quoting=true"]
+    if not quoted:
+        return [Reading(separator, False, escape)]
+    spaces = "left out the spaces before quotes"
+    backslash = "guessed data.escape=backslash"
+    readings = [
+        Reading(separator, True, escape, False, notes),
+        Reading(separator, True, escape, True, [*notes, spaces]),
+    ]
+    if options.escape == "auto" and '\\"' in text:
+        readings += [
+            Reading(separator, True, "\\", False, [*notes, backslash]),
+            Reading(separator, True, "\\", True, [*notes, backslash, spaces]),
+        ]
+    return readings
+
+
+def quotes_enclose_cells(text: str, separator: str) -> bool:
+    """Whether quotes between tabs are evidently no part of the text.
+
+    They are if each encloses a whole cell, and either some quotes inside are doubled or all rows
+    have such cells."""
+    rows = [line for line in text.split("\n") if line.strip()][1:]
+    quoted_rows = [row for row in rows if '"' in row]
+    doubled = False
+    for row in quoted_rows:
+        for cell in row.split(separator):
+            if '"' in cell and not re.fullmatch(r'\s*"(?:[^"]|"")*"\s*', cell):
+                return False
+            doubled = doubled or '""' in cell.strip()[1:-1]
+    return bool(quoted_rows) and (doubled or len(quoted_rows) == len(rows))
+
+
+def regular_rows(text: str, reading: Reading, first_line: int) -> Iterator[list[str]]:
+    """The rows that are not blank. Irregular if the reading does not fit them."""
+    # strict: a quote that is never closed is an error, not one cell with the rest of the file in it
+    reader = csv.reader(
+        io.StringIO(text, newline="\n"),
+        delimiter=reading.separator,
+        quoting=csv.QUOTE_MINIMAL if reading.quoted else csv.QUOTE_NONE,
+        escapechar=reading.escape,
+        skipinitialspace=reading.skip_spaces,
+        strict=True,
+    )
+    width = 0
+    start = first_line  # the line that the row begins in
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                width = width or len(row)
+                check_row(row, width, reading, start)
+                yield row
+            start = first_line + reader.line_num
+    except csv.Error as error:
+        fix = "set data.separator"
+        if reading.quoted:
+            fix = "set data.quoting=false if quotes mean nothing here"
+        raise Irregular(f"line {start}: {error}; correct its quotes, or {fix}") from None
+
+
+def check_row(row: list[str], width: int, reading: Reading, line: int) -> None:
+    """Irregular if a row is not as long as the first, or if it has enclosing quotes as text."""
+    if len(row) != width:
+        raise Irregular(
+            f"line {line}: {len(row)} cells, the first line has {width}; correct it, name its "
+            "data.separator, or set data.quoting to true or false"
+        )
+    if not reading.quoted:
+        return
+    for cell in row:
+        if re.fullmatch(r'\s+"(?:[^"]|"")*"\s*', cell):
+            raise Irregular(
+                f"line {line}: a space stands before the quote of {show([cell.strip()])}; remove "
+                "it, or set data.quoting=false if quotes mean nothing here"
+            )
+
+
+def titled(path: Path, rows: list[list[str]], header: bool, notes: list[str]) -> Table:
+    """The table of the rows. The first is the header or, without one, a row like the others."""
+    if header:
+        if len(rows) < 2:
+            raise UserError(f"{path} has no rows below its header")
+        return Table(path, rows[0], rows[1:], notes, header_is_a_line=True)
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    numbers = [str(i) for i in range(1, len(rows[0]) + 1)]
+    return Table(path, numbers, rows, notes)
+
+
+# ---- JSON Lines and Parquet
+
+
+def is_json(name: str, text: str) -> bool:
+    """Whether a text begins with an object or a list of them; or has the name of such a file, whose
+    mistakes are to be named."""
+    begins_like_json = re.match(r'\s*(\{\s*"|\[\s*\{)', text) is not None
+    return begins_like_json or name.lower().endswith((".jsonl", ".ndjson", ".json"))
+
+
+def json_table(path: Path, text: str, notes: list[str]) -> Table:
+    """One JSON object a line, or one list of objects; numbers and true as they are written."""
     objects = []
+    for place, value in json_values(path, text):
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{path}, {place}: not an object with named columns; write one object a line"
+            )
+        objects.append((place, value))
+    return objects_table(path, objects, notes)
+
+
+def json_values(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    """The place and value of each line, or of each item of a list that the whole file is."""
+    parse = functools.partial(json.loads, parse_float=str, parse_int=str)
+    if re.match(r"\s*\[\s*\{", text):
+        try:
+            values = parse(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error})") from None
+        for number, value in enumerate(values, 1):
+            yield f"item {number}", value
+        return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_float=str, parse_int=str)
+            value = parse(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: not JSON ({error}); write one object a line"
             ) from None
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {number}: not an object with named columns; write one object a line"
-            )
-        objects.append({key: _cell(value) for key, value in row.items()})
-    header = list(dict.fromkeys(key for row in objects for key in row))
-    return Table(header, [[row.get(key, "") for key in header] for row in objects])
+        yield f"line {number}", value
 
 
-def _cell(value: object) -> str:
+def parquet_table(path: Path, content: bytes) -> Table:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path} is a Parquet file: pip install pyarrow, which reads it") from None
+    try:
+        records = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        problem = str(error).partition("\n")[0]
+        raise UserError(f"{path} is a damaged Parquet file ({problem})") from None
+    if not records:
+        raise UserError(f"{path} has no rows")
+    return objects_table(path, ((f"row {i}", record) for i, record in enumerate(records, 1)), [])
+
+
+def objects_table(path: Path, objects: Iterable[tuple[str, dict]], notes: list[str]) -> Table:
+    """The table of objects with named values: what one lacks is "", as null is."""
+    columns: dict[str, None] = {}  # in the order in which they are met
+    nested: dict[str, tuple[str, str]] = {}
+    cells: list[dict[str, str]] = []
+    for place, record in objects:
+        for name, value in record.items():
+            columns.setdefault(name)
+            if type(value) in NO_TEXT:
+                nested.setdefault(name, (place, NO_TEXT[type(value)]))
+        cells.append({name: cell_text(value) for name, value in record.items()})
+    rows = [[record.get(name, "") for name in columns] for record in cells]
+    return Table(path, list(columns), rows, notes, nested)
+
+
+def cell_text(value: object) -> str:
     if value is None:
         return ""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.encode("utf-8", "replace").decode(
-        "utf-8"
-    )  # JSON can spell half a character, which no file can hold
-
-
-def column(table: Table, path: Path, name: str, fix: str) -> list[str]:
-    """The cells of a column, whatever spaces or capitals its header has. UserError names the columns, and the fix."""
-    exact = [i for i, title in enumerate(table.header) if title == name]
-    alike = [
-        i for i, title in enumerate(table.header) if title.strip().lower() == name.strip().lower()
-    ]
-    found = exact or alike
-    if not found:
-        raise UserError(f"{path} has no column {name!r}; it has: {show(table.header)}. {fix}")
-    if len(found) > 1:
-        titles = " and ".join(repr(table.header[i]) for i in found)
-        raise UserError(
-            f"{path} has {len(found)} columns for the name {name!r}, {titles}: rename or remove one"
-        )
-    return [row[found[0]] for row in table.rows]
-
-
-def show(names: list[str]) -> str:
-    """At most ten names, a long one cut: the header of a file without a header is a review."""
-    short = [name if len(name) <= 40 else name[:37] + "..." for name in names[:10]]
-    return ", ".join(short + ["..."] * (len(names) > 10))
+    if isinstance(value, bool):
+        return str(value).lower()
+    # JSON can spell half a character, which no file can hold
+    return str(value).encode("utf-8", "replace").decode("utf-8")

@@ -1,9 +1,11 @@
 """Token files -> batches.
 
-The batch of a step is a pure function of (data, seed, indices). So resuming is exact, the number of processes
-may change between runs, and there is no loader state to save, or to lose.
-"""
+The batch of a step is a pure function of (data, seed, indices). So resuming is exact, the number of
+processes may change between runs, and there is no loader state to save, or to lose."""
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,15 +13,22 @@ import numpy as np
 from smallgpt.console import UserError
 from smallgpt.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
+if (
+    TYPE_CHECKING
+):  # importing torch takes a second or two, which what only counts or tokenises need not wait
     from torch import Tensor
+
+FEISTEL_ROUNDS = 6
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
     """A well mixed hash of uint64: the finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
+    x = x + GOLDEN_RATIO
+    x = (x ^ (x >> 30)) * MULTIPLIER_1
+    x = (x ^ (x >> 27)) * MULTIPLIER_2
     return x ^ (x >> 31)
 
 
@@ -27,36 +36,45 @@ def key_of(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     """A uint64 for (seed, parts...), elementwise where a part is an array."""
     key = np.array([seed % 2**64], np.uint64)
     for part in parts:
-        key = mix(key ^ np.asarray(part).astype(np.uint64))
+        number = np.asarray(part).astype(np.uint64)
+        key = mix(key ^ number)
     return key
 
 
 def permute(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """Where shuffling range(n) with `key` puts i: int64 (K,) in [0, n), in O(K) memory whatever n.
 
-    A Feistel network is a bijection of [0, 4**half); whatever lands outside [0, n) goes round again (cycle
-    walking), four times at most on average (Black and Rogaway 2002).
-    """
-    half = (max(n - 1, 1).bit_length() + 1) // 2
-    x, key = i.astype(np.uint64), np.broadcast_to(key, i.shape)
-    todo = np.arange(len(x))
-    while len(todo):
-        left, right = x[todo] >> half, x[todo] & (2**half - 1)
-        for turn in range(6):
-            left, right = (
-                right,
-                left ^ (mix(right ^ mix(key[todo] + np.uint64(turn))) & (2**half - 1)),
-            )
-        x[todo] = (left << half) | right
-        todo = todo[x[todo] >= n]
+    A Feistel network permutes [0, 4**half_bits); whatever lands outside [0, n) goes round again
+    (cycle walking), four times at most on average (Black and Rogaway 2002)."""
+    largest = max(n - 1, 1)
+    half_bits = (largest.bit_length() + 1) // 2
+    x = i.astype(np.uint64)
+    key = np.broadcast_to(key, i.shape)
+    outside = np.arange(len(x))
+    while len(outside):
+        x[outside] = _feistel(x[outside], half_bits, key[outside])
+        outside = outside[x[outside] >= n]
     return x.astype(np.int64)
 
 
-class Corpus:
-    """Batches of token files. `tokens` holds (train, val) of each source, `weights` its passes per epoch.
+def _feistel(x: np.ndarray, half_bits: int, key: np.ndarray) -> np.ndarray:
+    """A bijection of [0, 4**half_bits): each round scrambles one half by the other."""
+    low_bits = 2**half_bits - 1
+    left = x >> half_bits
+    right = x & low_bits
+    for i in range(FEISTEL_ROUNDS):
+        round_key = mix(key + np.uint64(i))
+        mask = mix(right ^ round_key) & low_bits
+        left, right = right, left ^ mask
+    return (left << half_bits) | right
 
-    Each source is read as a circle of `n_train // block_size` blocks (at least one): where it closes, a bos
-    starts the first dialogue, so nothing special happens there.
+
+class Corpus:
+    """Batches of token files.
+
+    `tokens` holds (train, val) of each source, `weights` its passes per epoch. Each source is read
+    as a circle of `n_train // block_size` blocks (at least one). Where it closes, a bos starts the
+    first dialogue, so nothing special happens there.
     """
 
     def __init__(
@@ -66,91 +84,151 @@ class Corpus:
         weights: list[float],
         fingerprint: str,
         block_size: int,
-        eval_blocks: int,
+        eval_blocks: int,  # at most so many for validation; 0 = all
+        sources: Sequence[dict] = (),  # for meta.json: kind, path, weight and sha256 of each file
     ) -> None:
-        self.tokenizer, self.fingerprint, self.block_size = tokenizer, fingerprint, block_size
-        trains = [
-            (train, weight)
-            for (train, _), weight in zip(tokens, weights, strict=True)
-            if len(train)
-        ]
-        self._train = [train for train, _ in trains]
-        self._val = [val for _, val in tokens]
-        self.n_train_tokens, self.n_val_tokens = (
-            sum(map(len, side)) for side in (self._train, self._val)
-        )
-        if not self.n_train_tokens + self.n_val_tokens:
-            raise UserError("the corpus is empty: the files of data.path hold no dialogue")
-        if self.n_train_tokens <= block_size:
-            raise UserError(
-                f"the corpus has {self.n_train_tokens:,} training tokens, shorter than one block "
-                f"of block_size={block_size}: use a smaller block_size or more text"
-            )
-        if not self.n_val_tokens:
-            raise UserError(
-                "the validation split is empty: raise data.val_fraction, change data.split_seed "
-                "or add dialogues"
-            )
-        self._n_blocks = [max(1, len(train) // block_size) for train in self._train]
-        draws = [max(1, round(w * n)) for n, (_, w) in zip(self._n_blocks, trains, strict=True)]
-        self._ends = np.cumsum(draws)  # of each source among the draws of an epoch
-        self._draws = np.array(draws)
-        self.blocks_per_epoch = int(self._ends[-1])
-        self._val_starts = np.cumsum([0, *map(len, self._val)])[
-            :-1
-        ].tolist()  # read one after the other
-        self._all_val_blocks = -(-(self.n_val_tokens - 1) // block_size)
-        self.n_val_blocks = min(eval_blocks or self._all_val_blocks, self._all_val_blocks)
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        self.block_size = block_size
+        self._row_length = block_size + 1  # inputs, and targets one to the right
+        self.sources = list(sources)
         self._bytes = tokenizer.token_bytes()
 
-    def train_batch(self, indices: range, seed: int) -> "tuple[Tensor, Tensor]":
-        """x, y int64 (len(indices), block_size) of global sample indices (step * rows per step + row).
+        self._train: list[np.ndarray] = []
+        self._val: list[np.ndarray] = []
+        train_weights: list[float] = []
+        for (train, val), weight in zip(tokens, weights, strict=True):
+            self._val.append(val)
+            if len(train):
+                self._train.append(train)
+                train_weights.append(weight)
+        self.n_train_tokens = sum(map(len, self._train))
+        self.n_val_tokens = sum(map(len, self._val))
+        self._check_sizes()
 
-        An epoch visits its blocks in an order of its own, and every pass over a source shifts the block grid.
-        """
-        epoch, place = np.divmod(
-            np.arange(indices.start, indices.stop, indices.step), self.blocks_per_epoch
-        )
-        slot = permute(place, self.blocks_per_epoch, key_of(seed, 0, epoch))
-        source = np.searchsorted(self._ends, slot, side="right")
-        rows = np.empty((len(slot), self.block_size + 1), np.int64)
-        for s in np.unique(source):
-            mine, tokens, n, draws = source == s, self._train[s], self._n_blocks[s], self._draws[s]
-            # the c-th draw ever from this source is block c % n of pass c // n: a weight of 0.5 takes turns
-            passes, block = np.divmod(epoch[mine] * draws + slot[mine] - (self._ends[s] - draws), n)
-            key = key_of(seed, 1 + s, passes)
-            start = permute(block, n, key) * self.block_size + (key % self.block_size).astype(
-                np.int64
+        # an epoch draws weight * n_blocks blocks of each source
+        self._n_blocks = [max(1, len(train) // block_size) for train in self._train]
+        wanted = np.array(train_weights) * self._n_blocks
+        self._draws = wanted.round().astype(np.int64).clip(min=1)
+        self._draws_end = self._draws.cumsum()  # of each source among those of an epoch
+        self.blocks_per_epoch = int(self._draws_end[-1])
+
+        # the sources are validated as one text, one after the other
+        lengths = [len(val) for val in self._val]
+        self._val_ends = list(itertools.accumulate(lengths))
+        self._all_val_blocks = math.ceil((self.n_val_tokens - 1) / block_size)
+        self.n_val_blocks = self._all_val_blocks
+        if eval_blocks:
+            self.n_val_blocks = min(eval_blocks, self._all_val_blocks)
+
+    def _check_sizes(self) -> None:
+        """UserError where there is too little to train on, or nothing to validate with."""
+        if not self.n_train_tokens + self.n_val_tokens:
+            raise UserError("the corpus is empty: the files of data.path hold no dialogue")
+        if not self.n_train_tokens or not self.n_val_tokens:
+            n_dialogues = self._count_dialogues()
+            if n_dialogues == 1:
+                raise UserError(
+                    "the corpus is a single dialogue, but training and validation each need some: "
+                    "put a blank line between dialogues (in JSON Lines, one dialogue a line)"
+                )
+            if not self.n_train_tokens:
+                raise UserError(
+                    f"all {n_dialogues:,} dialogues are held out for validation: lower "
+                    "data.val_fraction or change data.split_seed"
+                )
+            raise UserError(
+                "the validation split is empty: raise data.val_fraction, change data.split_seed "
+                f"or add dialogues to the {n_dialogues:,}"
             )
-            rows[mine] = tokens[(start[:, None] + np.arange(self.block_size + 1)) % len(tokens)]
+        if self.n_train_tokens <= self.block_size:
+            raise UserError(
+                f"the corpus has {self.n_train_tokens:,} training tokens, shorter than one block "
+                f"of block_size={self.block_size}: use a smaller block_size or more text"
+            )
+
+    def _count_dialogues(self) -> int:
+        total = 0
+        for tokens in [*self._train, *self._val]:
+            starts = tokens == self.tokenizer.bos
+            total += np.count_nonzero(starts)
+        return total
+
+    def train_batch(self, indices: range, seed: int) -> "tuple[Tensor, Tensor]":
+        """x, y int64 (len(indices), block_size) of global samples (step * rows per step + row).
+
+        An epoch visits its blocks in an order of its own, and every pass over a source shifts the
+        block grid.
+        """
+        sample = np.arange(indices.start, indices.stop, indices.step)
+        epoch, position = np.divmod(sample, self.blocks_per_epoch)
+        key = key_of(seed, 0, epoch)
+        draw = permute(position, self.blocks_per_epoch, key)
+        source_of = self._draws_end.searchsorted(draw, side="right")
+        rows = np.empty((len(sample), self._row_length), np.int64)
+        for source in np.unique(source_of):
+            mine = source_of == source
+            rows[mine] = self._train_rows(source, epoch[mine], draw[mine], seed)
         return self._inputs_and_targets(rows)
+
+    def _train_rows(
+        self, source: int, epoch: np.ndarray, draw: np.ndarray, seed: int
+    ) -> np.ndarray:
+        """Rows (K, block_size + 1) of one source: its draws (K,) among those of their epochs (K,)."""
+        tokens = self._train[source]
+        n_blocks = self._n_blocks[source]
+        draws_per_epoch = self._draws[source]
+        first_draw = self._draws_end[source] - draws_per_epoch
+        nth_draw = epoch * draws_per_epoch + (draw - first_draw)  # of this source, ever
+        # at a weight of 0.5, the second epoch draws what the first did not
+        passes, nth_of_pass = np.divmod(nth_draw, n_blocks)
+        key = key_of(seed, 1 + source, passes)
+        block = permute(nth_of_pass, n_blocks, key)
+        shift = (key % self.block_size).astype(np.int64)
+        start = block * self.block_size + shift
+        positions = start[:, None] + np.arange(self._row_length)
+        return tokens[positions % len(tokens)]
 
     def val_batch(self, indices: range) -> "tuple[Tensor, Tensor]":
         """x, y int64 (len(indices), block_size) of the fixed validation blocks range(n_val_blocks).
 
         The last block is padded; an index past it gives a row with no valid target.
         """
-        rows = np.full((len(indices), self.block_size + 1), self.tokenizer.pad, np.int64)
+        rows = np.empty((len(indices), self._row_length), np.int64)
+        rows.fill(self.tokenizer.pad)
         for row, i in zip(rows, indices, strict=True):
-            left = i * self._all_val_blocks // self.n_val_blocks * self.block_size  # evenly spaced
-            right = left + self.block_size + 1
-            found = np.concatenate(
-                [
-                    tokens[max(left - at, 0) : max(right - at, 0)]
-                    for tokens, at in zip(self._val, self._val_starts, strict=True)
-                ]
-            )
+            block = i * self._all_val_blocks // self.n_val_blocks  # evenly spaced
+            start = block * self.block_size
+            found = self._val_tokens(start, start + self._row_length)
             row[: len(found)] = found
         return self._inputs_and_targets(rows)
 
+    def _val_tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop of the validation text, fewer at its end."""
+        parts = []
+        for tokens, source_end in zip(self._val, self._val_ends, strict=True):
+            source_start = source_end - len(tokens)
+            left = max(start - source_start, 0)
+            right = max(stop - source_start, 0)
+            parts.append(tokens[left:right])
+        return np.concatenate(parts)
+
     def val_bytes(self, y: "Tensor") -> int:
         """UTF-8 bytes of text that the valid targets in y stand for."""
-        return int(self._bytes[y[y >= 0].cpu().numpy()].sum())
+        from model import IGNORE
+
+        targets = y[y != IGNORE].cpu().numpy()
+        return int(self._bytes[targets].sum())
 
     def _inputs_and_targets(self, rows: np.ndarray) -> "tuple[Tensor, Tensor]":
-        """(K, block_size + 1) -> x, y; no dialogue's start is to be predicted from the one before."""
+        """(K, block_size + 1) -> x, y. The start of a dialogue is no target of the one before."""
         import torch
 
-        y = rows[:, 1:]
-        ignored = (y == self.tokenizer.bos) | (y == self.tokenizer.pad)
-        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(ignored, -1, y))
+        from model import IGNORE
+
+        inputs = rows[:, :-1].copy()
+        targets = rows[:, 1:]
+        is_start = targets == self.tokenizer.bos
+        is_padding = targets == self.tokenizer.pad
+        targets = np.where(is_start | is_padding, IGNORE, targets)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)

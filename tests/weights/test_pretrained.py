@@ -1,8 +1,8 @@
-"""Trunks from three kinds of place compute what they computed there, keep their ids, and never run a pickle's code."""
+"""Trunks from every kind of place: the numbers and ids of there, and what they were trained on."""
 
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,56 +11,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from helpers import DATA
 from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import tokenizer
 from smallgpt.console import UserError
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
 from smallgpt.runs import checkpoint
-from smallgpt.sentiment.sets import ReviewSettings
-from smallgpt.tokenizer import STAND_INS
-from smallgpt.weights import gpt2
-from smallgpt.weights.pretrained import Trunk, corpora, grow, open_trunk
+from smallgpt.weights import pretrained
+from smallgpt.weights.pretrained import Trunk, grow, open_model, open_trunk
 
-hub = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
-GPT2_FILES = DATA / "tokenizers" / "gpt2"
-MERGES = ["h e", "l l", "he ll", "Ġ w"]
-IDS = {
-    token: i for i, token in enumerate([*STAND_INS, "he", "ll", "hell", "Ġw", "<|endoftext|>"])
-}  # 261
-SIZES = dict(vocab_size=len(IDS), n_positions=24, n_layer=2, n_head=4, n_embd=32)
 
-
-class Evil:
-    """Unpickled, it makes a folder: the proof that somebody's code was run."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@torch.no_grad()
-def lively(model: nn.Module) -> nn.Module:
-    """Random values everywhere, biases and norms too: a forgotten or swapped tensor cannot hide."""
-    torch.manual_seed(0)
-    for p in model.parameters():
-        p.copy_(0.2 * torch.randn(p.shape) if p.dim() == 2 else p + 0.3 * torch.randn(p.shape))
-    return model.eval()
+def alone(model: torch.nn.Module) -> Single:
+    """The strategy of one process."""
+    return Single(model, World(0, 1, torch.device("cpu")), torch.float32)
 
 
 def ours(trunk: Trunk) -> GPT:
     """The model of a trunk; every parameter must come from it."""
-    model = GPT(GPTConfig(**trunk.fields))
+    model = GPT(trunk.config)
     missing, unexpected = model.load_state_dict(trunk.weights, strict=False)
-    assert not unexpected and set(missing) <= (
-        {"lm_head.weight"} if model.config.tie_weights else set()
-    )
+    tied = {"lm_head.weight"} if model.config.tie_weights else set()
+    assert not unexpected and set(missing) <= tied
     assert all(w.dtype == torch.float32 for w in trunk.weights.values())
     return model.eval()
 
@@ -74,96 +49,12 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max())), (a - b).abs().max()
 
 
-# --- GPT-2 -----------------------------------------------------------------------------------------------------------
-
-
-def write_tokenizer(folder: Path) -> None:
-    (folder / "vocab.json").write_text(json.dumps(IDS), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def theirs() -> nn.Module:
-    return lively(hub.GPT2LMHeadModel(hub.GPT2Config(**SIZES, attn_implementation="eager")))
-
-
-@pytest.fixture(scope="module")
-def saved(theirs, tmp_path_factory) -> Path:
-    """The folder that save_pretrained writes, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("gpt2") / "mine"
-    theirs.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy to spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "mine"))
-
-
-def change(folder: Path, **fields: object) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
-
-
-def as_bin(folder: Path, weights: dict, **how: bool) -> None:
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin", **how)
-
-
-def old_names(theirs: nn.Module) -> dict[str, Tensor]:
-    """As the files of 2019: without `transformer.`, with the masks of attention, without the tied lm_head."""
-    weights = {
-        n.removeprefix("transformer."): w
-        for n, w in theirs.state_dict().items()
-        if n != "lm_head.weight"
-    }
-    for i in range(SIZES["n_layer"]):
-        weights[f"h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
-        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    return weights
+# --- growing --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["safetensors", "bin", "bin of 2019", "float16"])
-def test_gpt2_gives_the_same_logits(folder, theirs, form):
-    if form == "bin":
-        as_bin(folder, theirs.state_dict())  # with transformer. and lm_head.weight
-    elif form == "bin of 2019":
-        as_bin(folder, old_names(theirs), _use_new_zipfile_serialization=False)
-    elif form == "float16":
-        theirs = hub.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float16)
-        theirs.save_pretrained(folder)
-        theirs = theirs.float().eval()
-    trunk = open_trunk(str(folder))
-    idx = some_ids(len(IDS))
-    assert_close(ours(trunk)(idx), theirs(idx).logits)
-    assert (trunk.rows, trunk.fields["vocab_size"], trunk.fields["block_size"]) == (261, 261, 24)
-    assert (trunk.name, trunk.corpora, trunk.tokenizer.bos) == (
-        str(folder),
-        [f"the text of {folder}"],
-        261,
-    )
-
-
-@torch.no_grad()
-def test_a_classifier_of_hugging_face_goes_on_here(tmp_path):
-    config = hub.GPT2Config(**SIZES, num_labels=3, pad_token_id=0)
-    theirs = lively(hub.GPT2ForSequenceClassification(config))
-    theirs.save_pretrained(tmp_path)
-    write_tokenizer(tmp_path)
-    gpt = GPTClassifier(ours(open_trunk(str(tmp_path))), n_classes=3).eval()
-    gpt.head.weight.copy_(theirs.score.weight)
-    lengths = torch.tensor([24, 5, 1])
-    idx = some_ids(len(IDS)).clamp(min=1)
-    idx[torch.arange(24) >= lengths[:, None]] = 0
-    assert_close(gpt(idx, lengths), theirs(idx).logits)
-
-
-@torch.no_grad()
-def test_growth_keeps_the_old_rows_and_what_the_model_says_of_them(saved):
-    trunk = open_trunk(str(saved))
+def test_growth_keeps_the_old_rows_and_what_the_model_says_of_them(gpt2_folder):
+    trunk = open_trunk(str(gpt2_folder))
     rows = trunk.tokenizer.vocab_size
     assert rows == trunk.rows + 6  # our special tokens
     before = {name: w.clone() for name, w in trunk.weights.items()}
@@ -172,15 +63,12 @@ def test_growth_keeps_the_old_rows_and_what_the_model_says_of_them(saved):
     assert grown["wte.weight"].shape == (rows, 32)
     assert grown["wte.weight"][: trunk.rows].equal(before["wte.weight"])
     assert 0.005 < grown["wte.weight"][trunk.rows :].std() < 0.05
-    assert trunk.weights.keys() == grown.keys() and all(
-        trunk.weights[n].equal(before[n]) for n in before
-    )
-    idx = some_ids(len(IDS))
-    old, new = (
-        ours(trunk)(idx),
-        ours(trunk._replace(weights=grown, fields=trunk.fields | {"vocab_size": rows}))(idx),
-    )
-    assert_close(new[..., : trunk.rows], old, 1e-6)
+    assert trunk.weights.keys() == grown.keys()
+    assert all(trunk.weights[name].equal(before[name]) for name in before)
+    config = dataclasses.replace(trunk.config, vocab_size=rows)
+    larger = dataclasses.replace(trunk, weights=grown, config=config)
+    idx = some_ids(trunk.rows)
+    assert_close(ours(larger)(idx)[..., : trunk.rows], ours(trunk)(idx), 1e-6)
     assert grow(grown, 5)["wte.weight"].equal(grown["wte.weight"])  # never shrinks
 
 
@@ -198,149 +86,31 @@ def test_an_untied_head_grows_with_the_embedding():
     assert grown["norm.weight"] is weights["norm.weight"]
 
 
-def test_a_pickle_is_refused_unexecuted(folder, theirs, tmp_path):
-    ran = tmp_path / "ran"
-    for how in (True, False):
-        (folder / "model.safetensors").touch()
-        as_bin(
-            folder, theirs.state_dict() | {"extra": Evil(ran)}, _use_new_zipfile_serialization=how
-        )
-        with pytest.raises(
-            UserError, match="pytorch_model.bin is damaged, or holds more than tensors"
-        ):
-            open_trunk(str(folder))
-    torch.save({"state_dict": {}, "evil": Evil(ran)}, tmp_path / "cpt.pth")
-    with pytest.raises(UserError, match="cpt.pth is damaged, or holds more than tensors"):
-        open_trunk(str(tmp_path / "cpt.pth"))
-    shutil.copy(tmp_path / "cpt.pth", folder / "model.safetensors")
-    with pytest.raises(UserError, match="does not hold valid safetensors"):
-        open_trunk(str(folder))
-    assert not ran.exists()
-    torch.load(tmp_path / "cpt.pth", weights_only=False)
-    assert ran.exists()  # so it would have been run
+# --- GPT-2, in a folder or on the hub -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"activation_function": "gelu"},
-        {"activation_function": "relu"},
-        {"scale_attn_by_inverse_layer_idx": True},
-        {"scale_attn_weights": False},
-        {"layer_norm_epsilon": 1e-6},
-        {"n_inner": 100},
-        {"model_type": "gpt_neo"},
-        {"add_cross_attention": True},
-        {"tie_word_embeddings": False},
-    ],
-    ids=lambda field: "=".join(map(str, *field.items())),
-)
-def test_a_gpt2_of_another_form_is_refused_by_the_name_of_the_field(folder, field):
-    change(folder, **field)
-    with pytest.raises(UserError, match=f"config.json: {next(iter(field))} is "):
-        open_trunk(str(folder))
+def test_a_folder_with_gpt2(gpt2_folder):
+    trunk = open_trunk(str(gpt2_folder))
+    name = str(gpt2_folder)
+    assert (trunk.name, trunk.rows, trunk.tokenizer.bos) == (name, 261, 261)
+    assert (trunk.config.vocab_size, trunk.config.block_size) == (261, 24)
+    assert trunk.sources == [{"kind": "unknown", "name": f"the text of {name}"}]
+    assert trunk.notes == []
 
 
-def test_what_is_said_in_other_words_is_the_same_form(folder):
-    change(folder, activation_function="gelu_pytorch_tanh", n_inner=128)
-    assert open_trunk(str(folder)).rows == 261
-
-
-def test_missing_and_damaged_files_of_gpt2(folder):
-    weights = load_file(folder / "model.safetensors")
-
-    def says(what: str) -> None:
-        with pytest.raises(UserError, match=what):
-            open_trunk(str(folder))
-
-    name = "transformer.h.1.mlp.c_fc.bias"
-    save_file({n: w for n, w in weights.items() if n != name}, folder / "model.safetensors")
-    says(r"blocks.1.mlp.fc.bias is absent, and should be \(128,\)")
-    save_file(
-        weights | {"transformer.wpe.weight": torch.zeros(23, 32)}, folder / "model.safetensors"
-    )
-    says(r"wpe.weight is \(23, 32\), and should be \(24, 32\)")
-    change(folder, n_layer=1)
-    save_file(weights, folder / "model.safetensors")
-    says(r"blocks.1.attn.k.bias is \(32,\), and should be absent")
-    (folder / "model.safetensors").write_bytes(b"half a file")
-    says("does not hold valid safetensors")
-    (folder / "model.safetensors").unlink()
-    says("no weights: put model.safetensors or pytorch_model.bin there")
-    (folder / "pytorch_model.bin").write_bytes(b"half a file")
-    says("pytorch_model.bin is damaged")
-    (folder / "config.json").write_text("{}", encoding="utf-8")
-    says("config.json must be the config of a GPT-2: KeyError 'vocab_size'")
-    (folder / "config.json").unlink()
-    says("config.json must be the config of a GPT-2: FileNotFoundError")
-
-
-# --- tokenizers of GPT-2 ---------------------------------------------------------------------------------------------
-
-
-def tokenizer_json() -> str:
-    """What transformers 5 saves alone."""
-    import tokenizers
-
-    pairs = [tuple(merge.split()) for merge in MERGES]
-    return tokenizers.Tokenizer(tokenizers.models.BPE(vocab=IDS, merges=pairs)).to_str()
-
-
-@pytest.mark.parametrize("form", ["vocab.json", "no head line", "encoder.json", "tokenizer.json"])
-def test_every_form_of_the_tokenizer_files_is_read_alike(folder, form):
-    if form == "no head line":
-        (folder / "merges.txt").write_text("\n".join(MERGES), encoding="utf-8")
-    elif form == "encoder.json":
-        (folder / "vocab.json").rename(folder / "encoder.json")
-        (folder / "merges.txt").rename(folder / "vocab.bpe")
-    elif form == "tokenizer.json":
-        (folder / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
-        (folder / "vocab.json").unlink()
-        (folder / "merges.txt").unlink()
-    found = open_trunk(str(folder)).tokenizer
-    assert found.encode("hell wx") == [IDS["hell"], IDS["Ġw"], IDS["x"]]
-    assert found.decode([IDS["<|endoftext|>"]], specials=True) == "<|endoftext|>"
-
-
-def test_a_tokenizer_of_another_kind_or_size_is_refused(folder, monkeypatch):
-    (folder / "merges.txt").unlink()
-    with pytest.raises(UserError, match="must hold vocab.json and merges.txt.*merges.txt"):
-        open_trunk(str(folder))
-    write_tokenizer(folder)
-    (folder / "vocab.json").write_text(
-        json.dumps(IDS | {"he": IDS["ll"], "ll": IDS["he"]}), encoding="utf-8"
-    )
-    with pytest.raises(UserError, match="ids are not in the order"):
-        open_trunk(str(folder))
-    (folder / "merges.txt").write_text("\n".join(MERGES[:-1]), encoding="utf-8")
-    shorter = [token for token in IDS if token != "Ġw"]
-    (folder / "vocab.json").write_text(
-        json.dumps({t: i for i, t in enumerate(shorter)}), encoding="utf-8"
-    )
-    with pytest.raises(UserError, match="260 tokens, the weights have 261 rows"):
-        open_trunk(str(folder))
-    for file in ("vocab.json", "merges.txt"):
-        (folder / file).unlink()
-    char = tokenizer.train(tokenizer.TokenizerSettings("char"), ["no network in a test"])
-    monkeypatch.setattr("smallgpt.weights.gpt2.named", {"gpt2": char}.__getitem__)
-    with pytest.raises(UserError, match="256 tokens, the weights have 261 rows"):
-        open_trunk(str(folder))
-
-
-def test_the_real_files_under_both_names(tmp_path):
-    if not GPT2_FILES.is_dir():
-        pytest.skip(f"no GPT-2 files at {GPT2_FILES}: set SMALLGPT_DATA")
-    config = hub.GPT2Config(n_positions=8, n_layer=1, n_head=1, n_embd=2)
-    hub.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    for name, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
-        shutil.copyfile(GPT2_FILES / name, tmp_path / theirs)
-    trunk = open_trunk(str(tmp_path))
-    assert trunk.tokenizer.hash == gpt2.tokenizer_of(GPT2_FILES).hash
-    assert (trunk.rows, trunk.tokenizer.vocab_size, trunk.tokenizer.bos) == (50257, 50263, 50257)
-    assert trunk.tokenizer.encode("Hello world") == [15496, 995]
-
-
-# --- the hub ---------------------------------------------------------------------------------------------------------
+def test_rows_that_stand_for_no_token_are_said(gpt2_folder):
+    """A vocabulary that is too short for its weights must not go unnoticed."""
+    config = json.loads((gpt2_folder / "config.json").read_text(encoding="utf-8"))
+    config["vocab_size"] = 320
+    (gpt2_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    file = gpt2_folder / "model.safetensors"
+    tensors = load_file(file)
+    wte = tensors["transformer.wte.weight"]
+    tensors["transformer.wte.weight"] = torch.cat([wte, torch.zeros(59, 32)])
+    save_file(tensors, file)
+    trunk = open_trunk(str(gpt2_folder))
+    assert trunk.rows == 320
+    assert trunk.notes == [f"59 of the 320 rows of {gpt2_folder} stand for no token"]
 
 
 @pytest.fixture
@@ -356,25 +126,21 @@ def offline(monkeypatch, tmp_path) -> Path:
 def test_without_network_the_user_learns_which_files_to_put_where(offline):
     with pytest.raises(UserError) as caught:
         open_trunk("gpt2-medium")
-    for word in (
-        "config.json",
-        "model.safetensors",
-        "vocab.json",
-        "merges.txt",
-        "openai-community/gpt2-medium",
-    ):
+    for word in (*pretrained.HUB_FILES, "https://huggingface.co/openai-community/gpt2-medium"):
         assert word in str(caught.value)
 
 
-def test_what_the_hub_has_cached_is_opened(offline, saved):
+@pytest.mark.parametrize("path", ["gpt2", "openai-community/gpt2"])
+def test_what_the_hub_has_cached_is_opened(offline, gpt2_folder, path):
     cached = offline / "models--openai-community--gpt2"
-    shutil.copytree(saved, cached / "snapshots" / "abc")
+    shutil.copytree(gpt2_folder, cached / "snapshots" / "abc")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc", encoding="utf-8")
-    trunk = open_trunk("gpt2")
-    assert trunk.name == "gpt2" and trunk.weights["wte.weight"].equal(
-        open_trunk(str(saved)).weights["wte.weight"]
-    )
+    trunk = open_trunk(path)
+    assert trunk.name == "gpt2"
+    assert trunk.sources == [{"kind": "unknown", "name": "the text of gpt2"}]
+    folder = open_trunk(str(gpt2_folder))
+    assert trunk.weights["wte.weight"].equal(folder.weights["wte.weight"])
 
 
 def test_nothing_there(tmp_path):
@@ -385,7 +151,25 @@ def test_nothing_there(tmp_path):
         open_trunk(str(tmp_path))
 
 
-# --- CJL196/small-gpt ------------------------------------------------------------------------------------------------
+def test_one_file_of_a_model(gpt2_folder):
+    """Its weights alone have no tokenizer: it used to be called damaged."""
+    with pytest.raises(UserError, match=f"give the folder that holds it, {gpt2_folder}$"):
+        open_trunk(str(gpt2_folder / "model.safetensors"))
+
+
+def test_the_digest_is_of_the_weights(gpt2_folder):
+    copy = shutil.copytree(gpt2_folder, gpt2_folder.with_name("copy"))
+    found = pretrained.digest(str(gpt2_folder))
+    assert found and found == pretrained.digest(str(copy))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["transformer.ln_f.bias"][0] += 1e-3
+    save_file(tensors, copy / "model.safetensors")
+    pretrained.digest.cache_clear()
+    assert found != pretrained.digest(str(copy))
+    assert pretrained.digest(str(gpt2_folder / "absent")) == ""
+
+
+# --- CJL196/small-gpt -----------------------------------------------------------------------------
 
 TEXT = "你好\n好呀ab\n\nab你\ufeff好😀\n\n\n好。"
 CHARS = (
@@ -485,14 +269,44 @@ def beside(folder: Path, text: str = TEXT, name: str = "train.txt") -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("bias", "prefix"), [(True, "_orig_mod."), (False, "")])
 def test_small_gpt_gives_the_same_logits(tmp_path, bias, prefix):
-    """Exactly so with our GELU; with its own, the exact one, within what the two forms differ by."""
+    """Exactly so with our GELU; with its own, the exact one, within their difference."""
     beside(tmp_path)
     idx = some_ids(3 + len(CHARS), 16)
     for gelu, tolerance in (("tanh", 1e-5), ("none", 2e-3)):
         ancestor = Ancestor(bias, gelu)
         trunk = open_trunk(str(ancestor.save(tmp_path / "cpt90M.pth", prefix)))
         assert_close(ours(trunk)(idx), ancestor(idx), tolerance)
-    assert trunk.name.endswith("cpt90M.pth") and trunk.corpora == [str(tmp_path / "train.txt")]
+    assert trunk.name.endswith("cpt90M.pth")
+
+
+def test_the_source_of_small_gpt_is_the_text_beside_it(tmp_path, monkeypatch):
+    """Its path is absolute: a run that begins here is tested for leaks from another folder."""
+    Ancestor().save(tmp_path / "cpt90M.pth")
+    beside(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sha256 = hashlib.sha256(TEXT.encode("utf-8")).hexdigest()
+    path = str(tmp_path / "train.txt")
+    expected = {"kind": "text", "path": path, "weight": 1.0, "sha256": sha256}
+    assert open_trunk("cpt90M.pth").sources == [expected]
+
+
+def test_small_gpt_is_not_unpickled(tmp_path, evil):
+    torch.save({"state_dict": {}, "evil": evil}, tmp_path / "cpt.pth")
+    with pytest.raises(UserError, match="cpt.pth is damaged, or holds more than tensors"):
+        open_trunk(str(tmp_path / "cpt.pth"))
+    assert not evil.folder.exists()
+    torch.load(tmp_path / "cpt.pth", weights_only=False)
+    assert evil.folder.exists()  # so it would have been run
+
+
+@pytest.mark.parametrize("name", ["cpt90M.pth", "train.txt"])
+def test_a_pointer_of_git_lfs_beside_or_instead_of_small_gpt(tmp_path, name):
+    file = Ancestor().save(tmp_path / "cpt90M.pth")
+    beside(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n"
+    (tmp_path / name).write_text(pointer, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        open_trunk(str(file))
 
 
 def test_small_gpt_keeps_its_ids(tmp_path):
@@ -515,7 +329,7 @@ def test_small_gpt_keeps_its_ids(tmp_path):
 
 
 def test_the_vocabulary_is_that_of_a_counter_over_all_dialogues(tmp_path):
-    """The ancestor's way, on a text longer than a piece that is read at a time: split, flatten, count, sort."""
+    """The ancestor's way (split, flatten, count, sort), on a text longer than one piece."""
     rng = torch.Generator().manual_seed(3)
     numbers = torch.randint(600, (1 << 13,), generator=rng).tolist()
     letters = [chr(0x4E00 + i**2 // 500) for i in numbers]
@@ -550,7 +364,7 @@ def test_small_gpt_without_its_corpus_or_with_another(tmp_path):
     beside(tmp_path)
     open_trunk(str(file))
     Ancestor().save(file, n_layer=3)
-    says("blocks.2.attn.k.bias is absent")
+    says("blocks.2.norm1.weight is absent")
     wte = torch.zeros(5 + len(CHARS), 24)  # its classifier has <start>, <extract> and two classes
     classifier = Ancestor()
     classifier.w |= {"transformer.wte.weight": wte, "lm_head.weight": torch.zeros(2, 24)}
@@ -562,111 +376,116 @@ def test_small_gpt_without_its_corpus_or_with_another(tmp_path):
     says("damaged, or holds more")
 
 
-# --- runs of train.py ------------------------------------------------------------------------------------------------
+# --- runs of train.py -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def runs(run, tiny, chat_file, tmp_path_factory) -> Path:
-    """A run, and one that goes on from it with another corpus."""
+def trained(run, tiny, tmp_path_factory) -> Path:
+    """A run of train.py."""
     out = tmp_path_factory.mktemp("runs")
-    (out / "more.txt").write_text(
-        chat_file.read_text(encoding="utf-8").replace("is", "seems"), encoding="utf-8"
-    )
-    short = dict(max_steps=4, prompts="[]")
-    first = run("train", tiny(out, run="first", **short))
-    second = run(
-        "train",
-        tiny(out, run="second", init_from=out / "first", data__path=f"{out}/more*@2", **short),
-    )
-    assert first.status == second.status == 0, first.err + second.err
-    return out
+    result = run("train", tiny(out, run="first", max_steps=4, prompts="[]"))
+    assert result.status == 0, result.err
+    return out / "first"
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """A copy of the run, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def change_meta(run: Path, **changes: object) -> None:
+    """Other facts in the meta.json of a run's checkpoint; None takes one away."""
+    file = run / "step-00000004" / "meta.json"
+    meta = json.loads(file.read_text(encoding="utf-8")) | changes
+    meta = {key: value for key, value in meta.items() if value is not None}
+    file.write_text(json.dumps(meta), encoding="utf-8")
 
 
 @torch.no_grad()
-def test_a_run_folder_and_a_step_folder(runs, chat_file):
-    trunk, step = open_trunk(str(runs / "first")), open_trunk(str(runs / "first" / "step-00000004"))
-    found, model, tok = checkpoint.open_model(runs / "first", GPT, GPTConfig)
-    idx = some_ids(tok.vocab_size)
-    assert ours(trunk)(idx).equal(model.eval()(idx)) and ours(step)(idx).equal(model(idx))
-    assert trunk.name == step.name == str(found.path) and trunk.name.endswith("first/step-00000004")
-    assert trunk.rows == trunk.fields["vocab_size"] == found.meta["model"]["vocab_size"]
-    assert set(trunk.fields) == {f.name for f in dataclasses.fields(GPTConfig)}
-    assert trunk.tokenizer.hash == tok.hash and trunk.rows >= tok.vocab_size
-    assert trunk.corpora == step.corpora == [str(chat_file)]
+def test_a_run_folder_and_a_step_folder(trained):
+    trunk, step = open_trunk(str(trained)), open_trunk(str(trained / "step-00000004"))
+    found, model, its_tokenizer = open_model(trained)
+    idx = some_ids(its_tokenizer.vocab_size)
+    expected = model.eval()(idx)
+    assert ours(trunk)(idx).equal(expected) and ours(step)(idx).equal(expected)
+    assert trunk.name == step.name == str(found.path) == str(trained / "step-00000004")
+    assert trunk.rows == trunk.config.vocab_size == found.meta["model"]["vocab_size"]
+    assert trunk.tokenizer.hash == its_tokenizer.hash and trunk.rows >= its_tokenizer.vocab_size
 
 
-def test_corpora_follow_where_a_run_began(runs, chat_file):
-    assert open_trunk(str(runs / "second")).corpora == [str(runs / "more.txt"), str(chat_file)]
-
-
-def test_corpora_of_broken_chains(tmp_path):
-    def config(name: str, text: str) -> None:
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "config.yaml").write_text(text, encoding="utf-8")
-
-    a, b = tmp_path / "a", tmp_path / "b"
-    config(
-        "a",
-        f"data: {{path: [gone.txt@1e-1, a@home.txt, {tmp_path}/x*]}}\ninit_from: {b}/step-00000007\n",
-    )
-    config("b", f"data: {{path: gone.txt}}\ninit_from: {a}\n")
-    config("classifier", f"data: {{path: labelled.csv}}\ntrunk: {b}\n")
-    (tmp_path / "x1").touch(), (tmp_path / "x2").mkdir()
-    assert corpora(str(a)) == [
-        "gone.txt",
-        "a@home.txt",
-        str(tmp_path / "x1"),
-    ]  # a circle, and a file that is not there
-    assert corpora(f"{a}/step-00000001") == corpora(str(a))
-    labelled = ReviewSettings(path="labelled.csv")
-    assert corpora(str(tmp_path / "classifier")) == [
-        labelled,
-        *corpora(str(b)),
-    ] and "gone.txt" in corpora(str(b))
-    config("classifier", f"data: {{path: labelled.csv, from_a_later_version: 1}}\ntrunk: {b}\n")
-    assert corpora(str(tmp_path / "classifier")) == [labelled, *corpora(str(b))], (
-        "the search went no further"
-    )
-    config("b", "data: [")
-    # what was read there is not known any more: a report must not say that all was searched
-    assert corpora(str(a)) == [
-        "gone.txt",
-        "a@home.txt",
-        str(tmp_path / "x1"),
-        f"the text of {b}/step-00000007",
+def test_the_sources_of_a_run_are_those_of_its_checkpoint(copied):
+    """Facts with hashes, as they were at training; another run's YAML is not read for them."""
+    sources = [
+        {"kind": "text", "path": "/gone/chat.txt", "weight": 2.0, "sha256": "ab"},
+        {"kind": "set", "settings": {"set": "csv", "path": "/my.csv"}, "fingerprint": "cd"},
+        {"kind": "unknown", "name": "the text of gpt2"},
     ]
-    shutil.rmtree(b)
-    assert corpora(str(a))[0] == "gone.txt" and corpora(str(b)) == [f"the text of {b}"]
-    config("classifier", "trunk: gpt2\ndata: {path: labelled.csv}\n")
-    assert corpora(str(tmp_path / "classifier")) == [labelled, "the text of gpt2"]
+    change_meta(copied, sources=sources)
+    for path in (copied, copied / "step-00000004"):
+        assert open_trunk(str(path)).sources == sources
+    change_meta(copied, sources=[])
+    assert open_trunk(str(copied)).sources == []
+    change_meta(copied, sources=None)  # as an older version wrote it
+    unknown = {"kind": "unknown", "name": f"the text of {copied}"}
+    assert open_trunk(str(copied)).sources == [unknown]
+    (copied / "config.yaml").write_text("data: [", encoding="utf-8")
+    assert open_trunk(str(copied)).sources == [unknown]
 
 
 @torch.no_grad()
-def test_a_classifier_gives_its_trunk(runs, tmp_path):
+def test_a_classifier_gives_its_trunk(trained, tmp_path):
     """Fine-tuning can go on from a fine-tuned one: its trunk is kept, its head is left."""
-    trunk = open_trunk(str(runs / "first"))
+    trunk = open_trunk(str(trained))
     head = {"labels": ["0", "1"], "rows": 100}
-    meta = {"step": 7, "model": trunk.fields, "tokenizer": trunk.tokenizer.hash, "head": head}
-    checkpoint.save(
-        tmp_path, GPTClassifier(ours(trunk), 2), [], meta, World(0, 1, torch.device("cpu")), keep=1
-    )
+    meta = {
+        "step": 7,
+        "model": dataclasses.asdict(trunk.config),
+        "tokenizer": trunk.tokenizer.hash,
+        "head": head,
+    }
+    classifier = GPTClassifier(ours(trunk), 2)
+    checkpoint.save(tmp_path, alone(classifier), [], meta, keep=1)
     trunk.tokenizer.save(tmp_path / "tokenizer.json")
     again = open_trunk(str(tmp_path))
     assert again.weights.keys() == trunk.weights.keys()
-    assert all(again.weights[n].equal(trunk.weights[n]) for n in trunk.weights)
-    assert (
-        again.rows == 100
-    )  # of the trunk before it, not of the classifier: the others never saw pretraining
-    assert again.fields == trunk.fields and again.name == str(tmp_path / "step-00000007")
+    assert all(again.weights[name].equal(trunk.weights[name]) for name in trunk.weights)
+    # of the trunk before it, not of the classifier: the others never saw pretraining
+    assert again.rows == 100
+    assert again.config == trunk.config and again.name == str(tmp_path / "step-00000007")
+    with pytest.raises(UserError, match="is a classifier: use it with python scripts/classify.py"):
+        open_model(tmp_path)
 
 
-def test_damaged_runs(runs, tmp_path):
-    copy = shutil.copytree(runs / "first", tmp_path / "copy")
-    shutil.copy(tmp_path / "copy" / "tokenizer.json", tmp_path / "good.json")
-    tokenizer.train(tokenizer.TokenizerSettings("char"), ["other"]).save(copy / "tokenizer.json")
-    with pytest.raises(UserError, match="is not the tokenizer that"):
-        open_trunk(str(copy))
-    shutil.copy(tmp_path / "good.json", copy / "tokenizer.json")
-    (copy / "step-00000004" / "meta.json").unlink()
+def test_damaged_runs(copied, tmp_path):
+    shutil.copy(copied / "tokenizer.json", tmp_path / "good.json")
+    other = tokenizer.train(tokenizer.TokenizerSettings("char"), ["other"])
+    other.save(copied / "tokenizer.json")
+    for opener in (open_trunk, open_model):
+        with pytest.raises(UserError, match="is not the tokenizer that"):
+            opener(str(copied))
+    shutil.copy(tmp_path / "good.json", copied / "tokenizer.json")
+    meta = json.loads((copied / "step-00000004" / "meta.json").read_text(encoding="utf-8"))
+    change_meta(copied, model=meta["model"] | {"n_layer": 2})
+    with pytest.raises(UserError, match="blocks.1.norm1.weight is absent"):
+        open_trunk(str(copied))
+    change_meta(copied, model=meta["model"] | {"of_a_later_version": 2})
+    for opener in (open_trunk, open_model):
+        with pytest.raises(UserError, match="another version of this program"):
+            opener(str(copied))
+    (copied / "step-00000004" / "meta.json").unlink()
     with pytest.raises(UserError, match="no meta.json"):
-        open_trunk(str(copy / "step-00000004"))
+        open_trunk(str(copied / "step-00000004"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_untied_head_is_part_of_a_trunk(trained, tmp_path, tied):
+    config = dataclasses.replace(open_trunk(str(trained)).config, tie_weights=tied)
+    its_tokenizer = open_trunk(str(trained)).tokenizer
+    model = GPT(config)
+    meta = {"step": 1, "model": dataclasses.asdict(config), "tokenizer": its_tokenizer.hash}
+    checkpoint.save(tmp_path, alone(model), [], meta, keep=1)
+    its_tokenizer.save(tmp_path / "tokenizer.json")
+    trunk = open_trunk(str(tmp_path))
+    assert ("lm_head.weight" in trunk.weights) == (not tied)
+    assert trunk.config == config and isinstance(trunk.config, GPTConfig)

@@ -1,0 +1,177 @@
+"""scripts/data.py as its users type it."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ENV, ROOT
+from scripts import data
+from smallgpt.console import UserError
+from smallgpt.text.formats import read_dialogues
+
+CHAT = "hi\nho\n\n你好\n你好\n再见\n"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command("stats path=FILE") -> what `python scripts/data.py stats path=FILE` prints."""
+
+    def command(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
+        capsys.readouterr()
+        data.main()
+        return capsys.readouterr().out
+
+    return command
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The lines of `stats` below its heading, word by word."""
+    heading, *lines = printed.splitlines()
+    assert heading.split() == ["dialogues", "utterances", "bytes", "file"]
+    return [line.replace(",", "").split() for line in lines]
+
+
+def test_embedded_and_stats(tmp_path, command):
+    pytest.importorskip("chatterbot_corpus")
+    file = tmp_path / "new" / "chatterbot.txt"
+    assert command("embedded", f"to={tmp_path / 'new'}").strip() == str(file)
+    found = list(read_dialogues(file))
+    assert ["什么是ai", "人工智能是工程和科学的分支,致力于构建具有思维的机器。"] in found
+    assert len(found) > 1000
+    counts = [len(found), sum(map(len, found)), file.stat().st_size]
+    (row,) = rows(command("stats", f"path={file}"))
+    assert row[:4] == [*map(str, counts), str(file)]
+
+
+def test_embedded_without_its_package(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install chatterbot-corpus"):
+        command("embedded", f"to={tmp_path}")
+
+
+def test_stats_say_how_a_file_was_read_and_what_was_dropped(tmp_path, command):
+    lines = [json.dumps(["hi", "ho"])] * 998 + ["{}", '["hi", "", "x"]', "[]"]
+    (tmp_path / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(CHAT.encode()))
+    printed = command("stats", f"path={tmp_path}/*")
+    assert printed.splitlines()[1].endswith(
+        f"999        1,997          6,990  {tmp_path}/a.txt (JSON Lines)"
+    )
+    assert printed.splitlines()[2:4] == [
+        "  skipped 2 of 1,001 dialogues, the first at line 999: "
+        "it has no messages, conversations, dialog, dialogue, text",
+        "  dialogues ended before an empty turn: 1, 2 turns dropped",
+    ]
+    assert rows(printed)[-1] == [
+        *("2", "5", str(len(CHAT.encode()) + 1)),
+        *(str(tmp_path / "b.txt.gz"), "(plain", "text", "gzipped)"),
+    ]
+
+
+def test_stats_of_bytes_that_are_not_utf8(tmp_path, command):
+    file = tmp_path / "a.txt"
+    file.write_bytes("好好\n".encode() + b"\xff\n")
+    with pytest.raises(UserError, match="a.txt, line 2: not UTF-8"):
+        command("stats", f"path={file}")
+    assert rows(command("stats", f"path={file}", "errors=replace"))[0][:2] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("fecth name=lccc", "no command fecth; did you mean fetch?.*embedded, fetch, stats, text"),
+        ("to=data", "no command to=data; did you mean"),
+        ("stats", "give path=FILE of a chat, or set=SET"),
+        ("stats pth=x", "unknown key pth.*path"),
+        ("stats path=/none.txt", "cannot read /none.txt: No such file"),
+        ("fetch", "choose one of lccc"),
+        ("fetch name=lcc", "name=lcc is not known.*lccc"),
+        ("text", "give one or more SET=PATH"),
+        ("text sst2=data", "and to=FILE"),
+        ("text sst3=data to=x", "sst3=data is neither to=FILE nor SET=PATH; the sets are .*sst2"),
+        ("text csv.header=x csv=a.csv to=x", "csv.header=x must follow csv=PATH"),
+    ],
+)
+def test_mistakes_are_one_message(command, words, message):
+    with pytest.raises(UserError, match=message):
+        command(*words.split())
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("", ["embedded", "fetch", "stats", "text", "--help"]),
+        ("--help", ["embedded", "fetch", "stats", "text", "--help"]),
+        ("embedded --help", ["chatterbot-corpus", "to", "folder to write into"]),
+        ("fetch -h", ["name", "a chat corpus or a labelled set"]),
+        ("stats --help", ["path", "a chat file, or a glob", "errors"]),
+        ("stats set=csv --help", ["text_column", "label_column"]),
+        ("text --help", ["SET=PATH", "to=FILE", "SET.KEY=VALUE"]),
+    ],
+)
+def test_every_command_has_help(monkeypatch, capsys, words, expected):
+    monkeypatch.setattr(sys, "argv", ["data.py", *words.split()])
+    try:
+        data.main()
+    except SystemExit as end:
+        assert not end.code
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in expected)
+
+
+def test_text_takes_the_settings_of_each_set():
+    words = "csv=my.csv csv.text_column=review sst2=data to=x.txt".split()
+    assert data.sets_and_target(words) == (
+        "x.txt",
+        [["set=csv", "path=my.csv", "text_column=review"], ["set=sst2", "path=data"]],
+    )
+
+
+def test_fetch_without_a_network_says_what_to_do(tmp_path, command, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def down(*_, **__):
+        raise ConnectionError("down")
+
+    monkeypatch.setattr(hub, "hf_hub_download", down)
+    place = "lccc_base_train.jsonl.gz of https://.*silver/lccc.*at .*jsonl.gz"
+    with pytest.raises(UserError, match=place):
+        command("fetch", "name=lccc", f"to={tmp_path}")
+
+
+def test_fetch_prints_where_a_chat_is(tmp_path, command, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(dataset: str, file: str, repo_type: str, local_dir: Path) -> str:
+        asked.append((dataset, file, repo_type))
+        return str(local_dir / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    name = "sft_mini_512.jsonl"
+    assert command("fetch", "name=minimind", f"to={tmp_path}").strip() == str(tmp_path / name)
+    assert asked == [("jingyaogong/minimind_dataset", name, "dataset")]
+
+
+def test_the_command_as_typed(tmp_path):
+    """A mistake ends with status 2 and one line, and what only counts does not import torch."""
+    good, bad = tmp_path / "a.txt", tmp_path / "a.zip"
+    good.write_text(CHAT, encoding="utf-8")
+    bad.write_bytes(b"PK\x03\x04...")
+    script = f"""
+import runpy, sys
+try:
+    runpy.run_path({str(ROOT / "scripts" / "data.py")!r}, run_name="__main__")
+finally:
+    print("torch" in sys.modules)
+"""
+    for path, status in ((good, 0), (bad, 2)):
+        words = [sys.executable, "-c", script, "stats", f"path={path}"]
+        done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status and done.stdout.splitlines()[-1] == "False", done
+    assert done.stderr == f"error: {bad} is a zip archive: unpack it and name the file in it\n"
