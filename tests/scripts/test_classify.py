@@ -244,7 +244,8 @@ def test_lines_of_standard_input_and_of_a_file(run, ask, models, tmp_path):
     ):
         label, p, echo = line.split("\t", 2)
         assert said is None or (label in ("负面", "good") and 0.5 <= float(p) <= 1 and echo == said)
-    assert piped.err == "1 of the texts hold bytes that are not UTF-8, or U+FFFD in their place\n"
+    assert piped.err.startswith("1 of the texts hold bytes that are not UTF-8, or U+FFFD in their")
+    assert len(piped.err.splitlines()) == 1
     (tmp_path / "lines.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert ask(f"file={tmp_path / 'lines.txt'}").out == piped.out
     assert ask(stdin=b"").out == ""
