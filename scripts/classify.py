@@ -47,7 +47,7 @@ GZIP = b"\x1f\x8b"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 NO_TEXT = {
     b"PK\x03\x04": "a zip archive",
-    b"PAR1\x15": "a Parquet file",
+    b"PAR1": "a Parquet file",
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!\x1a": "a rar archive",
     b"BZh91AY&SY": "compressed with bzip2",
