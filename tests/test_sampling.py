@@ -297,7 +297,7 @@ def test_a_character_in_pieces_comes_out_whole():
 
 
 def test_a_reply_that_nobody_listens_to_any_more_is_closed():
-    """Ctrl-C after three pieces: the turn ends there, and the next follows a well-formed history."""
+    """Ctrl-C after three pieces: the turn ends there, the next follows a well-formed history."""
     model = chatty()
     talk = Conversation(model, TOKENIZER, GREEDY)
     talk.say(TEXTS[1])
@@ -428,5 +428,5 @@ def test_undo_after_the_cut_keeps_a_well_formed_history():
 
 
 def test_a_reply_is_one_line_and_no_command_to_the_terminal():
-    """A byte-level model can say anything, also a terminal's escape sequences; a reply is a line."""
+    """A byte-level model can say anything, a terminal's escape sequences; a reply is a line."""
     assert one_line("a\x1b[2Jb\nc\td é 你 👨‍👩‍👧") == "a [2Jb c d é 你 👨‍👩‍👧"
