@@ -18,7 +18,6 @@ were half a pair is said at the end.
 import codecs
 import gzip
 import io
-import itertools
 import json
 import re
 import sys
@@ -52,7 +51,7 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NO_TEXT = {
     **formats.ARCHIVES,
     **formats.BINARIES,
-    b"PAR1\x15": "a Parquet file",
+    b"PAR1": "a Parquet file",
     codecs.BOM_UTF32_LE: "text in UTF-32",  # it begins as UTF-16 does
 }
 
@@ -116,14 +115,16 @@ def main() -> None:
 
     n_broken = 0
     n_half = 0
+    show = to_json if s.json else to_line
     chunk = 1 if is_typed else CHUNK
     for answer in answers(texts, model.score, chunk):
-        line = to_json(answer, model.labels) if s.json else to_line(answer, model.labels)
-        print(line)
+        print(show(answer, model.labels))
         n_broken += "\ufffd" in answer.text
         n_half += model.is_of_pairs and is_half_a_pair(answer.text)
-    note(n_broken, "hold bytes that are not UTF-8, or U+FFFD in their place")
-    note(n_half, "are half a pair: this model was trained on two texts with a tab between")
+    broken = "hold bytes that are not UTF-8, or U+FFFD in their place: save the texts in UTF-8"
+    half = "are half a pair: this model was trained on two texts with a tab between"
+    note(n_broken, broken)
+    note(n_half, half)
 
 
 def note(count: int, what: str) -> None:
@@ -153,7 +154,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
     texts += argv[end + 1 :]
     if s.file and texts:
         raise UserError("give texts or file=, not both")
-    texts = [repair(text) for text in texts]
+    texts = [decode_argument(text) for text in texts]
     return path, texts, s
 
 
@@ -164,7 +165,7 @@ def is_setting(word: str) -> bool:
     return bool(equals) and is_known
 
 
-def repair(argument: str) -> str:
+def decode_argument(argument: str) -> str:
     """A text of the command line with U+FFFD for bytes that are not UTF-8, as in a file."""
     typed = argument.encode("utf-8", "surrogateescape")
     return typed.decode("utf-8", "replace")
@@ -190,9 +191,10 @@ def to_json(answer: Answer, labels: list[str]) -> str:
     record = {"text": answer.text, "label": None, "probabilities": None}
     if answer.probabilities is not None:
         best = int(answer.probabilities.argmax())
-        values = [round(value, 6) for value in answer.probabilities.tolist()]
+        values = answer.probabilities.tolist()
+        rounded = [round(value, 6) for value in values]
         record["label"] = labels[best]
-        record["probabilities"] = dict(zip(labels, values, strict=True))
+        record["probabilities"] = dict(zip(labels, rounded, strict=True))
     return json.dumps(record, ensure_ascii=False)
 
 
@@ -285,7 +287,8 @@ class Classifier(Scorer):
         tokenizer = checkpoint.tokenizer_of(found)
         config = checkpoint.model_config(found.meta["model"], path)
         trunk = GPT(config)
-        model = GPTClassifier(trunk, len(self.labels), head["pool"], head["mask"])
+        n_labels = len(self.labels)
+        model = GPTClassifier(trunk, n_labels, head["pool"], head["mask"])
         checkpoint.load_weights(found, model)
         super().__init__(model, tokenizer, s)
 
@@ -329,7 +332,8 @@ class Cloze(Scorer):
         context = before.rstrip()
         self.space = before[len(context) :]  # it belongs to the word, as the tokens have it
         first, second = context.split("{text}")
-        self.first = [tokenizer.bos, *tokenizer.encode(first)]
+        first = tokenizer.encode(first)
+        self.first = [tokenizer.bos, *first]
         self.second = tokenizer.encode(second)
         self.prior = {}
         for words in self.words.values():
@@ -338,12 +342,16 @@ class Cloze(Scorer):
 
     def score(self, texts: list[str]) -> Tensor:
         """Log-probabilities (N, labels)."""
-        best = []
+        scores = []
         for words in self.words.values():
-            gains = [self.likelihood(texts, word) - self.prior[word] for word in words]
-            largest = torch.stack(gains).amax(0)
-            best.append(largest)
-        return torch.stack(best, 1).log_softmax(-1)
+            gains = [self.gain(texts, word) for word in words]
+            best = torch.stack(gains).amax(0)
+            scores.append(best)
+        return torch.stack(scores, 1).log_softmax(-1)
+
+    def gain(self, texts: list[str], word: str) -> Tensor:
+        """How much likelier each text (N,) makes the word."""
+        return self.likelihood(texts, word) - self.prior[word]
 
     @torch.inference_mode()
     def likelihood(self, texts: list[str], word: str) -> Tensor:
@@ -366,7 +374,8 @@ class Cloze(Scorer):
                 f"the template leaves no room for a text in {block_size} tokens: make it shorter"
             )
         ids = self.tokenizer.encode(text.strip())
-        return self.first + ids[-room:] + self.second + end
+        ids = ids[-room:]
+        return self.first + ids + self.second + end
 
     def last_tokens(self, idx: Tensor, lengths: Tensor, n: int) -> Tensor:
         """Log-probabilities (B, n) of the last n real tokens in each row of idx (B, T)."""
@@ -377,22 +386,37 @@ class Cloze(Scorer):
         tokens = idx.gather(1, at)
         before = at[..., None] - 1  # the position before a token predicts it
         before = before.expand(-1, -1, h.size(-1))
-        logits = self.model.lm_head(h.gather(1, before).float())  # (B, n, V)
-        log_probs = logits.log_softmax(-1)
-        return log_probs.gather(2, tokens[..., None])[..., 0]
+        h = h.gather(1, before)  # (B, n, C)
+        logits = self.model.lm_head(h.float())
+        log_probs = logits.log_softmax(-1)  # (B, n, V)
+        found = log_probs.gather(2, tokens[..., None])
+        return found.squeeze(2)
 
 
 def answers(
-    texts: Iterable[str], score: Callable[[list[str]], Tensor], chunk: int = CHUNK
+    texts: Iterable[str],
+    score: Callable[[list[str]], Tensor],
+    chunk: int = CHUNK,
 ) -> Iterator[Answer]:
     """An answer to each text, in order."""
-    texts = iter(texts)
-    for some in iter(lambda: list(itertools.islice(texts, chunk)), []):
+    for some in chunks(texts, chunk):
         full = [text for text in some if text.strip()]
         log_probs = iter(score(full) if full else [])
         for text in some:
             probabilities = next(log_probs).exp() if text.strip() else None
             yield Answer(text, probabilities)
+
+
+def chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in lists of this size; the last one may be shorter."""
+    chunk = []
+    for text in texts:
+        chunk.append(text)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tests/stand_in.py out_dir=... run=... seed=0 mask=true    what such a sweep starts
     start("stand_in", argv)                                          such a sweep, as a process
 
-As long as there is a file `slow` in the folder data.path, a stand-in runs until it is told to end; it
-saves then, as a run does. With lm_weight=13 it fails.
+As long as there is a file `slow` in the folder data.path, a stand-in runs until it is told to end;
+it saves then, as a run does. With lm_weight=13 it fails.
 """
 
 import json

@@ -1,6 +1,6 @@
 """scripts/sweep.py: which runs there are, what survives an end, what the table says.
 
-Most sweeps here start a stand-in for sentiment_train.py, which says at once how good it was; the last one is true.
+Most sweeps here start a stand-in for sentiment_train.py, tests/stand_in.py; the last one is true.
 """
 
 import csv
@@ -97,7 +97,7 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
-# --- the grid, the table, the figure ----------------------------------------------------------------------------------
+# --- the grid, the table, the figure --------------------------------------------------------------
 
 
 def test_a_grid_times_seeds_gives_one_table_and_one_figure(sweep, figures, capsys):
@@ -183,7 +183,7 @@ def test_one_seed_has_no_spread(sweep):
 
 
 def test_a_learning_curve(sweep, figures, monkeypatch):
-    """data.train_size is the x axis, as far as there are examples; the baselines were trained on as many."""
+    """data.train_size is the x axis; 0 is all there are. The baselines were trained on as many."""
     from matplotlib.axes import Axes
 
     drawn, plot, errorbar = {}, Axes.plot, Axes.errorbar
@@ -229,7 +229,7 @@ def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(
 
 
 def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, monkeypatch):
-    """Would warn of each Chinese character that no font has, or stop at a $ as broken mathematics."""
+    """Would warn of each Chinese character that no font has, or stop at a $ as mathematics."""
     odd = '["中文$x$_y", "a|b", "a very long path/' + "part/" * 20 + '"]'
     logged = []
     monkeypatch.setattr(logging.Logger, "handle", lambda self, record: logged.append(record))
@@ -240,7 +240,7 @@ def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, monk
     assert r"| a\|b | true |" in text and "| 中文$x$_y | false |" in text
 
 
-# --- what reaches sentiment_train.py ----------------------------------------------------------------------------------
+# --- what reaches sentiment_train.py --------------------------------------------------------------
 
 
 def test_the_command_line_adds_to_the_file_and_the_file_to_its_config(sweep, tmp_path):
@@ -318,7 +318,7 @@ def test_runs_share_the_machine(sweep, stand_in, monkeypatch):
     assert [starts(run.folder)[0]["CUDA_VISIBLE_DEVICES"] for run in todo] == ["4", "6"]
 
 
-# --- interruptions ----------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -349,7 +349,7 @@ def test_a_signal_leaves_every_run_saved_and_nothing_running(
 
 
 def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
-    """Finished runs are not repeated; the run that is left behind by a killed sweep is not trained twice at once."""
+    """Would repeat finished runs, or train twice at once what a killed sweep has left behind."""
     argv = [*arguments(stand_in, tmp_path), "grid.mask=[true,false]", "seeds=[0]"]
     done, interrupted = (tmp_path / "s" / f"mask-{mask}_seed-0" for mask in ("true", "false"))
     sweep(*argv[:3], "grid.mask=[true]", "seeds=[0]")
@@ -437,10 +437,8 @@ def test_a_failing_run_is_named_with_its_log_and_the_others_run(sweep, tmp_path,
     folder = tmp_path / "s"
     log = folder / "lm_weight-13_seed-1" / "log.txt"
     assert lines[0] == "2 of 4 runs failed" and len(lines) == 3
-    assert (
-        lines[2]
-        == f"  - lm_weight=13, seed=1 ended with status 1: error: lm_weight=13 is no good (see {log})"
-    )
+    ended = "ended with status 1: error: lm_weight=13 is no good"
+    assert lines[2] == f"  - lm_weight=13, seed=1 {ended} (see {log})"
     assert "some progress" in log.read_text(encoding="utf-8")
     assert [(r["lm_weight"], r["n"]) for r in rows(folder)] == [("1", "2")], (
         "the table has what there is"
@@ -482,7 +480,7 @@ def test_changed_settings_are_refused(sweep, tmp_path):
 
 
 def test_runs_of_different_trunks_are_not_averaged(sweep):
-    """Half of a sweep was done when its trunk was trained anew under the same name: the table mixed the two."""
+    """Regression: the table mixed two trunks, as one was trained anew in the middle of a sweep."""
     argv = ["grid.mask=[true,false]", "seeds=[0,1]"]
     folder = sweep(*argv)
     for seed in (0, 1):
@@ -502,7 +500,7 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
         sweep("grid.mask=[true,false]", "seeds=[0]")
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -547,7 +545,7 @@ def test_mistakes(tmp_path, stand_in, monkeypatch, argv, says):
     assert not (tmp_path / "sweep").exists()
 
 
-# --- the true script --------------------------------------------------------------------------------------------------
+# --- the true script ------------------------------------------------------------------------------
 
 
 def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
