@@ -1,5 +1,6 @@
 """The fixtures that start processes and make tiny runs; what they are made of is in helpers.py."""
 
+import inspect
 import multiprocessing
 import os
 import random
@@ -11,6 +12,15 @@ import pytest
 
 from helpers import ENV, ROOT, TINY, Result, Started, child, free_port, mistake
 from smallgpt import console
+
+HANDS = {"start", "start_ranks", "run_ranks"}  # fixtures that give running processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What holds a process in its hands may kill it, signal it, or wait for several: it is slow."""
+    for item in items:
+        if HANDS & {*inspect.signature(item.function).parameters}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -241,6 +241,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_terminal_session(tmp_path_factory, tiny, run, tmp_path):
     """Ctrl-C stops a long reply and the session goes on; Ctrl-D leaves with 0; history is kept."""
     out = tmp_path_factory.mktemp("long")

@@ -542,6 +542,7 @@ def test_dropout_acts_in_training_only():
     assert not torch.allclose(dropping(idx), plain(idx))
 
 
+@pytest.mark.slow
 def test_compiled_parts_equal_eager_and_the_block_is_compiled_once(monkeypatch):
     """The slow test of this file. Ten layers: were each compiled for itself, the ninth would meet PyTorch's limit of
     recompilations and silently stay eager. The graphs are captured and differentiated as always but run as they are:

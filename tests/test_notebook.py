@@ -2,11 +2,13 @@
 
 import nbformat
 import pandas as pd
+import pytest
 from nbclient import NotebookClient
 
 from helpers import ROOT
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     small = {"DIR": str(tmp_path), "SEEDS": "3", "STEPS": "20", "TRAIN": "100", "WORKERS": "2"}
     for name, value in small.items():

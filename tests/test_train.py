@@ -372,6 +372,7 @@ def test_bfloat16_trains_and_talks(tmp_path, tiny, run):
     assert low != exact and all(low[step] == pytest.approx(exact[step], rel=0.02) for step in exact)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, tiny):
     """The slowest test: torch.compile takes half a minute even here. Evaluations and replies come in between."""
     for mode in ("true", "false"):
@@ -398,6 +399,7 @@ def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path, tiny, run, bad_files)
     assert run("train", args).status == 0
 
 
+@pytest.mark.slow
 def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny):
     """Windows consoles and LANG=C print replies in an encoding without Chinese."""
     env = {**ENV, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}

@@ -2,12 +2,9 @@
 
 import json
 import os
-import platform
 import re
-import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +12,6 @@ import pytest
 
 from helpers import (
     ENV,
-    ROOT,
     Result,
     command,
     free_port,
@@ -48,6 +44,7 @@ def alone(out, tiny, run) -> dict[str, Path]:
     return {name: out / name for name in kinds}
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_losses_of_one_process(out, alone, tiny):
     result = run_train(
         tiny(out, run="ddp64", dtype="float64"), "--standalone", "--nproc_per_node=2"
@@ -120,6 +117,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(
     same_losses(folder, alone["float64"], 1e-9)
 
 
+@pytest.mark.slow
 def test_two_nodes(out, alone, tiny):
     """Two torchrun agents: LOCAL_RANK is 0 on both, and yet only one of them writes."""
     args, port = tiny(out, run="nodes", dtype="float64"), free_port()
@@ -139,6 +137,7 @@ def test_two_nodes(out, alone, tiny):
     assert steps(out / "nodes") == [8, 12]
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_torchrun_saves(out, tiny):
     """A terminal sends SIGINT to torchrun, which passes it on to its workers."""
     args = tiny(out, run="ctrl-c", max_steps=5000, eval_every=5000, save_every=5000)
@@ -251,21 +250,3 @@ def test_a_full_disk_stops_all(out, tiny, start_ranks):
     results = end_of_group(start_ranks(2, tiny(out, run="fuller"), file_size=60_000))
     assert "could not save" in one_message(results)
     assert not list((out / "fuller").glob(".step*")) and steps(out / "fuller") == []
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_a_large_tensor_takes_the_memory_of_the_last_one():
-    """Each was mapped anew (the first few still are), page by page: a tenth of the time of a fine-tuning."""
-    code = (
-        "import resource, torch; from smallgpt.hardware import choose_device; choose_device('cpu')\n"
-        "for i in range(31):\n"
-        "    if i == 20: first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    torch.zeros(2**24)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=ENV, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 5 * 2**26 // resource.getpagesize(), (
-        "ten tensors fault in fewer pages than five have"
-    )

@@ -548,6 +548,7 @@ def test_mistakes(tmp_path, stand_in, monkeypatch, argv, says):
 # --- the true script ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
     """A trunk and two values of mask, each run the process that a user's would be."""
     assert run("train", tiny(tmp_path, run="trunk", max_steps=2, prompts="[]")).status == 0

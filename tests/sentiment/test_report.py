@@ -281,6 +281,7 @@ def test_macro_f1_over_classes_that_the_test_does_not_have(said, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_many_classes_are_drawn_in_a_picture_of_bounded_size(written, tmp_path):
     """Regression: 151 intents took 18,500 x 18,500 pixels; with 545 the run failed at its end."""
     folder, *_ = written

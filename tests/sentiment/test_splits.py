@@ -406,6 +406,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_sets(name):
     """The splits are pinned: trunks are pretrained on the training texts, and results compared."""
@@ -445,6 +446,7 @@ READ = {  # as the files' own documentation counts them
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
 def test_real_files_lose_no_row(name):
     (reader, folder, *test_path), *_ = REAL[name]
@@ -524,6 +526,7 @@ def letters(text: str) -> str:
     return "".join(c for c in text if c.isalnum()).lower()
 
 
+@pytest.mark.slow
 def test_the_export_holds_no_held_out_text(tmp_path):
     loaded_sets = [real(*REAL[name][0]) for name in ("chnsenticorp", "mrpc")]
     written, left = training_texts(loaded_sets, tmp_path / "new" / "x.txt")
