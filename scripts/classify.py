@@ -78,8 +78,8 @@ class ClassifySettings:
         """Problems with these settings, in plain words."""
         problems = []
         words = self.label_words
-        is_complete = len(words) > 1 and all(words) and all(words.values())
-        if words and not is_complete:
+        lacks_one = "" in words or [] in words.values()
+        if len(words) == 1 or lacks_one:
             example = "cloze.neg=bad,awful cloze.pos=good"
             problems.append(f"give two or more labels, each with its words: {example}")
         places = re.findall(r"\{text\}|\{word\}", self.template)
@@ -134,10 +134,14 @@ def note(count: int, what: str) -> None:
 
 def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
     """The command line as the run, the texts, and the settings."""
-    end = argv.index("--") if "--" in argv else len(argv)
+    after: list[str] = []
+    if "--" in argv:
+        end = argv.index("--")
+        after = argv[end + 1 :]
+        argv = argv[:end]
     plain = []
     given = []
-    for word in argv[:end]:
+    for word in argv:
         if is_setting(word) or word in ("-h", "--help"):
             given.append(word)
         elif word.startswith("--"):
@@ -151,7 +155,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
     if not plain:
         raise UserError("which model? python scripts/classify.py checkpoints/<run> TEXT ...")
     path, *texts = plain
-    texts += argv[end + 1 :]
+    texts += after
     if s.file and texts:
         raise UserError("give texts or file=, not both")
     texts = [decode_argument(text) for text in texts]

@@ -47,11 +47,12 @@ def main() -> None:
         raise UserError("which runs? python scripts/curves.py checkpoints/<run> ...")
     folders = [Path(run) for run in runs]
     curves = {folder: read(folder) for folder in folders}
-    losses = pd.concat([curve["loss"] for curve in curves.values()])
+    every = pd.concat(curves.values())
+    low, high = every["loss"].min(), every["loss"].max()
     print(f"loss in nats per token, {TRAIN} train, {VAL} val\n")
     for run, curve in curves.items():
         print(f"{run}: {best(curve)}")
-        print(text_chart(curve, s.x, losses.min(), losses.max()))
+        print(text_chart(curve, s.x, low, high))
     out = Path(s.out) if s.out else folders[0] / "curve.png"
     draw(curves, s.x, out)
     print(f"wrote {out}")
@@ -102,9 +103,11 @@ def text_chart(curve: pd.DataFrame, x: str, low: float, high: float) -> str:
     last = f"{curve[x].max():,}"
     label = max(len(last), len(x))
     head = f"{x:>{label}}  {'train':>6}  {'val':>6}  "
-    room = shutil.get_terminal_size().columns - len(head) - 1
+    terminal = shutil.get_terminal_size()
+    room = terminal.columns - len(head) - 1
     width = max(12, min(room, 60))
     lines = [f"{head}{low:<6.2f}{high:>{width - 6}.2f}"]
+    span = max(high - low, 1e-9)
     parts = pd.cut(curve[x], ROWS)
     for _, part in curve.groupby(parts, observed=True):
         at = f"{part[x].max():,}"
@@ -114,7 +117,7 @@ def text_chart(curve: pd.DataFrame, x: str, low: float, high: float) -> str:
         for loss, mark in ((train, TRAIN), (val, VAL)):
             if np.isnan(loss):
                 continue
-            fraction = (loss - low) / max(high - low, 1e-9)
+            fraction = (loss - low) / span
             column = round(fraction * (width - 1))
             row[column] = mark
         marks = "".join(row)
