@@ -164,9 +164,10 @@ def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
 
 def is_setting(word: str) -> bool:
     key, equals, _ = word.partition("=")
+    if not equals:
+        return False
     names = [f.name for f in fields(ClassifySettings)]
-    is_known = key in names or key.startswith("cloze.")
-    return bool(equals) and is_known
+    return key in names or key.startswith("cloze.")
 
 
 def decode_argument(argument: str) -> str:
@@ -177,7 +178,9 @@ def decode_argument(argument: str) -> str:
 
 def is_half_a_pair(text: str) -> bool:
     first, _, second = text.partition("\t")
-    return bool(first.strip()) != bool(second.strip())
+    is_first = bool(first.strip())
+    is_second = bool(second.strip())
+    return is_first != is_second
 
 
 def to_line(answer: Answer, labels: list[str]) -> str:
