@@ -15,9 +15,9 @@ is answered by an empty label. A model of pairs reads two texts with a tab betwe
 were half a pair is said at the end.
 """
 
+import codecs
 import gzip
 import io
-import itertools
 import json
 import re
 import sys
@@ -39,25 +39,20 @@ from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sentiment.batches import collate, encode_text, length_batches
+from smallgpt.settings import Device
+from smallgpt.text import formats
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.pretrained import open_model
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
 
-GZIP = b"\x1f\x8b"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NO_TEXT = {
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1\x15": "a Parquet file",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!\x1a": "a rar archive",
-    b"BZh91AY&SY": "compressed with bzip2",
-    b"\xfd7zXZ": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"%PDF-": "a PDF document",
-    b"\xff\xfe\0\0": "text in UTF-32",  # it begins as UTF-16 does
-    GZIP: "compressed twice",
+    **formats.ARCHIVES,
+    **formats.BINARIES,
+    b"PAR1": "a Parquet file",
+    codecs.BOM_UTF32_LE: "text in UTF-32",  # it begins as UTF-16 does
 }
 
 
@@ -67,7 +62,7 @@ class ClassifySettings:
     json: bool = False  # answers as JSON Lines, with the probability of each label
     cloze: dict[str, str] = field(default_factory=dict)  # label -> its words: cloze.neg=bad,awful
     template: str = "{text} {word}"  # of a cloze: where the text and the word go
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto = a GPU if there is one
+    device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
 
     @property
@@ -120,14 +115,16 @@ def main() -> None:
 
     n_broken = 0
     n_half = 0
+    show = to_json if s.json else to_line
     chunk = 1 if is_typed else CHUNK
     for answer in answers(texts, model.score, chunk):
-        line = to_json(answer, model.labels) if s.json else to_line(answer, model.labels)
-        print(line)
+        print(show(answer, model.labels))
         n_broken += "\ufffd" in answer.text
         n_half += model.is_of_pairs and is_half_a_pair(answer.text)
-    note(n_broken, "hold bytes that are not UTF-8, or U+FFFD in their place")
-    note(n_half, "are half a pair: this model was trained on two texts with a tab between")
+    broken = "hold bytes that are not UTF-8, or U+FFFD in their place: save the texts in UTF-8"
+    half = "are half a pair: this model was trained on two texts with a tab between"
+    note(n_broken, broken)
+    note(n_half, half)
 
 
 def note(count: int, what: str) -> None:
@@ -161,18 +158,19 @@ def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
     texts += after
     if s.file and texts:
         raise UserError("give texts or file=, not both")
-    texts = [repair(text) for text in texts]
+    texts = [decode_argument(text) for text in texts]
     return path, texts, s
 
 
 def is_setting(word: str) -> bool:
     key, equals, _ = word.partition("=")
+    if not equals:
+        return False
     names = [f.name for f in fields(ClassifySettings)]
-    is_known = key in names or key.startswith("cloze.")
-    return bool(equals) and is_known
+    return key in names or key.startswith("cloze.")
 
 
-def repair(argument: str) -> str:
+def decode_argument(argument: str) -> str:
     """A text of the command line with U+FFFD for bytes that are not UTF-8, as in a file."""
     typed = argument.encode("utf-8", "surrogateescape")
     return typed.decode("utf-8", "replace")
@@ -180,7 +178,9 @@ def repair(argument: str) -> str:
 
 def is_half_a_pair(text: str) -> bool:
     first, _, second = text.partition("\t")
-    return bool(first.strip()) != bool(second.strip())
+    is_first = bool(first.strip())
+    is_second = bool(second.strip())
+    return is_first != is_second
 
 
 def to_line(answer: Answer, labels: list[str]) -> str:
@@ -198,9 +198,10 @@ def to_json(answer: Answer, labels: list[str]) -> str:
     record = {"text": answer.text, "label": None, "probabilities": None}
     if answer.probabilities is not None:
         best = int(answer.probabilities.argmax())
-        values = [round(value, 6) for value in answer.probabilities.tolist()]
+        values = answer.probabilities.tolist()
+        rounded = [round(value, 6) for value in values]
         record["label"] = labels[best]
-        record["probabilities"] = dict(zip(labels, values, strict=True))
+        record["probabilities"] = dict(zip(labels, rounded, strict=True))
     return json.dumps(record, ensure_ascii=False)
 
 
@@ -215,11 +216,10 @@ def open_texts(file: str) -> tuple[Iterator[str], bool]:
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         return read_lines(raw, file), False
-    if sys.stdin is None:
-        raise UserError("standard input is closed: give texts, or file=FILE")
-    if sys.stdin.isatty():
-        return (line.removesuffix("\n") for line in sys.stdin), True
-    return read_lines(sys.stdin.buffer, "standard input"), False
+    stdin = console.open_stdin()
+    if stdin.isatty():
+        return (line.removesuffix("\n") for line in stdin), True
+    return read_lines(stdin.buffer, "standard input"), False
 
 
 def read_lines(raw: io.BufferedReader, name: str) -> Iterator[str]:
@@ -238,7 +238,7 @@ def read_lines(raw: io.BufferedReader, name: str) -> Iterator[str]:
 def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
     """The text in a file, known by its first bytes. UserError names what is no text."""
     head = raw.peek()
-    if head.startswith(GZIP):
+    if head.startswith(formats.GZIP):
         raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
         head = raw.peek()
     fix = "save its texts in UTF-8, one a line"
@@ -294,7 +294,8 @@ class Classifier(Scorer):
         tokenizer = checkpoint.tokenizer_of(found)
         config = checkpoint.model_config(found.meta["model"], path)
         trunk = GPT(config)
-        model = GPTClassifier(trunk, len(self.labels), head["pool"], head["mask"])
+        n_labels = len(self.labels)
+        model = GPTClassifier(trunk, n_labels, head["pool"], head["mask"])
         checkpoint.load_weights(found, model)
         super().__init__(model, tokenizer, s)
 
@@ -338,7 +339,8 @@ class Cloze(Scorer):
         context = before.rstrip()
         self.space = before[len(context) :]  # it belongs to the word, as the tokens have it
         first, second = context.split("{text}")
-        self.first = [tokenizer.bos, *tokenizer.encode(first)]
+        first = tokenizer.encode(first)
+        self.first = [tokenizer.bos, *first]
         self.second = tokenizer.encode(second)
         self.prior = {}
         for words in self.words.values():
@@ -347,12 +349,16 @@ class Cloze(Scorer):
 
     def score(self, texts: list[str]) -> Tensor:
         """Log-probabilities (N, labels)."""
-        best = []
+        scores = []
         for words in self.words.values():
-            gains = [self.likelihood(texts, word) - self.prior[word] for word in words]
-            largest = torch.stack(gains).amax(0)
-            best.append(largest)
-        return torch.stack(best, 1).log_softmax(-1)
+            gains = [self.gain(texts, word) for word in words]
+            best = torch.stack(gains).amax(0)
+            scores.append(best)
+        return torch.stack(scores, 1).log_softmax(-1)
+
+    def gain(self, texts: list[str], word: str) -> Tensor:
+        """How much likelier each text (N,) makes the word."""
+        return self.likelihood(texts, word) - self.prior[word]
 
     @torch.inference_mode()
     def likelihood(self, texts: list[str], word: str) -> Tensor:
@@ -375,7 +381,8 @@ class Cloze(Scorer):
                 f"the template leaves no room for a text in {block_size} tokens: make it shorter"
             )
         ids = self.tokenizer.encode(text.strip())
-        return self.first + ids[-room:] + self.second + end
+        ids = ids[-room:]
+        return self.first + ids + self.second + end
 
     def last_tokens(self, idx: Tensor, lengths: Tensor, n: int) -> Tensor:
         """Log-probabilities (B, n) of the last n real tokens in each row of idx (B, T)."""
@@ -386,22 +393,37 @@ class Cloze(Scorer):
         tokens = idx.gather(1, at)
         before = at[..., None] - 1  # the position before a token predicts it
         before = before.expand(-1, -1, h.size(-1))
-        logits = self.model.lm_head(h.gather(1, before).float())  # (B, n, V)
-        log_probs = logits.log_softmax(-1)
-        return log_probs.gather(2, tokens[..., None])[..., 0]
+        h = h.gather(1, before)  # (B, n, C)
+        logits = self.model.lm_head(h.float())
+        log_probs = logits.log_softmax(-1)  # (B, n, V)
+        found = log_probs.gather(2, tokens[..., None])
+        return found.squeeze(2)
 
 
 def answers(
-    texts: Iterable[str], score: Callable[[list[str]], Tensor], chunk: int = CHUNK
+    texts: Iterable[str],
+    score: Callable[[list[str]], Tensor],
+    chunk: int = CHUNK,
 ) -> Iterator[Answer]:
     """An answer to each text, in order."""
-    texts = iter(texts)
-    for some in iter(lambda: list(itertools.islice(texts, chunk)), []):
+    for some in chunks(texts, chunk):
         full = [text for text in some if text.strip()]
         log_probs = iter(score(full) if full else [])
         for text in some:
             probabilities = next(log_probs).exp() if text.strip() else None
             yield Answer(text, probabilities)
+
+
+def chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in lists of this size; the last one may be shorter."""
+    chunk = []
+    for text in texts:
+        chunk.append(text)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
 
 if __name__ == "__main__":

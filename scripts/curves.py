@@ -47,12 +47,13 @@ def main() -> None:
         raise UserError("which runs? python scripts/curves.py checkpoints/<run> ...")
     folders = [Path(run) for run in runs]
     curves = {folder: read(folder) for folder in folders}
-    every = pd.concat(curves.values())
-    low, high = every["loss"].min(), every["loss"].max()
+    losses = pd.concat(curves.values())["loss"]
+    low = losses.min()
+    high = losses.max()
     print(f"loss in nats per token, {TRAIN} train, {VAL} val\n")
     for run, curve in curves.items():
-        print(f"{run}: {best(curve)}")
-        print(text_chart(curve, s.x, low, high))
+        chart = text_chart(curve, s.x, low, high)
+        print(f"{run}: {best(curve)}\n{chart}")
     out = Path(s.out) if s.out else folders[0] / "curve.png"
     draw(curves, s.x, out)
     print(f"wrote {out}")
@@ -63,13 +64,10 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     runs = []
     others = []
     for word in words:
-        key, equals, _ = word.partition("=")
-        is_setting = equals and "/" not in key and "\\" not in key
-        is_run = not is_setting and not word.startswith("-")
-        if is_run:
-            runs.append(word)
-        else:
+        if settings.is_setting(word) or word.startswith("-"):
             others.append(word)
+        else:
+            runs.append(word)
     return runs, others
 
 

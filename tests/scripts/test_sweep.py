@@ -1,10 +1,12 @@
 """scripts/sweep.py: which runs there are, what survives an end, what the table says.
 
-Most sweeps here start a stand-in for sentiment_train.py, which says at once how good it was; the last one is true.
+Most sweeps here start a stand-in for sentiment_train.py, tests/stand_in.py; the last one is true.
 """
 
 import csv
+import fcntl
 import json
+import logging
 import math
 import os
 import random
@@ -22,67 +24,21 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from helpers import ENV, mistake, wait_for
+from helpers import ENV, ROOT, mistake, wait_for
 from scripts import sweep as program
 from smallgpt import settings
 from smallgpt.console import UserError
 
-STAND_IN = """
-import json, os, signal, sys, time
-from pathlib import Path
-def value(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-keys = {k: value(v) for k, _, v in (arg.partition("=") for arg in sys.argv[1:])}
-run = Path(keys["out_dir"], keys["run"])
-with open(run / "starts.jsonl", "a") as file:
-    env = {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
-    print(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], **env}), file=file)
-resumed = (run / "step-00000001").exists()
-if keys.get("lm_weight") == 13:
-    print("some progress")
-    sys.exit("error: lm_weight=13 is no good")
-if Path(keys["data.path"], "slow").exists():
-    def save(number, frame):
-        time.sleep(0.2)
-        (run / "step-00000001").mkdir()
-        sys.exit(128 + number)
-    signal.signal(signal.SIGTERM, save)
-    signal.signal(signal.SIGINT, save)
-    (run / "ready").touch()
-    time.sleep(30)
-accuracy = 0.7 + 0.02 * keys["seed"] ** 2 + 0.05 * keys.get("mask", 0) * (1 + 0.1 * keys["seed"])
-size = keys.get("data.train_size") or 4000
-(run / "result.json").write_text(json.dumps({
-    "test": {"accuracy": accuracy, "macro_f1": accuracy - 0.1}, "seconds": 60 + keys["seed"], "resumed": resumed,
-    "examples": {"train": size},
-    "baselines": {"always 好" if size > 500 else "always 差": {"accuracy": 0.6}, "TF-IDF (char) + linear SVM": {"accuracy": 0.65}},
-}, ensure_ascii=False), encoding="utf-8")
-"""  # noqa: E501
-
-
 DRAW = program.draw
-
-
-def main() -> int:
-    """What `start("scripts.test_sweep", ...)` runs in a process of its own: a sweep of stand-ins."""
-    program.SCRIPT = Path(os.environ["STAND_IN"])
-    return program.main()
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch) -> Path:
-    """The stand-in; as long as there is a file `slow` beside it, it runs until it is told to end."""
+    """The folder of the data of a sweep of stand-ins; a file `slow` in it makes them wait."""
+    monkeypatch.setattr(program, "SCRIPT", ROOT / "tests" / "stand_in.py")
+    monkeypatch.setattr(program, "draw", lambda *args: None)  # half a second each; see `figures`
     (tmp_path / "data").mkdir()
-    script = tmp_path / "data" / "stand_in.py"
-    script.write_text(STAND_IN, encoding="utf-8")
-    monkeypatch.setattr(program, "SCRIPT", script)
-    monkeypatch.setattr(
-        program, "draw", lambda *args: None
-    )  # half a second each time; see `figures`
-    return script
+    return tmp_path / "data"
 
 
 @pytest.fixture
@@ -105,8 +61,8 @@ def sweep(stand_in, tmp_path, monkeypatch) -> Callable[..., Path]:
     return sweep
 
 
-def arguments(stand_in: Path, out: Path) -> list[str]:
-    return ["name=s", f"out_dir={out}", f"set.data.path={stand_in.parent}"]
+def arguments(data: Path, out: Path) -> list[str]:
+    return ["name=s", f"out_dir={out}", f"set.data.path={data}"]
 
 
 def starts(run: Path) -> list[dict]:
@@ -121,7 +77,7 @@ def starts(run: Path) -> list[dict]:
 
 def keys_of(run: Path) -> dict:
     """The settings with which a run was last started, as text."""
-    return dict(arg.split("=", 1) for arg in starts(run)[-1]["argv"])
+    return dict(word.split("=", 1) for word in starts(run)[-1]["argv"])
 
 
 def result(run: Path) -> dict:
@@ -141,7 +97,7 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
-# --- the grid, the table, the figure ----------------------------------------------------------------------------------
+# --- the grid, the table, the figure --------------------------------------------------------------
 
 
 def test_a_grid_times_seeds_gives_one_table_and_one_figure(sweep, figures, capsys):
@@ -211,6 +167,14 @@ def test_the_interval_is_that_of_the_paired_t_test():
     )
 
 
+def test_differences_that_are_all_the_same_are_compared_quietly():
+    """Regression: scipy warns of them, and a tiny test set has them often."""
+    a, b = pd.Series([0.5, 0.75, 1.0]), pd.Series([0.25, 0.5, 0.75])
+    with warnings.catch_warnings(action="error"):
+        assert program.compare(a, b) == (0.25, 0.0)
+        assert program.compare(a, a) == (0.0, 0.0)
+
+
 def test_one_seed_has_no_spread(sweep):
     folder = sweep("grid.mask=[false,true]", "seeds=[5]")
     text = (folder / "table.md").read_text(encoding="utf-8")
@@ -219,7 +183,7 @@ def test_one_seed_has_no_spread(sweep):
 
 
 def test_a_learning_curve(sweep, figures, monkeypatch):
-    """data.train_size is the x axis, as far as there are examples; the baselines were trained on as many."""
+    """data.train_size is the x axis; 0 is all there are. The baselines were trained on as many."""
     from matplotlib.axes import Axes
 
     drawn, plot, errorbar = {}, Axes.plot, Axes.errorbar
@@ -250,38 +214,33 @@ def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(
     drawn = []
     monkeypatch.setattr("smallgpt.plots.save", lambda fig, file: drawn.append(fig))
     both = pd.Series([0.88, 0.89])
-    row = {
-        "mask": "true",
-        "accuracy": 0.885,
-        "accuracy_sd": 0.01,
-        "by_seed": both,
-        "n": 2,
-        "train": 9,
-    }
-    s = program.SweepSettings(grid={"mask": ["true"]})
-    DRAW(s, [{**row, "largest class": largest, "TF-IDF + linear SVM": 0.89}], tmp_path / "f.png")
+
+    def row(mask: str, largest: float) -> program.Row:
+        baselines = {"largest class": largest, "TF-IDF + linear SVM": 0.89}
+        return program.Row({"mask": mask}, both, both, 60, 9, baselines)
+
+    DRAW([row("true", largest)], tmp_path / "f.png")
     (ax,) = drawn[0].axes
     assert says in [line.get_label() for line in ax.lines]
     assert (ax.get_xlim()[0] > 0.8) and (ax.get_xlim()[0] <= largest) == (largest > 0.8)
     # of two sets, say: one number would be wrong of one of them, so both are drawn
-    rows = [
-        {**row, "mask": str(v), "largest class": v, "TF-IDF + linear SVM": 0.89}
-        for v in (largest, 0.5)
-    ]
-    DRAW(s, rows, tmp_path / "f.png")
+    DRAW([row("true", largest), row("false", 0.5)], tmp_path / "f.png")
     assert drawn[1].axes[0].get_xlim()[0] < 0.5
 
 
-def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, caplog):
+def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, monkeypatch):
+    """Would warn of each Chinese character that no font has, or stop at a $ as mathematics."""
     odd = '["中文$x$_y", "a|b", "a very long path/' + "part/" * 20 + '"]'
+    logged = []
+    monkeypatch.setattr(logging.Logger, "handle", lambda self, record: logged.append(record))
     with warnings.catch_warnings(action="error"):
         folder = sweep(f"grid.trunk={odd}", "grid.mask=[true,false]", "seeds=[0]")
-    assert not caplog.records
+    assert not logged
     text = (folder / "table.md").read_text(encoding="utf-8")
     assert r"| a\|b | true |" in text and "| 中文$x$_y | false |" in text
 
 
-# --- what reaches sentiment_train.py ----------------------------------------------------------------------------------
+# --- what reaches sentiment_train.py --------------------------------------------------------------
 
 
 def test_the_command_line_adds_to_the_file_and_the_file_to_its_config(sweep, tmp_path):
@@ -335,7 +294,7 @@ def test_values_arrive_as_they_were_meant(sweep):
     assert found | {"optim.lr": s.optim.lr} == typed and s.run == run.name and s.mask is False
 
 
-def test_runs_share_the_machine(sweep, monkeypatch):
+def test_runs_share_the_machine(sweep, stand_in, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     folder = sweep("grid.mask=[true,false]", "seeds=[0]", "workers=2")
@@ -344,9 +303,9 @@ def test_runs_share_the_machine(sweep, monkeypatch):
     }
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    (program.SCRIPT.parent / "slow").touch()  # so that both run at the same time
+    (stand_in / "slow").touch()  # so that both run at the same time
     s = program.SweepSettings(
-        set={"data.path": str(program.SCRIPT.parent)},
+        set={"data.path": str(stand_in)},
         grid={"mask": ["true", "false"]},
         seeds=[1],
     )
@@ -359,7 +318,7 @@ def test_runs_share_the_machine(sweep, monkeypatch):
     assert [starts(run.folder)[0]["CUDA_VISIBLE_DEVICES"] for run in todo] == ["4", "6"]
 
 
-# --- interruptions ----------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -369,32 +328,33 @@ def test_a_signal_leaves_every_run_saved_and_nothing_running(
     argv = [*arguments(stand_in, tmp_path), "grid.mask=[true,false]", "seeds=[0,1]", "workers=2"]
     folder = tmp_path / "s"
     first = [folder / f"mask-{mask}_seed-0" for mask in ("true", "false")]
-    (stand_in.parent / "slow").touch()
-    process = start("scripts.test_sweep", argv, env={"STAND_IN": str(stand_in)})
+    (stand_in / "slow").touch()
+    process = start("stand_in", argv)
     wait_for(lambda: all((run / "ready").exists() for run in first), "two runs at once")
     process.kill(number)
     ended = process.wait()
     assert (ended.status, ended.err.count("Traceback")) == (128 + number, 0)
     assert "the same command continues" in ended.out
+    assert "stopping 2 run(s): each saves its state first" in ended.out
     assert all(
         (run / "step-00000001").exists() and not alive(starts(run)[0]["pid"]) for run in first
     )
     assert not list(folder.glob("*seed-1/starts.jsonl")), "nothing new was begun"
     assert not (folder / "table.md").exists()
 
-    (stand_in.parent / "slow").unlink()
+    (stand_in / "slow").unlink()
     sweep(*argv)
     assert [result(run)["resumed"] for run in first] == [True, True]
     assert {r["n"] for r in rows(folder)} == {"2"}
 
 
 def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
-    """Finished runs are not repeated; the run that is left behind by a killed sweep is not trained twice at once."""
+    """Would repeat finished runs, or train twice at once what a killed sweep has left behind."""
     argv = [*arguments(stand_in, tmp_path), "grid.mask=[true,false]", "seeds=[0]"]
     done, interrupted = (tmp_path / "s" / f"mask-{mask}_seed-0" for mask in ("true", "false"))
     sweep(*argv[:3], "grid.mask=[true]", "seeds=[0]")
-    (stand_in.parent / "slow").touch()
-    process = start("scripts.test_sweep", argv, env={"STAND_IN": str(stand_in)})
+    (stand_in / "slow").touch()
+    process = start("stand_in", argv)
     wait_for((interrupted / "ready").exists, "the second run")
     process.kill()
     assert process.wait().status == -signal.SIGKILL
@@ -408,20 +368,65 @@ def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
 
     os.kill(left["pid"], signal.SIGTERM)
     wait_for(lambda: not alive(left["pid"]), "its end")
-    (stand_in.parent / "slow").unlink()
+    (stand_in / "slow").unlink()
     sweep(*argv)
     assert len(starts(done)) == 1 and len(starts(interrupted)) == 2
     assert not result(done)["resumed"] and result(interrupted)["resumed"]
 
 
-def test_a_run_whose_report_was_cut_short_is_taken_up_again(sweep):
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "null"])
+def test_a_run_whose_report_was_cut_short_is_taken_up_again(sweep, damage):
     folder = sweep("grid.mask=[true,false]", "seeds=[0]")
     run = folder / "mask-true_seed-0"
     text = (run / "result.json").read_text(encoding="utf-8")
-    (run / "result.json").write_text(text[: len(text) // 2], encoding="utf-8")
+    (run / "result.json").write_text(damage(text), encoding="utf-8")
     sweep("grid.mask=[true,false]", "seeds=[0]")
     assert len(starts(run)) == 2 and result(run)["test"]
     assert len(starts(folder / "mask-false_seed-0")) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 40, b"null", b"\xff"])
+def test_a_damaged_record_is_as_none(sweep, content):
+    """Regression: after a full disk every start ended in a traceback that named no file."""
+    folder = sweep("grid.mask=[true]", "seeds=[0]")
+    (folder / "mask-true_seed-0" / "sweep.json").write_bytes(content)
+    sweep("grid.mask=[true]", "seeds=[0]")
+    assert len(starts(folder / "mask-true_seed-0")) == 1
+
+
+def test_an_error_stops_the_other_runs_and_each_saves(sweep, stand_in, tmp_path, monkeypatch):
+    """A run that another process holds ends the sweep: the run beside it must not be left alone."""
+    first, locked, third = (tmp_path / "s" / f"lm_weight-{i}_seed-0" for i in (1, 2, 3))
+    locked.mkdir(parents=True)
+    (stand_in / "slow").touch()
+    launch = program.launch
+
+    def wait_and_launch(run, *args):
+        if run.folder == locked:
+            wait_for((first / "ready").exists, "the first run")
+        return launch(run, *args)
+
+    monkeypatch.setattr(program, "launch", wait_and_launch)
+    with open(locked / "log.txt", "w", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process.* still trains .*lm_weight-2_seed-0"):
+            sweep("grid.lm_weight=[1,2,3]", "seeds=[0]", "workers=2")
+    assert (first / "step-00000001").exists() and not alive(starts(first)[0]["pid"])
+    assert not starts(third)
+
+
+def test_the_first_row_is_that_of_the_first_combination(sweep):
+    """Also where its first seed failed: the differences of all others are from it."""
+    folder = sweep("grid.mask=[true,false]", "seeds=[0,1]")
+    (folder / "mask-true_seed-0" / "result.json").unlink()
+    runs = [
+        program.Run({"mask": mask}, seed, folder / f"mask-{mask}_seed-{seed}", {})
+        for seed in (0, 1)
+        for mask in ("true", "false")
+    ]
+    table = program.table(runs)
+    assert [(row.cell["mask"], len(row.accuracy)) for row in table] == [("true", 1), ("false", 2)]
+    assert math.isnan(table[0].difference) and table[1].difference == pytest.approx(-0.055)
 
 
 def test_a_failing_run_is_named_with_its_log_and_the_others_run(sweep, tmp_path, capsys):
@@ -432,10 +437,8 @@ def test_a_failing_run_is_named_with_its_log_and_the_others_run(sweep, tmp_path,
     folder = tmp_path / "s"
     log = folder / "lm_weight-13_seed-1" / "log.txt"
     assert lines[0] == "2 of 4 runs failed" and len(lines) == 3
-    assert (
-        lines[2]
-        == f"  - lm_weight=13, seed=1 ended with status 1: error: lm_weight=13 is no good (see {log})"
-    )
+    ended = "ended with status 1: error: lm_weight=13 is no good"
+    assert lines[2] == f"  - lm_weight=13, seed=1 {ended} (see {log})"
     assert "some progress" in log.read_text(encoding="utf-8")
     assert [(r["lm_weight"], r["n"]) for r in rows(folder)] == [("1", "2")], (
         "the table has what there is"
@@ -477,7 +480,7 @@ def test_changed_settings_are_refused(sweep, tmp_path):
 
 
 def test_runs_of_different_trunks_are_not_averaged(sweep):
-    """Half of a sweep was done when its trunk was trained anew under the same name: the table mixed the two."""
+    """Regression: the table mixed two trunks, as one was trained anew in the middle of a sweep."""
     argv = ["grid.mask=[true,false]", "seeds=[0,1]"]
     folder = sweep(*argv)
     for seed in (0, 1):
@@ -497,7 +500,7 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
         sweep("grid.mask=[true,false]", "seeds=[0]")
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -542,7 +545,7 @@ def test_mistakes(tmp_path, stand_in, monkeypatch, argv, says):
     assert not (tmp_path / "sweep").exists()
 
 
-# --- the true script --------------------------------------------------------------------------------------------------
+# --- the true script ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -568,6 +571,7 @@ def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
         f"set.data.path={tmp_path / 'reviews.csv'}",
         "set.max_steps=2",
         "set.device=cpu",
+        "workers=2",
     ]
     for key, value in ENV.items():
         monkeypatch.setenv(key, value)
