@@ -25,6 +25,7 @@ from helpers import (
     steps,
     wait_for,
 )
+from smallgpt.parallel.world import StopRequest
 
 
 def same_losses(a: Path, b: Path, rel: float, at_least: int = 10) -> None:
@@ -269,3 +270,22 @@ def test_a_large_tensor_takes_the_memory_of_the_last_one():
     assert int(done.stdout) < 5 * 2**26 // resource.getpagesize(), (
         "ten tensors fault in fewer pages than five have"
     )
+
+
+def test_nohup_outlives_its_session():
+    """Regression: the handler of SIGHUP used to undo nohup, and closing the terminal ended the
+    run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.signal
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
