@@ -138,7 +138,7 @@ class Run:
         self.strategy = strategy
         self.optimizers = optimizers
         if self.found:
-            checkpoint.load_weights(self.found, strategy.model)
+            strategy.set_weights(checkpoint.read_weights(self.found, strategy.shapes))
             checkpoint.load_optimizers(self.found, strategy, optimizers)
             if self.found.meta["scaler"]:  # empty where that run needed none
                 strategy.scaler.load_state_dict(self.found.meta["scaler"])
@@ -297,7 +297,8 @@ class Run:
     def load_best(self) -> None:
         """Put the weights of the best evaluation into the model."""
         folder = checkpoint.step_folder(self.folder, self.best)  # a rank may see an older `best`
-        checkpoint.load_weights(checkpoint.required(folder), self.strategy.model)
+        found = checkpoint.required(folder)
+        self.strategy.set_weights(checkpoint.read_weights(found, self.strategy.shapes))
 
     def check_loss(self, loss: float) -> None:
         """UserError if the validation loss is no number: no run can go on from this step."""
