@@ -195,15 +195,15 @@ class Objective:
         self.adversary = Adversary(model.gpt.wte, s.adversarial)
 
     def micro_batches(self, step: int, strategy: Single) -> list[MicroBatch]:
-        """Those of this data rank. Also starts the step's sums: nats, hits and how the loss is
+        """Those of this data rank. Also starts the step's totals, and sets how its loss is
         divided."""
         rows = self.buckets.of(step)
         self.n_examples = len(rows)
         self.per_example = 1 / self.class_weights[self.labels[rows]].sum()  # of all ranks, weighted
         n_targets = int((self.buckets.lengths[rows] - 1).sum())
         self.per_target = self.s.lm_weight / max(1, n_targets)
-        self.nats = 0.0  # of the plain passes
-        self.hits = 0
+        self.losses: list[Tensor] = []  # scalars, of the plain passes
+        self.hits: list[Tensor] = []  # scalars: how many labels were found
         longest = self.train.width or int(self.buckets.lengths[rows].max())
         parts = share_rows(
             rows, longest, strategy.data_rank, strategy.data_size, self.s.micro_tokens
@@ -238,10 +238,15 @@ class Objective:
         )
         loss = batch.weight * self.per_example * nats
         if not batch.perturbed:
-            self.nats += float(loss.detach())
             is_hit = scores.argmax(1) == batch.labels
-            self.hits += batch.weight * int(is_hit.sum())
+            self.losses.append(loss.detach())
+            self.hits.append(batch.weight * is_hit.sum())
         return loss + batch.weight * self.per_target * lm_nats
+
+    def totals(self) -> tuple[float, float]:
+        """Loss and hits of this data rank's plain passes. To be called after the backward passes:
+        reading a number waits for the GPU."""
+        return sum(map(float, self.losses)), sum(map(float, self.hits))
 
 
 def class_weights(s: SentimentSettings, labels: Tensor, model: GPTClassifier) -> Tensor:
@@ -328,7 +333,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
             strategy.seed(s.seed, step)  # of dropout
             batches = objective.micro_batches(step, strategy)
             strategy.forward_backward(batches, objective.loss_of, 1.0)
-            loss, hits = strategy.sum(objective.nats, objective.hits)
+            loss, hits = strategy.sum(*objective.totals())
             norm = strategy.clip(optimizers, s.optim.clip)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)

@@ -11,6 +11,7 @@ optim.lr=3e-4.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -73,11 +74,11 @@ class TrainSettings:
 
 
 class Batch(NamedTuple):
-    """A micro-batch on the device: what the model is called with."""
+    """A micro-batch on the device."""
 
-    tokens: Tensor  # (B, T)
-    targets: Tensor  # (B, T), IGNORE where there is nothing to predict
-    segments: Tensor | None  # (B, T) number of the dialogue; None = packed ones see each other
+    # what the model is called with: tokens (B, T); targets (B, T), IGNORE where there is nothing
+    # to predict; segments (B, T), numbers of the dialogues, None = packed ones see each other
+    inputs: tuple[Tensor, Tensor, Tensor | None]
     n_targets: int  # that are not IGNORE
 
 
@@ -92,7 +93,7 @@ def to_batch(x: Tensor, y: Tensor, corpus: Corpus, isolate: bool, device: torch.
     if isolate:
         begins = x == corpus.tokenizer.bos
         segments = begins.cumsum(1)
-    return Batch(x, y, segments, n_targets)
+    return Batch((x, y, segments), n_targets)
 
 
 def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict[str, float]:
@@ -108,7 +109,7 @@ def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict
     for first in range(offset, offset + corpus.n_val_blocks, stride):
         x, y = corpus.val_batch(range(first, first + rows))
         batch = to_batch(x, y, corpus, isolate, device)
-        nats += float(strategy.evaluate(batch.tokens, batch.targets, batch.segments))
+        nats += float(strategy.evaluate(*batch.inputs))
         tokens += batch.n_targets
         n_bytes += corpus.val_bytes(y)
     strategy.settle()
@@ -121,6 +122,7 @@ def sample_replies(strategy: Single, corpus: Corpus, s: TrainSettings) -> str:
     # the cache's growing shapes would compile again and again, and mark the training's as dynamic
     with strategy.autocast, torch.compiler.set_stance("force_eager"):
         answers = replies(strategy.model, corpus.tokenizer, s.prompts, s.sample)
+    strategy.settle()
     pairs = zip(s.prompts, answers, strict=True)
     return "\n".join(f"  {prompt} → {answer}" for prompt, answer in pairs)
 
@@ -149,8 +151,9 @@ def round_vocabulary(config: GPTConfig, vocab_size: int) -> None:
         )
 
 
-def train(s: TrainSettings, world: World) -> int:
-    """The whole run; returns its exit status."""
+def train(s: TrainSettings, world: World, spread: Callable[..., Single] = build) -> int:
+    """The whole run; returns its exit status. spread(model, world, dtype) decides how the model is
+    spread over the processes."""
     with Run(s, world) as run:
         device = world.device
         dtype, why_dtype = hardware.choose_dtype(s.dtype, device)
@@ -172,12 +175,14 @@ def train(s: TrainSettings, world: World) -> int:
         run.identify(facts)
 
         torch.manual_seed(s.seed)  # the same weights on every rank
-        model = GPT(s.model).to(device, hardware.weights_dtype(dtype))
+        model = GPT(s.model).to(hardware.weights_dtype(dtype))
         if parent and not run.found:
             checkpoint.load_weights(parent, model)
         if compiled:
             model.compile_parts()
-        strategy = build(model, world, dtype)
+        model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
+        full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
+        strategy = spread(model, world, dtype)
         shares = share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, strategy.data_size)
         optimizers = make_optimizers(strategy.names(), s.optim)
         run.resume(strategy, optimizers)
@@ -188,14 +193,13 @@ def train(s: TrainSettings, world: World) -> int:
         run.describe(
             s.max_steps,
             {
-                "model": describe_model(model, corpus),
+                "model": model_line,
                 "data": describe_data(corpus, s.max_steps * shares.rows),
                 "batch": describe_batch(s, shares, world),
                 "device": device_line,
             },
         )
-        peak = hardware.peak_flops(device, dtype)
-        run.full_speed = world.size * peak / flops_per_token(model)
+        run.full_speed = full_speed
 
         def load(step: int) -> list[Batch]:
             """The micro-batches of this data rank."""
@@ -207,7 +211,7 @@ def train(s: TrainSettings, world: World) -> int:
 
         def loss_of(run_model, batch: Batch) -> Tensor:
             """Summed loss of a micro-batch, in nats."""
-            return run_model(batch.tokens, batch.targets, batch.segments)
+            return run_model(*batch.inputs)
 
         batches = load(run.step)
         for step in run.steps(s.max_steps, s.save_every):

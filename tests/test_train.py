@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from helpers import (
@@ -24,6 +25,8 @@ from helpers import (
     wait_for,
 )
 from smallgpt import settings
+from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.world import World
 
 
 @pytest.fixture(scope="module")
@@ -439,3 +442,48 @@ def test_help_names_every_key(run):
         key in result.out
         for key in ("batch_tokens", "model.n_layer", "optim.lr", "data.path", "sample.top_p")
     )
+
+
+class Recording(Single):
+    """A layout that notes what the loop asks of it, in order."""
+
+    def __init__(self, model, world, dtype):
+        self.calls = []
+        super().__init__(model, world, dtype)
+
+    def set_weights(self, weights):
+        self.calls.append("set_weights")
+        super().set_weights(weights)
+
+    def gather_weights(self):
+        self.calls.append("gather_weights")
+        return super().gather_weights()
+
+    def forward_backward(self, batches, loss_of, scale):
+        self.calls.append("forward_backward")
+        assert all(len(batch.inputs) == 3 for batch in batches)
+        return super().forward_backward(batches, loss_of, scale)
+
+    def settle(self):
+        self.calls.append("settle")
+        super().settle()
+
+
+def test_another_layout_is_a_class_and_the_loop_stays(tmp_path, tiny):
+    """train_fsdp.py hands its layout to the same loop. The layout gets the plain model, makes and
+    takes its weights, owns all micro-batches of a step, and settles after whatever ran without
+    gradients: an evaluation, and the replies."""
+    layouts = []
+
+    def spread(model, world, dtype):
+        layouts.append(Recording(model, world, dtype))
+        return layouts[-1]
+
+    one = World(0, 1, torch.device("cpu"))
+    for max_steps in (2, 4):
+        args = tiny(tmp_path, run="r", max_steps=max_steps, eval_every=2, save_every=2)
+        assert train.train(settings.load(train.TrainSettings, args), one, spread) == 0
+    first, second = (layout.calls for layout in layouts)
+    rest = ["forward_backward", "forward_backward", "gather_weights", "settle", "settle"]
+    assert first == rest
+    assert second == ["set_weights", *rest]

@@ -4,7 +4,7 @@ A strategy owns what differs between one process, DDP and other layouts, and not
 loops call it in this order:
 
     model = GPT(config)                        # weights from the seed, the same on every rank
-    strategy = build(model, world, dtype)      # wraps in place
+    strategy = build(model, world, dtype)      # moves it to the device and wraps it in place
     optimizers = make_optimizers(strategy.names(), ...)   # after wrapping: it sees the shards
     ...
     strategy.seed(seed, step)
@@ -18,17 +18,31 @@ class, which overrides what is different there.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from smallgpt.console import UserError
 from smallgpt.hardware import autocast
 from smallgpt.parallel.world import World
+
+
+class HasInputs(Protocol):
+    """A micro-batch. A pipeline reads its inputs, any other layout leaves them to loss_of."""
+
+    @property
+    def inputs(self) -> tuple:
+        """What the model is called with."""
+
 
 LossOf = Callable[[Callable[..., Any], Any], Tensor]  # (what runs the model, a batch) -> loss
 
@@ -71,15 +85,16 @@ def share_batch(batch_tokens: int, block_size: int, micro_batch: int, data_size:
 class Single:
     """One process.
 
-    `model` is the plain model with clean parameter names. `data_rank` of `data_size`: which share
-    of every global batch this process reads; processes that hold parts of one replica have the
-    same one.
+    `model` is the plain model with clean parameter names, `shapes` those of its parameters before
+    any was cut or left to another process. `data_rank` of `data_size`: which share of every global
+    batch this process reads; processes that hold parts of one replica have the same one.
     """
 
     name = "single"
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
-        self.model = model
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.model = model.to(world.device)
         self.world = world
         self.data_rank = world.rank
         self.data_size = world.size
@@ -91,6 +106,21 @@ class Single:
     def names(self) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, a tied matrix once. Checkpoints and optimizers use these."""
         return dict(self.model.named_parameters())
+
+    def gather_weights(self) -> dict[str, Tensor]:
+        """All weights, whole, on the CPU, by canonical name: at least on the main process. A
+        collective."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.model, options=whole)
+        # names() lists a tied matrix once; processes other than the main one may have got nothing
+        return {name: weights[name] for name in self.names() if name in weights}
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put all weights, whole, by canonical name, into the model. A collective; every process
+        has them."""
+        # strict=False only for the second name of a tied matrix
+        whole = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self.model, weights, options=whole)
 
     def seed(self, seed: int, step: int) -> None:
         """Seed torch for one step of this data rank. All randomness of a run is a function of
@@ -106,11 +136,14 @@ class Single:
         """Around forward AND backward of a micro-batch: gradients are synchronised in the last."""
         return nullcontext()
 
-    def forward_backward(self, batches: Sequence[Any], loss_of: LossOf, scale: float) -> float:
+    def forward_backward(
+        self, batches: Sequence[HasInputs], loss_of: LossOf, scale: float
+    ) -> float:
         """Add the gradient of scale * (the sum of all losses, of all processes) to the parameters.
 
-        loss_of(run, batch) -> scalar: `run` is to be called like the model. Returns the sum of
-        this process's losses, not scaled."""
+        loss_of(run, batch) -> scalar: it calls `run` once, like the model, with batch.inputs. (The
+        `run` of a pipeline's last stage may give what its schedule has computed of them.) Returns
+        the sum of this process's losses, not scaled."""
         total: Tensor | float = 0.0
         for number, batch in enumerate(batches, 1):
             with self.synchronising(last=number == len(batches)):

@@ -99,14 +99,19 @@ def join_group(device: torch.device) -> None:
         )
 
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
-if hasattr(signal, "SIGHUP"):  # an SSH session that drops; Windows has none
-    SIGNALS.append(signal.SIGHUP)
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask a run to stop. SIGHUP, of an SSH session that drops, is one unless it
+    was ignored from the start: under nohup a run outlives its session."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    return numbers
 
 
 class StopRequest:
     """SIGTERM, SIGINT and SIGHUP ask the loop to finish its step, save and leave; a later one ends
-    the process at once.
+    the process at once. A SIGHUP that nohup ignores stays ignored.
 
     Not one that follows within two seconds: a scheduler and torchrun may each pass on the same
     request. `signal` is the number of the first one, 0 before it.
@@ -115,7 +120,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self.signal = 0
         self.time = 0.0
-        self.handlers = {number: signal.signal(number, self.request) for number in SIGNALS}
+        self.handlers = {number: signal.signal(number, self.request) for number in stop_signals()}
         return self
 
     def request(self, number: int, frame: FrameType | None) -> None:

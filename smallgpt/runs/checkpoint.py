@@ -28,11 +28,6 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from torch.optim import Optimizer
 
 from model import GPTConfig
@@ -195,15 +190,13 @@ def save(run: Path, strategy: Single, optimizers: list[Optimizer], meta: dict, k
     if not error and not (temporary / "state").is_dir():
         error = f"process {world.rank} does not see {run}, a folder that all machines must share"
     failed = world.sum(bool(error))[0]  # all or none enter the collectives below
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(strategy.model, options=whole)
+    weights = strategy.gather_weights()
     try:
         if not failed:
             write_state(temporary / "state", optimizer_tensors(strategy.names(), optimizers), world)
         if world.main and not failed:
-            # names() lists a tied matrix once, and safetensors wants each tensor once
-            clean = {name: weights[name].contiguous() for name in strategy.names()}
-            save_file(clean, temporary / "model.safetensors")
+            contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+            save_file(contiguous, temporary / "model.safetensors")
             publish(temporary, final, meta)
             point(run, "latest", meta["step"])
     except (OSError, SafetensorError, CheckpointException) as problem:
@@ -280,13 +273,14 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Put the saved weights into the model; every name and shape must agree, or UserError names
-    one that does not."""
+def read_weights(
+    checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """The saved weights, on the CPU. Every name and shape must be as wanted, or UserError names one
+    that is not."""
     file = checkpoint.path / "model.safetensors"
     with reading(file):
         weights = load_file(file)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     names = sorted(wanted.keys() | found.keys())
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
@@ -297,9 +291,14 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
             f"for example {first} is {found.get(first, 'absent')} in the file and "
             f"{wanted.get(first, 'absent')} in the model"
         )
-    # strict=False only for the second name of a tied matrix; all names were compared above
-    whole = StateDictOptions(full_state_dict=True, strict=False)
-    set_model_state_dict(model, weights, options=whole)
+    return weights
+
+
+def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Put the saved weights into a plain model."""
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    weights = read_weights(checkpoint, wanted)
+    model.load_state_dict(weights, strict=False)  # only a tied matrix lacks its second name
 
 
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
@@ -312,7 +311,10 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
     for full_name in saved:
         name, _, key = full_name.rpartition("/")
         keys_of.setdefault(name, []).append(key)
-    name_of = {p: name for name, p in strategy.names().items()}
+    names = strategy.names()
+    name_of = {p: name for name, p in names.items()}
+    elsewhere = strategy.shapes.keys() - names.keys()  # parameters of other processes only
+    mine = {name for name in saved if name.rpartition("/")[0] not in elsewhere}
     targets: dict[str, torch.Tensor] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -323,7 +325,7 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
                     )
                     optimizer.state[p][key] = empty
                     targets[f"{name_of[p]}/{key}"] = empty
-    if targets.keys() != saved:
+    if targets.keys() != mine:
         raise UserError(
             f"the optimizer state in {checkpoint.path} belongs to another optimizer or "
             "other parameters"

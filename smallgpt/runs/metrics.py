@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -60,7 +62,7 @@ class Metrics:
         for key, value in record.items():
             if isinstance(value, int | float) and key not in ("step", "time"):
                 self.board.add_scalar(f"{key}/{record['split']}", value, record["step"])
-        self.say(self.line(record))
+        say(self.line(record))
 
     def line(self, record: dict) -> str:
         """A record as one line for people."""
@@ -98,25 +100,34 @@ class Metrics:
         seconds_per_step = (time.monotonic() - self.began) / done
         return seconds_per_step * (self.max_steps - step)
 
-    def say(self, text: str) -> None:
-        """A line for people; above the bar where there is one."""
-        if self.main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
     def text(self, tag: str, text: str, step: int) -> None:
         """A piece of text, such as sample replies, on the console and in TensorBoard."""
         if self.main:
             line_breaks = text.replace("\n", "  \n")  # as Markdown has them
             self.board.add_text(tag, line_breaks, step)
-            self.say(text)
+            say(text)
+
+    @contextmanager
+    def bar_shown(self) -> Iterator[None]:
+        """Around the steps: the bar is finished behind them, and what is said then stands below."""
+        try:
+            yield
+        finally:
+            if self.main:
+                self.bar.close()
 
     def close(self) -> None:
-        """Finish the bar and the files."""
+        """Finish the bar, where an error has left it, and the files."""
         if self.main:
             self.bar.close()
             self.file.close()
             self.board.close()
+
+
+def say(text: str) -> None:
+    """A line for people; above the bar where there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def flops_per_token(model: GPT) -> int:

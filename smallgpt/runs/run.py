@@ -35,9 +35,8 @@ from smallgpt import settings
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import StopRequest, World
-from smallgpt.runs import checkpoint
+from smallgpt.runs import checkpoint, metrics
 from smallgpt.runs.checkpoint import Checkpoint
-from smallgpt.runs.metrics import Metrics, read
 from smallgpt.tokenizer import Tokenizer
 
 
@@ -102,16 +101,16 @@ class Run:
         if self.found:
             self.step = self.found.step
             self.saved = self.step if self.found.run == self.folder else 0
-        records = read(self.folder, "val")
+        records = metrics.read(self.folder, "val")
         self.history = {r["step"]: r for r in records if r["step"] <= self.step}
         self.began = time.time()
         if self.found:  # seconds of earlier sittings count, too
             self.began -= self.found.meta.get("seconds", 0.0)
 
     def say(self, text: str) -> None:
-        """A line for people, from the main process."""
+        """A line for people, from the main process; above the progress bar where there is one."""
         if self.world.main:
-            print(text)
+            metrics.say(text)
 
     # --- beginning --------------------------------------------------------------------------------
 
@@ -139,7 +138,7 @@ class Run:
         self.strategy = strategy
         self.optimizers = optimizers
         if self.found:
-            checkpoint.load_weights(self.found, strategy.model)
+            strategy.set_weights(checkpoint.read_weights(self.found, strategy.shapes))
             checkpoint.load_optimizers(self.found, strategy, optimizers)
             if self.found.meta["scaler"]:  # empty where that run needed none
                 strategy.scaler.load_state_dict(self.found.meta["scaler"])
@@ -167,10 +166,10 @@ class Run:
         Checkpoints are saved between them. After SIGTERM, SIGINT or SIGHUP to any rank all save
         and stop here, together; then `status` is not 0."""
         self.max_steps = max_steps
-        self.metrics = Metrics(self.folder, self.world, self.step, max_steps)
+        self.metrics = metrics.Metrics(self.folder, self.world, self.step, max_steps)
         self.stack.callback(self.metrics.close)
         self.restart_clock()
-        with StopRequest() as stop:
+        with self.metrics.bar_shown(), StopRequest() as stop:
             while True:
                 last = self.step >= max_steps
                 if last or (self.step and self.step % save_every == 0):
@@ -230,8 +229,11 @@ class Run:
 
     def out_of_patience(self, patience: int) -> bool:
         """Were there so many evaluations since the best one? 0 = patience has no end."""
-        since = sum(step > self.best for step in self.history)
-        if not patience or since < patience:
+        if not patience:
+            return False
+        best = self.best
+        since = sum(step > best for step in self.history)
+        if since < patience:
             return False
         self.say(
             f"no better validation {self.select} in {patience} evaluations: "
@@ -285,8 +287,7 @@ class Run:
         }
         checkpoint.save(self.folder, self.strategy, self.optimizers, meta, self.s.keep)
         self.saved = self.step
-        if hasattr(self, "metrics"):
-            self.restart_clock()
+        self.restart_clock()
 
     @property
     def seconds(self) -> float:
@@ -296,7 +297,8 @@ class Run:
     def load_best(self) -> None:
         """Put the weights of the best evaluation into the model."""
         folder = checkpoint.step_folder(self.folder, self.best)  # a rank may see an older `best`
-        checkpoint.load_weights(checkpoint.required(folder), self.strategy.model)
+        found = checkpoint.required(folder)
+        self.strategy.set_weights(checkpoint.read_weights(found, self.strategy.shapes))
 
     def check_loss(self, loss: float) -> None:
         """UserError if the validation loss is no number: no run can go on from this step."""

@@ -240,12 +240,18 @@ def length_batches(
 
 
 def score(strategy: Single, inputs: Inputs, max_tokens: int) -> np.ndarray:
-    """Scores (N, n_classes) of a split, its batches shared by all data ranks."""
+    """Scores (N, n_classes) of a split, its batches shared by all data ranks.
+
+    Each makes the same number of passes (one without a batch left reads the first again, for
+    nothing), so that a layout whose forward communicates works here, too."""
     batches = length_batches(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
     scores = np.zeros((len(inputs.data.ids), strategy.model.head.out_features))
-    for rows in batches[strategy.data_rank :: strategy.data_size]:
+    for first in range(0, len(batches), strategy.data_size):
+        mine = first + strategy.data_rank
+        rows = batches[mine] if mine < len(batches) else batches[0]
         x, lengths, reads = inputs.of(rows)
         found = strategy.evaluate(x, lengths, None, reads)
-        scores[rows] = found.cpu().double().numpy()  # MPS has no float64
+        if mine < len(batches):
+            scores[rows] = found.cpu().double().numpy()  # MPS has no float64
     strategy.settle()
     return np.array(strategy.sum(*scores.ravel())).reshape(scores.shape)

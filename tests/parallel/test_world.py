@@ -21,6 +21,7 @@ from helpers import (
     steps,
     wait_for,
 )
+from smallgpt.parallel.world import StopRequest
 
 
 def same_losses(a: Path, b: Path, rel: float, at_least: int = 10) -> None:
@@ -250,3 +251,22 @@ def test_a_full_disk_stops_all(out, tiny, start_ranks):
     results = end_of_group(start_ranks(2, tiny(out, run="fuller"), file_size=60_000))
     assert "could not save" in one_message(results)
     assert not list((out / "fuller").glob(".step*")) and steps(out / "fuller") == []
+
+
+def test_nohup_outlives_its_session():
+    """Regression: the handler of SIGHUP used to undo nohup, and closing the terminal ended the
+    run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.signal
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)

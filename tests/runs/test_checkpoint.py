@@ -186,6 +186,29 @@ def test_state_of_other_parameters_is_refused(saved):
         checkpoint.load_optimizers(checkpoint.find(saved), strategy_of(other), fresh)
 
 
+class Stage(Single):
+    """A layout of which this process holds the bias only, as a stage of a pipeline would."""
+
+    def names(self):
+        return {"bias": self.model.bias}
+
+
+def test_a_process_that_holds_a_part_of_the_model_loads_its_part(saved):
+    """The state of parameters that others hold is not missed; the weights are checked as a whole,
+    against the shapes before the model was cut."""
+    other = nn.Linear(8, 8)
+    stage = Stage(other, ONE, torch.float32)
+    fresh = [torch.optim.AdamW([other.bias], lr=0.1)]
+    found = checkpoint.find(saved)
+    assert checkpoint.read_weights(found, stage.shapes).keys() == {"weight", "bias"}
+    checkpoint.load_optimizers(found, stage, fresh)
+    module, optimizers = tiny_module()
+    loaded = fresh[0].state[other.bias]
+    assert loaded["exp_avg"].equal(optimizers[0].state[module.bias]["exp_avg"])
+    with pytest.raises(UserError, match="belongs to another optimizer"):  # its own is missed
+        checkpoint.load_optimizers(found, stage, [])
+
+
 def test_a_full_disk_leaves_the_older_ones(saved, monkeypatch):
     for name in ("publish", "save_file"):
 

@@ -109,7 +109,7 @@ def test_a_record_is_a_line_for_people(tmp_path, capsys, monkeypatch):
     told.log({**record(40, "val"), "bits_per_byte": 1.5})
     told.log({**record(40, "val"), "accuracy": 0.98765, "macro_f1": 0.5})
     told.text("replies", "hi -> hello\nbye -> bye", 40)
-    told.say("said")
+    metrics.say("said")
     told.close()
     rate = "lr 3.00e-04 | norm 0.99 | 12,346 tokens/s"
     slow = "lr 1.00e+00 | norm 1.00 | 9 examples/s"
@@ -140,6 +140,5 @@ def test_only_the_main_process_tells(tmp_path, capsys):
     told.step(1.0, 10)
     told.log(record(1))
     told.text("replies", "hi", 1)
-    told.say("hi")
     told.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""

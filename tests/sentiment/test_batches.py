@@ -1,6 +1,7 @@
 """Labelled examples as batches: nothing lost, little padding, and cut where it hurts least."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,13 @@ import torch
 
 from smallgpt.sentiment.batches import (
     Buckets,
+    Encoded,
+    Inputs,
     drop_tokens,
     encode,
     encode_text,
+    length_batches,
+    score,
     share_rows,
 )
 from smallgpt.sentiment.sets import Example
@@ -182,3 +187,32 @@ def test_what_was_cut_is_counted(tok):
         and found.labels.tolist() == [0, 1, 1, 0]
         and found.lengths.tolist() == [5, 5, 5, 5]
     )
+
+
+@pytest.mark.parametrize("n_texts, max_tokens, size", [(7, 8, 2), (7, 8, 3), (2, 64, 4)])
+def test_all_ranks_score_in_the_same_number_of_passes(n_texts, max_tokens, size):
+    """Regression: a rank used to make one pass less where the batches ran out, and a layout whose
+    forward communicates would have waited for it for ever."""
+    ids = [np.arange(1, 3 + i % 4) for i in range(n_texts)]
+    cpu = torch.device("cpu")
+    inputs = Inputs(Encoded(ids, np.zeros(n_texts, np.int64), 0), 0, 0, cpu)
+    batches = length_batches(inputs.data.lengths, max_tokens, 0, cpu)
+    passes, parts = [], []
+
+    def evaluate(x, lengths, targets, reads):
+        passes[-1] += 1
+        return torch.stack([x.sum(1), lengths], dim=1).double()
+
+    for rank in range(size):
+        passes.append(0)
+        strategy = SimpleNamespace(
+            data_rank=rank,
+            data_size=size,
+            model=SimpleNamespace(head=torch.nn.Linear(1, 2)),
+            evaluate=evaluate,
+            settle=lambda: None,
+            sum=lambda *values: list(values),
+        )
+        parts.append(score(strategy, inputs, max_tokens))
+    assert passes == [math.ceil(len(batches) / size)] * size
+    assert np.sum(parts, axis=0).tolist() == [[sum(one), len(one)] for one in ids]
