@@ -1,12 +1,11 @@
 """Get data, and look at it.
 
-    python scripts/data.py embedded to=data                small Chinese and English chats, no
-    network python scripts/data.py fetch name=lccc to=data         a public chat corpus of the
-    Hugging Face hub python scripts/data.py fetch name=sst2 to=data         a public labelled set,
-    checksummed python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes,
-    what was dropped python scripts/data.py stats set=csv path=my.csv       splits, labels, what was
-    dropped and why python scripts/data.py text sst2=data to=reviews.txt   training texts of sets,
-    to pretrain on
+    python scripts/data.py embedded to=data                small chats in Chinese and English
+    python scripts/data.py fetch name=lccc to=data         a public chat corpus
+    python scripts/data.py fetch name=sst2 to=data         a public labelled set, checksummed
+    python scripts/data.py stats path=data/chatterbot.txt  what is read of it, and what is dropped
+    python scripts/data.py stats set=csv path=my.csv       splits, labels, and what is dropped
+    python scripts/data.py text sst2=data to=reviews.txt   training texts of sets, to pretrain on
 
 `python scripts/data.py COMMAND --help` lists the keys of a command.
 """

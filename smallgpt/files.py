@@ -1,5 +1,4 @@
-"""Files of our own: written at once, found damaged without a traceback, and hashes of what they
-hold."""
+"""Files: our own, written at once; what the first bytes of one say; hashes of what they hold."""
 
 import hashlib
 import json
@@ -29,7 +28,7 @@ def write_atomic(path: Path, content: str | bytes, shared: bool = False) -> None
 
 
 def expand_user(path: str) -> Path:
-    """The path with ~ or ~name replaced by that user's folder; ~$book.csv, no user, stays as typed."""
+    """The path with ~ or ~name replaced by that user's folder; ~$book.csv, no user, stays."""
     return Path(os.path.expanduser(path))
 
 

@@ -1,5 +1,5 @@
-"""Tokens are drawn from the distribution the settings describe, and a conversation in the cache says exactly what a
-model that reads everything again for each token would say."""
+"""Tokens are drawn from the distribution the settings describe, and a conversation in the cache
+says exactly what a model that reads everything again for each token would say."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -24,7 +24,8 @@ TEXTS = ["你好", "how are you?", "我很好 谢谢", "x", "龘!", "好好好"]
 
 
 def chatty(block_size: int = 256, seed: int = 3, **parts) -> GPT:
-    """A model whose random weights are large enough to make it say something different after every history."""
+    """A model whose random weights are large enough to make it say something different after every
+    history."""
     torch.manual_seed(seed)
     model = GPT(
         GPTConfig(vocab_size=V, block_size=block_size, n_layer=2, n_head=2, n_embd=32, **parts)
@@ -39,7 +40,8 @@ def chatty(block_size: int = 256, seed: int = 3, **parts) -> GPT:
 
 
 class Script(torch.nn.Module):
-    """A mock model: the k-th token it is asked for is the k-th of a script; the rest of `ranking` comes next."""
+    """A mock model: the k-th token it is asked for is the k-th of a script; the rest of `ranking`
+    comes next."""
 
     def __init__(self, *script: int, block_size: int = 256, ranking: tuple[int, ...] = ()):
         super().__init__()
@@ -78,7 +80,7 @@ def naive_reply(model: GPT, history: list[int], max_tokens: int = GREEDY.max_tok
     return said
 
 
-# --- choosing one token -----------------------------------------------------------------------------
+# --- choosing one token ---------------------------------------------------------------------------
 
 PROBS = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 LOGITS = PROBS.log() + 3.0  # softmax does not see the 3
@@ -133,7 +135,8 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_settings(settings, expec
 
 
 def test_repetition_penalty_makes_what_was_said_less_likely_whatever_its_sign():
-    """CTRL's rule: a positive score is divided, a negative one multiplied; a token said twice is not punished twice."""
+    """CTRL's rule: a positive score is divided, a negative one multiplied; a token said twice is
+    not punished twice."""
     logits = torch.tensor([2.0, -1.0, 0.5, 0.0])
     expected = torch.tensor([1.0, -2.0, 0.5, 0.0]).softmax(0).tolist()
     assert measure([0, 1, 1, 0], logits, repetition_penalty=2.0) == pytest.approx(
@@ -183,7 +186,7 @@ def test_limits(change, problem):
     assert str(error.value).startswith(problem)
 
 
-# --- a conversation ---------------------------------------------------------------------------------
+# --- a conversation -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,8 @@ def test_replies_are_independent_of_each_other_and_leave_the_model_as_it_was():
 
 
 def test_what_no_reply_may_hold_is_never_said():
-    """A model that wants nothing but special tokens and rows beyond the vocabulary, and hot sampling on top."""
+    """A model that wants nothing but special tokens and rows beyond the vocabulary, and hot
+    sampling on top."""
     t = TOKENIZER
     banned = [t.bos, t.pad, t.cls, t.pair, *range(t.vocab_size, V)]
     model = Script(*[V - 1] * 50, ranking=tuple(banned))
@@ -256,7 +260,8 @@ def test_what_no_reply_may_hold_is_never_said():
 
 
 def test_ids_that_spell_nothing_are_never_said():
-    """GPT-2's <|endoftext|> occurs in no corpus here: like a row beyond the vocabulary, its score means nothing."""
+    """GPT-2's <|endoftext|> occurs in no corpus here: like a row beyond the vocabulary, its score
+    means nothing."""
     tokenizer = Tokenizer("named", CHAR_PATTERN, BYTES, {"<|endoftext|>": 256})
     talk = Conversation(
         Script(256, ord("a"), tokenizer.sep, ranking=(ord("b"),)), tokenizer, GREEDY
@@ -275,7 +280,7 @@ def test_a_reply_is_never_empty():
 
 @pytest.mark.parametrize("closing", ["sep", "end"])
 def test_a_history_is_a_well_formed_dialogue(closing):
-    """Whether the model ends its turn or the dialogue, what the next turn follows is one separator."""
+    """Whether the model ends its turn or the dialogue, the next turn follows one separator."""
     t = TOKENIZER
     talk = Conversation(Script(*t.encode("好吗"), getattr(t, closing)), t, GREEDY)
     assert exchange(talk, "你好") == "好吗"
@@ -304,7 +309,8 @@ def test_a_character_in_pieces_comes_out_whole():
 
 
 def test_a_reply_that_nobody_listens_to_any_more_is_closed():
-    """Ctrl-C after three pieces: the turn ends there, and the next one follows a well-formed history."""
+    """Ctrl-C after three pieces: the turn ends there, and the next one follows a well-formed
+    history."""
     model = chatty()
     talk = Conversation(model, TOKENIZER, GREEDY)
     talk.say(TEXTS[1])
@@ -358,12 +364,12 @@ def test_reset_forgets_everything():
     assert exchange(talk, "你好") == exchange(Conversation(model, TOKENIZER, GREEDY), "你好")
 
 
-# --- a conversation longer than the block -----------------------------------------------------------
+# --- a conversation longer than the block ---------------------------------------------------------
 
 
 def test_whole_oldest_turns_go_when_the_history_outgrows_the_block():
-    """Forty turns in a block of 48: what the model reads always is the beginning of a dialogue, then the latest whole
-    turns, and its replies are those of a model that reads just that."""
+    """Forty turns in a block of 48: what the model reads always is the beginning of a dialogue,
+    then the latest whole turns, and its replies are those of a model that reads just that."""
     model, t = chatty(block_size=48), TOKENIZER
     talk, said = Conversation(model, t, GREEDY), [t.bos]
     for turn in range(40):
@@ -435,5 +441,6 @@ def test_undo_after_the_cut_keeps_a_well_formed_history():
 
 
 def test_a_reply_is_one_line_and_no_command_to_the_terminal():
-    """A byte-level model can say anything, a terminal's escape sequences included; and a reply is one line."""
+    """A byte-level model can say anything, a terminal's escape sequences included; and a reply is
+    one line."""
     assert one_line("a\x1b[2Jb\nc\td é 你 👨‍👩‍👧") == "a [2Jb c d é 你 👨‍👩‍👧"

@@ -1,13 +1,13 @@
 """Dialogues -> token files, once, cached.
 
-    python scripts/data.py embedded to=data                small Chinese and English chats, no
-    network python scripts/data.py fetch name=lccc to=data         a public corpus from the Hugging
-    Face hub python scripts/data.py stats path=data/chatterbot.txt  dialogues, utterances, bytes,
-    and what was dropped
+    python scripts/data.py embedded to=data                small chats in Chinese and English
+    python scripts/data.py fetch name=lccc to=data         a public corpus of the Hugging Face hub
+    python scripts/data.py stats path=data/chatterbot.txt  what is read of it, and what is dropped
 
 Each file is tokenised once into `<cache>/<key>/{train,val}.bin`, keyed by content, format,
 tokenizer and split, in memory that does not grow with it. formats.py has what is read, batches.py
-what is made of the tokens."""
+what is made of the tokens.
+"""
 
 import contextlib
 import functools

@@ -1,4 +1,5 @@
-"""scripts/classify.py as its users use it: texts, files, pipes, a terminal; a classifier, or a language model."""
+"""scripts/classify.py as its users use it: texts, files, pipes, a terminal; a classifier, or a
+language model."""
 
 import csv
 import gzip
@@ -106,7 +107,8 @@ class Said:
 
 @pytest.fixture
 def classified(monkeypatch, capsys) -> Callable[..., Said]:
-    """classified(run, "a text", "key=value", stdin=b"...") -> what the command writes, in this process."""
+    """classified(run, "a text", "key=value", stdin=b"...") -> what the command writes, in this
+    process."""
 
     def classified(run: Path, *words: object, stdin: bytes | None = b"") -> Said:
         monkeypatch.setattr(sys, "argv", ["classify.py", str(run), *COMMON, *map(str, words)])
@@ -133,7 +135,8 @@ def masked(models) -> Callable[[list[str]], torch.Tensor]:
 
 
 def wired(argv: list[str], stdin: str, stdout: str, stderr: str) -> None:
-    """In a process of its own: scripts/classify.py with its streams at these files, stdout "" being a closed pipe."""
+    """In a process of its own: scripts/classify.py with its streams at these files, stdout "" being
+    a closed pipe."""
     reader, closed = os.pipe()
     os.close(reader)
     for fd, name in enumerate((stdin, stdout, stderr)):
@@ -147,12 +150,13 @@ def wired(argv: list[str], stdin: str, stdout: str, stderr: str) -> None:
     console.run(classify.main)
 
 
-# --- a classifier -----------------------------------------------------------------------------------------------------
+# --- a classifier ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["masked", "unmasked", "pairs"])
 def test_probabilities_are_those_of_the_report(ask, models, kind):
-    """The texts of predictions.csv get the probabilities that stand there: they were read in the same way."""
+    """The texts of predictions.csv get the probabilities that stand there: they were read in the
+    same way."""
     with open(models[kind] / "predictions.csv", encoding="utf-8-sig", newline="") as file:
         rows = [
             r for r in csv.DictReader(file) if not (r["pair"] and "\t" in r["text"])
@@ -203,7 +207,8 @@ def test_the_order_is_kept_over_chunks_and_empty_lines():
 
 
 def test_a_pair_is_two_texts_with_a_tab_between(models):
-    """For a model of pairs; else a tab is a part of the text, as it was in training (the report's test has some)."""
+    """For a model of pairs; else a tab is a part of the text, as it was in training (the report's
+    test has some)."""
     score = classify.Classifier(str(models["pairs"]), EXACT).score
     pair, joined, left, lone = score(
         ["red room\tblue", "red room blue", "red room\t ", "red room"]
@@ -214,7 +219,8 @@ def test_a_pair_is_two_texts_with_a_tab_between(models):
 
 @pytest.mark.parametrize("model, half", [("pairs", 3), ("masked", 0)])
 def test_half_a_pair_is_answered_and_counted(ask, model, half):
-    """Regression: a line without a tab was classified with an empty second text, and nobody was told."""
+    """Regression: a line without a tab was classified with an empty second text, and nobody was
+    told."""
     lines = ["red\tblue", "red blue", "\tonly second", "first\t", "\t", ""]
     said = ask("json=true", model=model, stdin="\n".join(lines).encode())
     assert [r["label"] is None for r in said.records] == [False] * 4 + [True]
@@ -226,7 +232,7 @@ def test_half_a_pair_is_answered_and_counted(ask, model, half):
     )
 
 
-# --- texts from files and pipes -----------------------------------------------------------------------------------
+# --- texts from files and pipes -------------------------------------------------------------------
 
 
 def test_lines_of_standard_input_and_of_a_file(run, ask, models, tmp_path):
@@ -253,7 +259,8 @@ BREAKS = ["\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
 
 
 def test_only_newlines_end_a_text(ask, tmp_path):
-    """Regression: file= and standard input gave different numbers of answers, since Python splits one at \\r."""
+    """Regression: file= and standard input gave different numbers of answers, since Python splits
+    one at \\r."""
     lines = [f"red{c}blue" for c in BREAKS]
     content = "\r\n".join(lines).encode()
     (tmp_path / "lines.txt").write_bytes(content)
@@ -306,7 +313,8 @@ def test_the_lines_of_a_text(content, texts):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_text_is_named(ask, tmp_path, content, says):
-    """Regression: the bytes of an archive were classified as lines of text, whatever the name of the file."""
+    """Regression: the bytes of an archive were classified as lines of text, whatever the name of
+    the file."""
     (tmp_path / "reviews.txt").write_bytes(content)
     for words, stdin in ((["file=" + str(tmp_path / "reviews.txt")], b""), ([], content)):
         with pytest.raises(UserError) as error:
@@ -332,7 +340,7 @@ def test_names_and_texts_that_are_not_utf8(run, ask, models, tmp_path):
     assert said.records[0]["text"] == "caf\ufffd awful" and "1 of the texts hold bytes" in said.err
 
 
-# --- the command line -------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def test_arguments_in_any_order(ask, models, run):
@@ -369,7 +377,7 @@ def test_help_tells_how_a_text_may_hold_what_a_setting_would(monkeypatch, capsys
     assert end.value.code == 0 and "`--` ends the settings" in shown and "cloze.neg=bad" in shown
 
 
-# --- pipes and terminals ----------------------------------------------------------------------------------------
+# --- pipes and terminals --------------------------------------------------------------------------
 
 
 def test_a_reader_that_leaves(forks, models, tmp_path):
@@ -422,13 +430,14 @@ def test_a_terminal_is_told_what_it_waits_for_and_answered_line_by_line(forks, m
         os.close(theirs)
 
 
-# --- a language model asked for words ---------------------------------------------------------------------------------
+# --- a language model asked for words -------------------------------------------------------------
 
 
 def naive(
     trunk: Path, text: str, words: dict[str, list[str]], before: str, end: str
 ) -> list[float]:
-    """Probabilities of the labels, word by word and token by token, from all logits of one row at a time."""
+    """Probabilities of the labels, word by word and token by token, from all logits of one row at a
+    time."""
     _, model, tokenizer = open_model(trunk)
     model.eval()
     first, second = (tokenizer.encode(part) for part in before.split("{text}"))
@@ -505,7 +514,7 @@ def test_a_template_is_what_was_typed(monkeypatch):
         assert s.template == template and s.label_words == {"1": ["yes", "no"], "2": ["007"]}
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def test_the_wrong_kind_of_model(classified, run, models, trunk):

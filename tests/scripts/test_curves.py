@@ -75,7 +75,7 @@ def test_a_row_is_the_mean_of_its_part_of_the_run_and_marks_it(tmp_path, show):
 
 
 def test_runs_are_drawn_to_one_scale_and_named_by_their_folders(tmp_path, show):
-    """Regression: curves of two runs could not be compared by eye if each had a scale of its own."""
+    """Regression: curves of two runs could not be compared by eye: each had a scale of its own."""
     low = write_run(tmp_path / "low", [2.0, 1.0], {2: 1.0})
     high = write_run(tmp_path / "高 #2", [4.0, 3.0], {2: 3.5})
     text = show(low, high, f"out={tmp_path / 'both.png'}")
@@ -95,7 +95,7 @@ def test_a_terminal_of_any_width_and_encoding_shows_it(tmp_path, show, monkeypat
 
 
 def test_a_run_that_has_just_begun_or_gone_wrong(tmp_path, show):
-    """Regression: no validation yet was a traceback; and a loss that is no number is null in JSON."""
+    """Regression: no validation yet was a traceback; a loss that is no number is null in JSON."""
     young = write_run(tmp_path / "young", [5.0], {})
     assert "no validation yet" in show(young)
     wild = write_run(tmp_path / "wild", [5.0, 6.0], {1: 4.0})

@@ -1,6 +1,7 @@
 """scripts/sweep.py: which runs there are, what survives an end, what the table says.
 
-Most sweeps here start a stand-in for sentiment_train.py, which says at once how good it was; the last one is true.
+Most sweeps here start a stand-in for sentiment_train.py, which says at once how good it was; the
+last one is true.
 """
 
 import csv
@@ -67,14 +68,14 @@ DRAW = program.draw
 
 
 def main() -> int:
-    """What `start("scripts.test_sweep", ...)` runs in a process of its own: a sweep of stand-ins."""
+    """What `start("scripts.test_sweep", ...)` runs in its own process: a sweep of stand-ins."""
     program.SCRIPT = Path(os.environ["STAND_IN"])
     return program.main()
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch) -> Path:
-    """The stand-in; as long as there is a file `slow` beside it, it runs until it is told to end."""
+    """The stand-in; while there is a file `slow` beside it, it runs until it is told to end."""
     (tmp_path / "data").mkdir()
     script = tmp_path / "data" / "stand_in.py"
     script.write_text(STAND_IN, encoding="utf-8")
@@ -141,7 +142,7 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
-# --- the grid, the table, the figure ----------------------------------------------------------------------------------
+# --- the grid, the table, the figure --------------------------------------------------------------
 
 
 def test_a_grid_times_seeds_gives_one_table_and_one_figure(sweep, figures, capsys):
@@ -219,7 +220,8 @@ def test_one_seed_has_no_spread(sweep):
 
 
 def test_a_learning_curve(sweep, figures, monkeypatch):
-    """data.train_size is the x axis, as far as there are examples; the baselines were trained on as many."""
+    """data.train_size is the x axis, as far as there are examples; the baselines were trained on as
+    many."""
     from matplotlib.axes import Axes
 
     drawn, plot, errorbar = {}, Axes.plot, Axes.errorbar
@@ -281,7 +283,7 @@ def test_a_figure_with_labels_of_all_kinds_is_drawn_quietly(sweep, figures, capl
     assert r"| a\|b | true |" in text and "| 中文$x$_y | false |" in text
 
 
-# --- what reaches sentiment_train.py ----------------------------------------------------------------------------------
+# --- what reaches sentiment_train.py --------------------------------------------------------------
 
 
 def test_the_command_line_adds_to_the_file_and_the_file_to_its_config(sweep, tmp_path):
@@ -359,7 +361,7 @@ def test_runs_share_the_machine(sweep, monkeypatch):
     assert [starts(run.folder)[0]["CUDA_VISIBLE_DEVICES"] for run in todo] == ["4", "6"]
 
 
-# --- interruptions ----------------------------------------------------------------------------------------------------
+# --- interruptions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -389,7 +391,8 @@ def test_a_signal_leaves_every_run_saved_and_nothing_running(
 
 
 def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
-    """Finished runs are not repeated; the run that is left behind by a killed sweep is not trained twice at once."""
+    """Finished runs are not repeated; the run that is left behind by a killed sweep is not trained
+    twice at once."""
     argv = [*arguments(stand_in, tmp_path), "grid.mask=[true,false]", "seeds=[0]"]
     done, interrupted = (tmp_path / "s" / f"mask-{mask}_seed-0" for mask in ("true", "false"))
     sweep(*argv[:3], "grid.mask=[true]", "seeds=[0]")
@@ -432,10 +435,8 @@ def test_a_failing_run_is_named_with_its_log_and_the_others_run(sweep, tmp_path,
     folder = tmp_path / "s"
     log = folder / "lm_weight-13_seed-1" / "log.txt"
     assert lines[0] == "2 of 4 runs failed" and len(lines) == 3
-    assert (
-        lines[2]
-        == f"  - lm_weight=13, seed=1 ended with status 1: error: lm_weight=13 is no good (see {log})"
-    )
+    problem = "ended with status 1: error: lm_weight=13 is no good"
+    assert lines[2] == f"  - lm_weight=13, seed=1 {problem} (see {log})"
     assert "some progress" in log.read_text(encoding="utf-8")
     assert [(r["lm_weight"], r["n"]) for r in rows(folder)] == [("1", "2")], (
         "the table has what there is"
@@ -477,7 +478,8 @@ def test_changed_settings_are_refused(sweep, tmp_path):
 
 
 def test_runs_of_different_trunks_are_not_averaged(sweep):
-    """Half of a sweep was done when its trunk was trained anew under the same name: the table mixed the two."""
+    """Half of a sweep was done when its trunk was trained anew under the same name: the table mixed
+    the two."""
     argv = ["grid.mask=[true,false]", "seeds=[0,1]"]
     folder = sweep(*argv)
     for seed in (0, 1):
@@ -497,7 +499,7 @@ def test_runs_of_different_trunks_are_not_averaged(sweep):
         sweep("grid.mask=[true,false]", "seeds=[0]")
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -542,7 +544,7 @@ def test_mistakes(tmp_path, stand_in, monkeypatch, argv, says):
     assert not (tmp_path / "sweep").exists()
 
 
-# --- the true script --------------------------------------------------------------------------------------------------
+# --- the true script ------------------------------------------------------------------------------
 
 
 def test_a_true_sweep(run, tiny, tmp_path, monkeypatch):
