@@ -35,7 +35,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 from model import GPT, GPTClassifier
-from smallgpt import console, hardware, settings
+from smallgpt import console, files, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sentiment.batches import collate, encode_text, length_batches
@@ -44,21 +44,6 @@ from smallgpt.weights.pretrained import open_model
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
-
-GZIP = b"\x1f\x8b"
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
-NO_TEXT = {
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1\x15": "a Parquet file",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!\x1a": "a rar archive",
-    b"BZh91AY&SY": "compressed with bzip2",
-    b"\xfd7zXZ": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"%PDF-": "a PDF document",
-    b"\xff\xfe\0\0": "text in UTF-32",  # it begins as UTF-16 does
-    GZIP: "compressed twice",
-}
 
 
 @dataclass
@@ -234,14 +219,19 @@ def read_lines(raw: io.BufferedReader, name: str) -> Iterator[str]:
 def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
     """The text in a file, known by its first bytes. UserError names what is no text."""
     head = raw.peek()
-    if head.startswith(GZIP):
+    kind = files.kind_of(head)
+    if kind == files.GZIP:
         raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
         head = raw.peek()
+        kind = files.kind_inside(head)
     fix = "save its texts in UTF-8, one a line"
-    for mark, kind in NO_TEXT.items():
-        if head.startswith(mark):
-            raise UserError(f"{name} is {kind}: {fix}")
-    encoding = "utf-16" if head.startswith(UTF16) else "utf-8"
+    if kind.family:
+        raise UserError(f"{name} is {kind.name}: {fix}")
+    encoding = files.marked_encoding(head)
+    if encoding == "utf-32":
+        raise UserError(f"{name} is text in UTF-32: {fix}")
+    if encoding != "utf-16":
+        encoding = "utf-8"  # read_lines takes its mark away
     if encoding == "utf-8" and head.count(0) > len(head) / 50:
         raise UserError(f"{name} is no text in UTF-8, it has NUL bytes: {fix}")
     return io.TextIOWrapper(raw, encoding, errors="replace", newline="\n")
