@@ -27,6 +27,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# our settings of GPT-2's architecture, as nanoGPT has it: without biases
+GPT2_FORM = {
+    "pos": "learned",
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "bias": False,
+    "tie_weights": True,
+}
+
 
 class Skip(Exception):
     """A contender that cannot run here; the message says why."""

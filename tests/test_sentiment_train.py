@@ -36,6 +36,7 @@ from helpers import (
     same_weights,
     steps,
     wait_for,
+    write_csv,
 )
 from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, build, finetune
@@ -87,14 +88,6 @@ WORDS = {
 # --- a tiny trunk, a tiny set ---------------------------------------------------------------------
 
 
-def table(
-    path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")
-) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
 def made(n: int, seed: int = 0) -> list[tuple[str, str]]:
     """n different texts, most of them short, each with a word that decides its label; four of ten
     are bad."""
@@ -114,7 +107,7 @@ def labelled(tmp_path_factory) -> Path:
         (t + ', said "he"\nand left' if i % 10 == 0 else t, label)
         for i, (t, label) in enumerate(made(300))
     ]
-    return table(tmp_path_factory.mktemp("reviews") / "splits.csv", rows)
+    return write_csv(tmp_path_factory.mktemp("reviews") / "splits.csv", rows)
 
 
 @pytest.fixture(scope="session")
@@ -879,9 +872,9 @@ def test_validation_chooses_and_the_test_is_of_what_it_chose(fit, monkeypatch, c
 
 def test_the_labels_of_the_test_change_nothing_but_its_scores(fit, tmp_path):
     train_rows, test_rows = made(120, 1), made(60, 2)
-    table(tmp_path / "train.csv", train_rows)
-    table(tmp_path / "test.csv", test_rows)
-    table(
+    write_csv(tmp_path / "train.csv", train_rows)
+    write_csv(tmp_path / "test.csv", test_rows)
+    write_csv(
         tmp_path / "turned.csv",
         [(text, {"bad": "good", "good": "bad"}[label]) for text, label in test_rows],
     )
@@ -915,10 +908,10 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bad")
     rows = made(60, 5)
     files = {
-        "one": table(folder / "one.csv", [(text, "good") for text, _ in rows]),
-        "columns": table(folder / "columns.csv", rows, ("review", "stars")),
-        "nan": table(folder / "nan.csv", [*rows[:3], ("a text without", "NaN"), *rows[4:]]),
-        "meh": table(folder / "meh.csv", [*made(20, 6), ("so so", "meh")]),
+        "one": write_csv(folder / "one.csv", [(text, "good") for text, _ in rows]),
+        "columns": write_csv(folder / "columns.csv", rows, ("review", "stars")),
+        "nan": write_csv(folder / "nan.csv", [*rows[:3], ("a text without", "NaN"), *rows[4:]]),
+        "meh": write_csv(folder / "meh.csv", [*made(20, 6), ("so so", "meh")]),
         "latin": folder / "latin.csv",
         "empty": folder / "trunk",
     }
@@ -1051,7 +1044,7 @@ def test_a_run_goes_on_where_auto_chooses_float16(fit, monkeypatch):
 
 def test_empty_texts_are_dropped_and_counted(fit, tmp_path):
     rows = made(120, 7)
-    table(
+    write_csv(
         tmp_path / "gaps.csv",
         [*rows[:50], ("", "good"), (" \t", "bad"), ("\n", "good"), *rows[50:]],
     )

@@ -540,7 +540,10 @@ def objects_table(path: Path, objects: Iterable[tuple[str, dict]], notes: list[s
             if type(value) in NO_TEXT:
                 nested.setdefault(name, (place, NO_TEXT[type(value)]))
         cells.append({name: cell_text(value) for name, value in record.items()})
-    rows = [[record.get(name, "") for name in columns] for record in cells]
+    rows = []
+    for record in cells:
+        row = [record.get(name, "") for name in columns]
+        rows.append(row)
     return Table(path, list(columns), rows, notes, nested)
 
 
