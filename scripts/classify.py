@@ -44,6 +44,7 @@ from smallgpt.weights.pretrained import open_model
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
+HELP = ("-h", "--help")
 
 
 @dataclass
@@ -68,7 +69,9 @@ class ClassifySettings:
         """Problems with these settings, in plain words."""
         problems = []
         words = self.label_words
-        is_complete = len(words) > 1 and all(words) and all(words.values())
+        has_names = all(words)
+        has_words = all(words.values())
+        is_complete = len(words) > 1 and has_names and has_words
         if words and not is_complete:
             example = "cloze.neg=bad,awful cloze.pos=good"
             problems.append(f"give two or more labels, each with its words: {example}")
@@ -106,8 +109,9 @@ def main() -> None:
     n_broken = 0
     n_half = 0
     chunk = 1 if is_typed else CHUNK
+    write = to_json if s.json else to_line
     for answer in answers(texts, model.score, chunk):
-        line = to_json(answer, model.labels) if s.json else to_line(answer, model.labels)
+        line = write(answer, model.labels)
         print(line)
         n_broken += "\ufffd" in answer.text
         n_half += model.is_of_pairs and is_half_a_pair(answer.text)
@@ -126,7 +130,7 @@ def parse(argv: list[str]) -> tuple[str, list[str], ClassifySettings]:
     plain = []
     given = []
     for word in argv[:end]:
-        if is_setting(word) or word in ("-h", "--help"):
+        if is_setting(word) or word in HELP:
             given.append(word)
         elif word.startswith("--"):
             raise UserError(
@@ -161,7 +165,9 @@ def repair(argument: str) -> str:
 
 def is_half_a_pair(text: str) -> bool:
     first, _, second = text.partition("\t")
-    return bool(first.strip()) != bool(second.strip())
+    has_first = bool(first.strip())
+    has_second = bool(second.strip())
+    return has_first != has_second
 
 
 def to_line(answer: Answer, labels: list[str]) -> str:
@@ -179,7 +185,8 @@ def to_json(answer: Answer, labels: list[str]) -> str:
     record = {"text": answer.text, "label": None, "probabilities": None}
     if answer.probabilities is not None:
         best = int(answer.probabilities.argmax())
-        values = [round(value, 6) for value in answer.probabilities.tolist()]
+        values = answer.probabilities.tolist()
+        values = [round(value, 6) for value in values]
         record["label"] = labels[best]
         record["probabilities"] = dict(zip(labels, values, strict=True))
     return json.dumps(record, ensure_ascii=False)
@@ -254,11 +261,13 @@ class Scorer:
 
     def batches(self, rows: list[list[int]], width: int = 0) -> Iterator[Batch]:
         """All rows of ids, from short to long, padded to the longest of a batch or to `width`."""
-        lengths = [len(row) for row in rows]
-        for indices in length_batches(lengths, BATCH, width, self.device):
+        sizes = [len(row) for row in rows]
+        for indices in length_batches(sizes, BATCH, width, self.device):
             ids = [rows[i] for i in indices]
-            idx, real = collate(ids, self.tokenizer.pad, width)
-            yield Batch(indices, idx.to(self.device), real.to(self.device))
+            idx, lengths = collate(ids, self.tokenizer.pad, width)
+            idx = idx.to(self.device)
+            lengths = lengths.to(self.device)
+            yield Batch(indices, idx, lengths)
 
 
 class Classifier(Scorer):
@@ -335,7 +344,10 @@ class Cloze(Scorer):
         """Log-probabilities (N, labels)."""
         best = []
         for words in self.words.values():
-            gains = [self.likelihood(texts, word) - self.prior[word] for word in words]
+            gains = []
+            for word in words:
+                gain = self.likelihood(texts, word) - self.prior[word]
+                gains.append(gain)
             largest = torch.stack(gains).amax(0)
             best.append(largest)
         return torch.stack(best, 1).log_softmax(-1)
@@ -370,19 +382,26 @@ class Cloze(Scorer):
         first = lengths[:, None] - n
         at = first + torch.arange(n, device=self.device)  # (B, n)
         tokens = idx.gather(1, at)
-        before = at[..., None] - 1  # the position before a token predicts it
-        before = before.expand(-1, -1, h.size(-1))
-        logits = self.model.lm_head(h.gather(1, before).float())  # (B, n, V)
-        log_probs = logits.log_softmax(-1)
-        return log_probs.gather(2, tokens[..., None])[..., 0]
+        before = at - 1  # the position before a token predicts it
+        rows = torch.arange(len(idx), device=self.device)[:, None]
+        h = h[rows, before]  # (B, n, C)
+        logits = self.model.lm_head(h.float())
+        log_probs = logits.log_softmax(-1)  # (B, n, V)
+        of_tokens = log_probs.gather(2, tokens[..., None])
+        return of_tokens.squeeze(2)
 
 
 def answers(
-    texts: Iterable[str], score: Callable[[list[str]], Tensor], chunk: int = CHUNK
+    texts: Iterable[str],
+    score: Callable[[list[str]], Tensor],
+    chunk: int = CHUNK,
 ) -> Iterator[Answer]:
     """An answer to each text, in order."""
     texts = iter(texts)
-    for some in iter(lambda: list(itertools.islice(texts, chunk)), []):
+    while True:
+        some = list(itertools.islice(texts, chunk))
+        if not some:
+            return
         full = [text for text in some if text.strip()]
         log_probs = iter(score(full) if full else [])
         for text in some:

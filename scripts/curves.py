@@ -47,11 +47,13 @@ def main() -> None:
         raise UserError("which runs? python scripts/curves.py checkpoints/<run> ...")
     folders = [Path(run) for run in runs]
     curves = {folder: read(folder) for folder in folders}
-    losses = pd.concat([curve["loss"] for curve in curves.values()])
+    losses = pd.concat(curves.values())["loss"]
+    low = losses.min()
+    high = losses.max()
     print(f"loss in nats per token, {TRAIN} train, {VAL} val\n")
     for run, curve in curves.items():
         print(f"{run}: {best(curve)}")
-        print(text_chart(curve, s.x, losses.min(), losses.max()))
+        print(text_chart(curve, s.x, low, high))
     out = Path(s.out) if s.out else folders[0] / "curve.png"
     draw(curves, s.x, out)
     print(f"wrote {out}")
@@ -108,16 +110,19 @@ def text_chart(curve: pd.DataFrame, x: str, low: float, high: float) -> str:
     room = shutil.get_terminal_size().columns - len(head) - 1
     width = max(12, min(room, 60))
     lines = [f"{head}{low:<6.2f}{high:>{width - 6}.2f}"]
+    height = max(high - low, 1e-9)
     parts = pd.cut(curve[x], ROWS)
     for _, part in curve.groupby(parts, observed=True):
         at = f"{part[x].max():,}"
-        train = of_split(part, "train")["loss"].mean()
-        val = of_split(part, "val")["loss"][-1:].mean()
+        train_losses = of_split(part, "train")["loss"]
+        val_losses = of_split(part, "val")["loss"]
+        train = train_losses.mean()
+        val = val_losses[-1:].mean()  # nan where there is none
         row = [" "] * width
         for loss, mark in ((train, TRAIN), (val, VAL)):
             if np.isnan(loss):
                 continue
-            fraction = (loss - low) / max(high - low, 1e-9)
+            fraction = (loss - low) / height
             column = round(fraction * (width - 1))
             row[column] = mark
         marks = "".join(row)

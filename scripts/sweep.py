@@ -147,7 +147,8 @@ def plan(s: SweepSettings, folder: Path) -> list[Run]:
     todo: dict[str, Run] = {}
     for seed, cell in itertools.product(s.seeds, cells):
         keys = {**common, **cell, "seed": str(seed)}
-        name = cell_name({**cell, "seed": seed}).replace(", ", "_")
+        spoken = cell_name({**cell, "seed": seed})
+        name = spoken.replace(", ", "_")
         name = re.sub(r"[^\w.-]", "-", name)
         if name.lower() in todo:
             raise UserError(
@@ -204,7 +205,9 @@ def launch(run: Run, slot: int, workers: int) -> subprocess.Popen:
 
     UserError if a process of an earlier sweep still trains it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    keys = {**run.keys, "out_dir": str(run.folder.parent), "run": run.folder.name}
+    keys = dict(run.keys)
+    keys["out_dir"] = str(run.folder.parent)
+    keys["run"] = run.folder.name
     words = [f"{key}={value}" for key, value in keys.items()]
     command = [sys.executable, str(SCRIPT), *words]
     env = share_of_machine(run, slot, workers)
@@ -329,7 +332,8 @@ def table(todo: list[Run]) -> list[Row]:
     if len(data) > 1 and not grid_has_data:
         raise UserError("the data have changed between the runs: choose another name=")
     rows: list[Row] = []
-    cells = [run.cell for run in todo if run.seed == todo[0].seed]
+    first_seed = todo[0].seed
+    cells = [run.cell for run in todo if run.seed == first_seed]
     for cell in cells:
         runs = [run for run in finished if run.cell is cell]
         of_cell = {run.seed: results[run.folder] for run in runs}
@@ -340,12 +344,15 @@ def table(todo: list[Run]) -> list[Row]:
 
 
 def table_row(
-    cell: dict[str, Any], results: dict[int, dict[str, Any]], reference: pd.Series | None
+    cell: dict[str, Any],
+    results: dict[int, dict[str, Any]],
+    reference: pd.Series | None,
 ) -> Row:
     """A row of the table: the results of a combination, by seed. `reference`: the first row's."""
     first = results[min(results)]
     hashes = first.get("hashes")
-    if any(found.get("hashes") != hashes for found in results.values()):
+    others = [found.get("hashes") for found in results.values()]
+    if any(other != hashes for other in others):
         raise UserError(
             f"{cell_name(cell)}: data or trunk have changed between its runs: choose another name="
         )
@@ -496,7 +503,8 @@ def draw_dots(ax: "Axes", rows: list[Row], labels: list[str]) -> None:
             ax.plot([], [], " ", label=f"{name}: {value:.1f} %, off the scale")
         else:
             ax.plot(values, lines, style, **BASELINE_LINE, label=name)
-    ax.set(ylim=(len(rows) - 0.5, -0.5), yticks=lines, yticklabels=labels)
+    ax.set_ylim(len(rows) - 0.5, -0.5)  # the first at the top
+    ax.set_yticks(lines, labels)
 
 
 def main() -> int:
