@@ -83,7 +83,7 @@ class Batch(NamedTuple):
 
 
 def to_batch(x: Tensor, y: Tensor, corpus: Corpus, isolate: bool, device: torch.device) -> Batch:
-    """Tokens x and targets y (B, T) on the device; with `isolate` each dialogue sees only itself."""
+    """Tokens x and targets y (B, T) on the device; isolate: each dialogue sees only itself."""
     n_targets = int((y != IGNORE).sum())
     if device.type == "cuda":
         x, y = x.pin_memory(), y.pin_memory()  # so that the copy does not wait for the GPU

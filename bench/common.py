@@ -27,6 +27,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# our settings of GPT-2's architecture, as nanoGPT has it: without biases
+GPT2_FORM = {
+    "pos": "learned",
+    "norm": "layernorm",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "bias": False,
+    "tie_weights": True,
+}
+
 
 class Skip(Exception):
     """A contender that cannot run here; the message says why."""
@@ -238,61 +248,94 @@ def compete(
 ) -> None:
     """As the parent: start all, alternate, print a table for each group, write the JSON. As a
     worker: serve."""
-    contenders = {name: build for group in groups for name, build in group.items()}
+    contenders = {}
+    for group in groups:
+        contenders |= group
     if args.worker:
         return serve(args, contenders[args.worker])
-    workers, skipped = [], {}
-    for name in contenders:
-        print(f"warming up {name} ...", file=sys.stderr)
-        w = Worker(name)
-        if "skipped" in w.about:
-            skipped[name] = w.about["skipped"]
-        else:
-            workers.append(w)
-    if not workers:
-        sys.exit("\n".join(f"{name}: skipped, {why}" for name, why in skipped.items()))
+    workers, skipped = start(list(contenders))
     load = [os.getloadavg()]
-    for i in range(args.rounds):
-        print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-        first = i % len(workers)  # nobody always runs after the same neighbour
-        for w in workers[first:] + workers[:first]:
-            w.timed_round()
+    alternate(workers, args.rounds)
     load.append(os.getloadavg())
-    m = workers[0].about["machine"]
-    print(
-        f"\n{m['device']}: {m['cpu']}, {m['cores']} cores, {m['threads']} threads, "
-        f"{m['cpu_capability']}; torch {m['torch']}, transformers {m['transformers']}; "
-        f"{args.rounds} alternating rounds; load average {load[0][0]:.1f} before, "
-        f"{load[1][0]:.1f} after (above the threads: others used the machine)"
-    )
+    print(f"\n{conditions(workers[0].about['machine'], args.rounds, load)}")
     for group in groups:
-        if members := [w for w in workers if w.name in group]:
+        members = [w for w in workers if w.name in group]
+        if members:
             print(f"\n{table(members, args.device == 'cuda', args.unit)}")
     for name, why in skipped.items():
         print(f"\n{name}: skipped, {why}")
     if args.json:
-        found = {
-            w.name: {
-                **{k: v for k, v in w.about.items() if k != "machine"},
-                "tokens_per_second": w.speeds(),
-                "samples": w.samples,
-            }
-            for w in workers
-        }
-        # the path of someone's checkout is nobody's business
-        options = {k: v for k, v in vars(args).items() if k not in ("worker", "json", "nanogpt")}
-        record = {
-            "benchmark": Path(sys.argv[0]).stem,
-            "time": time.time(),
-            "options": options,
-            "machine": m,
-            "load_before_and_after": load,
-            "contenders": found,
-            "skipped": skipped,
-        }
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        result = record(args, workers, skipped, load)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for w in workers:
         # the end of its input ends a worker; all of them at once, as it can take seconds
         w.process.stdin.close()
     for w in workers:
         w.process.wait()
+
+
+def start(names: list[str]) -> tuple[list[Worker], dict[str, str]]:
+    """The workers that can run, warmed up; and why the others are skipped. Exits if none can."""
+    workers = []
+    skipped = {}
+    for name in names:
+        print(f"warming up {name} ...", file=sys.stderr)
+        worker = Worker(name)
+        if "skipped" in worker.about:
+            skipped[name] = worker.about["skipped"]
+        else:
+            workers.append(worker)
+    if not workers:
+        sys.exit("\n".join(f"{name}: skipped, {why}" for name, why in skipped.items()))
+    return workers, skipped
+
+
+def alternate(workers: list[Worker], rounds: int) -> None:
+    """Let each worker run its rounds, in turn."""
+    for i in range(rounds):
+        print(f"round {i + 1} of {rounds}", file=sys.stderr)
+        first = i % len(workers)  # nobody always runs after the same neighbour
+        for worker in workers[first:] + workers[:first]:
+            worker.timed_round()
+
+
+def conditions(machine: dict, rounds: int, load: list[tuple[float, float, float]]) -> str:
+    """The machine and its load, as a line above the tables."""
+    before, after = load[0][0], load[1][0]
+    return (
+        f"{machine['device']}: {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['cpu_capability']}; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}; {rounds} alternating rounds; "
+        f"load average {before:.1f} before, {after:.1f} after "
+        "(above the threads: others used the machine)"
+    )
+
+
+def record(
+    args: argparse.Namespace,
+    workers: list[Worker],
+    skipped: dict[str, str],
+    load: list[tuple[float, float, float]],
+) -> dict:
+    """What the JSON file holds: every sample, the options and the machine."""
+    found = {}
+    for worker in workers:
+        about = dict(worker.about)
+        about.pop("machine")
+        found[worker.name] = {
+            **about,
+            "tokens_per_second": worker.speeds(),
+            "samples": worker.samples,
+        }
+    options = dict(vars(args))
+    for name in ("worker", "json", "nanogpt"):  # the path of someone's checkout is left out
+        options.pop(name)
+    return {
+        "benchmark": Path(sys.argv[0]).stem,
+        "time": time.time(),
+        "options": options,
+        "machine": workers[0].about["machine"],
+        "load_before_and_after": load,
+        "contenders": found,
+        "skipped": skipped,
+    }

@@ -9,7 +9,15 @@ which may end it.
 import argparse
 from collections.abc import Callable
 
-from common import Contender, arguments, compete, gpt2_of_hugging_face, import_nanogpt, shape
+from common import (
+    GPT2_FORM,
+    Contender,
+    arguments,
+    compete,
+    gpt2_of_hugging_face,
+    import_nanogpt,
+    shape,
+)
 
 WHY = {"float32": "the weights' own precision", "bfloat16": "as asked, weights in bf16"}
 
@@ -103,16 +111,8 @@ def main() -> None:
     args = p.parse_args()
     if args.prompt + args.new >= args.block_size:
         p.error(f"--prompt and --new together must be less than --block-size={args.block_size}")
-    gpt2 = {
-        "pos": "learned",
-        "norm": "layernorm",
-        "mlp": "gelu",
-        "qk_norm": False,
-        "bias": False,
-        "tie_weights": True,
-    }
     kinds: dict[str, Callable] = {
-        "ours, GPT-2 form": lambda a, d: ours(a, d, gpt2),
+        "ours, GPT-2 form": lambda a, d: ours(a, d, GPT2_FORM),
         "ours, default form": lambda a, d: ours(a, d, {}),
         "Hugging Face GPT-2": hugging_face,
     }

@@ -10,7 +10,16 @@ whole process, compiling included.
 import argparse
 from collections.abc import Callable
 
-from common import Contender, Skip, arguments, compete, gpt2_of_hugging_face, import_nanogpt, shape
+from common import (
+    GPT2_FORM,
+    Contender,
+    Skip,
+    arguments,
+    compete,
+    gpt2_of_hugging_face,
+    import_nanogpt,
+    shape,
+)
 
 CPU_WITHOUT_BF16 = "this CPU has no bf16 matrix instructions"
 
@@ -176,16 +185,8 @@ def main() -> None:
         "--hf-compile", action="store_true", help="also Hugging Face under torch.compile"
     )
     args = p.parse_args()
-    gpt2 = {
-        "pos": "learned",
-        "norm": "layernorm",
-        "mlp": "gelu",
-        "qk_norm": False,
-        "bias": False,
-        "tie_weights": True,
-    }
     contenders = {
-        "ours, GPT-2 form": lambda a: ours(a, gpt2),
+        "ours, GPT-2 form": lambda a: ours(a, GPT2_FORM),
         "ours, default form": lambda a: ours(a, {}),
         "Hugging Face GPT-2": lambda a: hugging_face(a, False),
     }

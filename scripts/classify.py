@@ -15,7 +15,6 @@ is answered by an empty label. A model of pairs reads two texts with a tab betwe
 were half a pair is said at the end.
 """
 
-import codecs
 import gzip
 import io
 import json
@@ -35,25 +34,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 from model import GPT, GPTClassifier
-from smallgpt import console, hardware, settings
+from smallgpt import console, files, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sentiment.batches import collate, encode_text, length_batches
 from smallgpt.settings import Device
-from smallgpt.text import formats
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.pretrained import open_model
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
-
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-NO_TEXT = {
-    **formats.ARCHIVES,
-    **formats.BINARIES,
-    b"PAR1": "a Parquet file",
-    codecs.BOM_UTF32_LE: "text in UTF-32",  # it begins as UTF-16 does
-}
 
 
 @dataclass
@@ -238,14 +228,19 @@ def read_lines(raw: io.BufferedReader, name: str) -> Iterator[str]:
 def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
     """The text in a file, known by its first bytes. UserError names what is no text."""
     head = raw.peek()
-    if head.startswith(formats.GZIP):
+    kind = files.kind_of(head)
+    if kind == files.GZIP:
         raw = io.BufferedReader(gzip.GzipFile(fileobj=raw))
         head = raw.peek()
+        kind = files.kind_inside(head)
     fix = "save its texts in UTF-8, one a line"
-    for mark, kind in NO_TEXT.items():
-        if head.startswith(mark):
-            raise UserError(f"{name} is {kind}: {fix}")
-    encoding = "utf-16" if head.startswith(UTF16) else "utf-8"
+    if kind.family:
+        raise UserError(f"{name} is {kind.name}: {fix}")
+    encoding = files.marked_encoding(head)
+    if encoding == "utf-32":
+        raise UserError(f"{name} is text in UTF-32: {fix}")
+    if encoding != "utf-16":
+        encoding = "utf-8"  # read_lines takes its mark away
     if encoding == "utf-8" and head.count(0) > len(head) / 50:
         raise UserError(f"{name} is no text in UTF-8, it has NUL bytes: {fix}")
     return io.TextIOWrapper(raw, encoding, errors="replace", newline="\n")

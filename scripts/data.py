@@ -3,7 +3,7 @@
     python scripts/data.py embedded to=data                  chats of a package, no network
     python scripts/data.py fetch name=lccc to=data           chats of the Hugging Face hub
     python scripts/data.py fetch name=sst2 to=data           a labelled set, checksummed
-    python scripts/data.py stats path=data/chatterbot.txt    what a chat file holds, what was dropped
+    python scripts/data.py stats path=data/chatterbot.txt    what a chat file holds, and drops
     python scripts/data.py stats set=csv path=my.csv         splits and labels, what was dropped
     python scripts/data.py text sst2=data to=reviews.txt     training texts of sets, to pretrain on
 

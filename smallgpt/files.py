@@ -1,11 +1,12 @@
-"""Files of our own: written at once, found damaged without a traceback, and hashes of what they
-hold."""
+"""Files: our own, written at once; what the first bytes of one say; hashes of what they hold."""
 
+import codecs
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 
 def write_atomic(path: Path, content: str | bytes, shared: bool = False) -> None:
@@ -29,7 +30,7 @@ def write_atomic(path: Path, content: str | bytes, shared: bool = False) -> None
 
 
 def expand_user(path: str) -> Path:
-    """The path with ~ or ~name replaced by that user's folder; ~$book.csv, no user, stays as typed."""
+    """The path with ~ or ~name replaced by that user's folder; ~$book.csv, no user, stays."""
     return Path(os.path.expanduser(path))
 
 
@@ -51,6 +52,118 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+# ---- what the first bytes of a file say
+
+
+class Kind(NamedTuple):
+    """What a file is that is no plain text."""
+
+    family: Literal["archive", "binary", ""]  # an archive is to be unpacked
+    name: str  # as in "x.txt is ...": a zip archive, a PDF document
+
+
+HEAD = 512  # bytes that decide it
+GZIP = Kind("archive", "compressed with gzip")
+TWICE = Kind("archive", "compressed twice")
+ZIP = Kind("archive", "a zip archive")
+BZIP2 = Kind("archive", "compressed with bzip2")
+TAR = Kind("archive", "a tar archive")
+PARQUET = Kind("binary", "a Parquet file")
+UNKNOWN = Kind("", "")  # perhaps text
+
+KINDS = {
+    b"\x1f\x8b": GZIP,
+    b"PK\x03\x04": ZIP,
+    b"PK\x05\x06": ZIP,  # an empty one
+    b"7z\xbc\xaf": Kind("archive", "a 7z archive"),
+    b"Rar!\x1a": Kind("archive", "a rar archive"),
+    b"\xfd7zXZ": Kind("archive", "compressed with xz"),
+    b"\x28\xb5\x2f\xfd": Kind("archive", "compressed with zstd"),
+    b"PAR1\x15": PARQUET,  # PAR1 alone may be a word
+    b"\x93NUMPY": Kind("binary", "a NumPy array"),
+    b"\x80\x02": Kind("binary", "a pickle"),
+    b"\x80\x03": Kind("binary", "a pickle"),
+    b"\x80\x04": Kind("binary", "a pickle"),
+    b"\x80\x05": Kind("binary", "a pickle"),
+    b"ARROW1\0\0": Kind("binary", "an Arrow file"),
+    b"\x89HDF": Kind("binary", "an HDF5 file"),
+    b"SQLite format 3\0": Kind("binary", "an SQLite database"),
+    b"\x89PNG": Kind("binary", "a PNG image"),
+    b"\xff\xd8\xff": Kind("binary", "a JPEG image"),
+    b"GIF87a": Kind("binary", "a GIF image"),
+    b"GIF89a": Kind("binary", "a GIF image"),
+    b"%PDF-": Kind("binary", "a PDF document"),
+    b"\xd0\xcf\x11\xe0": Kind("binary", "an Office document"),
+    b"\x7fELF": Kind("binary", "a program"),
+}
+BYTE_ORDER_MARKS = {  # the longer mark first: the one of UTF-16 begins that of UTF-32
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+
+
+def kind_of(head: bytes) -> Kind:
+    """What a file with these first HEAD bytes is; UNKNOWN may be text."""
+    for mark, kind in KINDS.items():
+        if head.startswith(mark):
+            return kind
+    if head.startswith(b"BZh") and head[4:7] == b"1AY":  # between them its level, 1 to 9
+        return BZIP2
+    if head[257:262] == b"ustar":
+        return TAR
+    return UNKNOWN
+
+
+def kind_inside(head: bytes) -> Kind:
+    """As kind_of, of what was packed in a .gz or .zip."""
+    kind = kind_of(head)
+    return TWICE if kind == GZIP else kind
+
+
+def marked_encoding(head: bytes) -> str:
+    """The encoding that the byte-order mark of a text names, "" without one."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    return ""
+
+
+# ---- hashes
+
+
+def hash_files(paths: Iterable[Path], index_file: Path) -> dict[Path, str]:
+    """The sha256 of each file that is there, "" of one that cannot be read.
+
+    A file is not read again while its size and time are those in the index."""
+    index = read_json(index_file)  # path -> [size, time, sha256]
+    if not isinstance(index, dict):
+        index = {}
+    known = dict(index)
+    hashes = {}
+    for path in paths:
+        try:
+            if not path.is_file():
+                continue
+            status = path.stat()
+            stamp = [status.st_size, status.st_mtime_ns]
+            entry = index.get(str(path))
+            if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != stamp:
+                with open(path, "rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                entry = [*stamp, sha256]
+            index[str(path)] = entry
+            hashes[path] = entry[2]
+        except OSError:
+            hashes[path] = ""
+    if index != known:
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(index_file, json.dumps(index, indent=1), shared=True)
+    return hashes
 
 
 def digest(*parts: Any) -> str:

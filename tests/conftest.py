@@ -37,7 +37,8 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(chat_file: Path) -> Callable[..., list[str]]:
-    """tiny(out_dir, key=value...) -> train.py's arguments for a run of a second; a dot in a key is written `__`."""
+    """tiny(out_dir, key=value...) -> train.py's arguments for a run of a second; a dot in a key is
+    written `__`."""
 
     def args(out_dir: Path, **changes: object) -> list[str]:
         cache = chat_file.parent / "tokens"
@@ -67,7 +68,8 @@ def forks():
 
 @pytest.fixture(scope="session")
 def start(forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started]:
-    """start("train", args) -> a running process; stdin is its input, ranks as torchrun would set them in env."""
+    """start("train", args) -> a running process; stdin is its input, ranks as torchrun would set
+    them in env."""
     folder, processes = tmp_path_factory.mktemp("output"), []
 
     def start(
@@ -93,7 +95,8 @@ def run(start) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def start_ranks(start) -> Callable[..., list[Started]]:
-    """start_ranks(2, args) -> the processes that torchrun would start, of train.py or another script."""
+    """start_ranks(2, args) -> the processes that torchrun would start, of train.py or another
+    script."""
 
     def start_ranks(size: int, argv: list[str], script: str = "train", **kw) -> list[Started]:
         env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -1,8 +1,9 @@
 """What tests share: tiny settings, quick real processes, what a run left behind.
 
-Importing torch takes two seconds, so most processes here are forked from a server that has imported the scripts
-already (the fixture `start`): they are processes like any other, with their own pid, exit status, stdout and stderr,
-and can be killed. What depends on how a user starts a script (torchrun, a terminal) goes through the real command.
+Importing torch takes two seconds, so most processes here are forked from a server that has imported
+the scripts already (the fixture `start`): they are processes like any other, with their own pid,
+exit status, stdout and stderr, and can be killed. What depends on how a user starts a script
+(torchrun, a terminal) goes through the real command.
 """
 
 import csv
@@ -121,7 +122,8 @@ def free_port() -> int:
 def child(
     script: str, argv: list[str], folder: str, name: str, stdin: str | None, env: dict, limits: dict
 ) -> None:
-    """In the forked process: become `python <script>.py argv`, with its files where `Started` looks for them."""
+    """In the forked process: become `python <script>.py argv`, with its files where `Started` looks
+    for them."""
     for fd, end in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), fd)
     if stdin is not None:
@@ -146,7 +148,8 @@ def child(
 
 
 def die_at(count: int, where: str) -> None:
-    """SIGKILL this process just before it makes its count-th change to the file system at a path holding `where`."""
+    """SIGKILL this process just before it makes its count-th change to the file system at a path
+    holding `where`."""
     seen = 0
 
     def hook(event: str, args: tuple) -> None:

@@ -1,4 +1,5 @@
-"""The front of the house: what the READMEs promise exists, in both languages, and pip can install it."""
+"""The front of the house: what the READMEs promise exists, in both languages, and pip can install
+it."""
 
 import ast
 import importlib

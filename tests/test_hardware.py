@@ -12,9 +12,12 @@ from helpers import ENV, ROOT
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_a_large_tensor_takes_the_memory_of_the_last_one():
-    """Each was mapped anew (the first few still are), page by page: a tenth of the time of a fine-tuning."""
+    """Each was mapped anew (the first few still are), page by page: a tenth of the time of a
+    fine-tuning."""
     code = (
-        "import resource, torch; from smallgpt.hardware import choose_device; choose_device('cpu')\n"
+        "import resource, torch\n"
+        "from smallgpt.hardware import choose_device\n"
+        "choose_device('cpu')\n"
         "for i in range(31):\n"
         "    if i == 20: first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.zeros(2**24)\n"

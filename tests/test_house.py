@@ -1,4 +1,5 @@
-"""The house rules: who imports whom, how text is opened, what a YAML must say."""
+"""The house rules: who imports whom, how text is opened, how much a line holds, what a YAML must
+say."""
 
 import ast
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import density
 from helpers import ROOT
 from smallgpt import settings
 
@@ -101,6 +103,36 @@ def test_text_is_utf8_everywhere(path):
         ):
             assert node.func.value.id != "pickle", where
             assert node.func.value.id != "torch" or "weights_only" in keywords, where
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def contains(node: ast.AST, kinds: type | tuple[type, ...]) -> bool:
+    """Is there such a node below this one?"""
+    return any(isinstance(other, kinds) for other in ast.walk(node) if other is not node)
+
+
+@pytest.mark.parametrize("path", [*MAIN, *PARTS], ids=lambda p: p.name)
+def test_one_idea_a_line(path):
+    """A condition that calls and names something at once, or a comprehension inside another one,
+    would have to be read twice."""
+    for node in ast.walk(tree(path)):
+        where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.If | ast.While | ast.IfExp):
+            for part in ast.walk(node.test):
+                names_a_call = isinstance(part, ast.NamedExpr) and contains(part, ast.Call)
+                assert not names_a_call, f"{where}: a walrus takes the value of a call"
+        if isinstance(node, COMPREHENSIONS):
+            assert not contains(node, COMPREHENSIONS), f"{where}: a comprehension inside another"
+
+
+def test_the_code_is_not_packed():
+    """At most as many tokens a line as nanoGPT has, over all scripts and parts."""
+    counts = [density.count(path) for path in density.project_files()]
+    tokens = sum(tokens for tokens, _ in counts)
+    lines = sum(lines for _, lines in counts)
+    assert tokens / lines <= 9.0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").rglob("*.yaml")), ids=lambda p: p.name)

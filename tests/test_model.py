@@ -1,5 +1,6 @@
-"""The model computes what it says, measured against references that share no code with it: Hugging Face's GPT-2,
-Qwen3 and Llama with the same weights, naive loops, and PyTorch's own cross-entropy and FLOP counter."""
+"""The model computes what it says, measured against references that share no code with it: Hugging
+Face's GPT-2, Qwen3 and Llama with the same weights, naive loops, and PyTorch's own cross-entropy
+and FLOP counter."""
 
 import math
 from collections.abc import Callable
@@ -44,8 +45,9 @@ every_form = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 
 @torch.no_grad()
 def lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Give every tensor, norms and biases included, random values far from its initialisation: with weights of 0.02
-    and biases of 0 a wrong activation or a forgotten bias would hide below the tolerance."""
+    """Give every tensor, norms and biases included, random values far from its initialisation: with
+    weights of 0.02 and biases of 0 a wrong activation or a forgotten bias would hide below the
+    tolerance."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -72,12 +74,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> N
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-# --- Hugging Face, with the same weights ------------------------------------------------------------
+# --- Hugging Face, with the same weights ----------------------------------------------------------
 
 
 def as_gpt2(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors (weights, or their gradients) under GPT-2's names. Hugging Face's Conv1D holds the transpose of a
-    Linear's matrix, and c_attn is q, k and v side by side."""
+    """Our tensors (weights, or their gradients) under GPT-2's names. Hugging Face's Conv1D holds
+    the transpose of a Linear's matrix, and c_attn is q, k and v side by side."""
     theirs = {}
     for name, tensor in ours.items():
         if name.startswith("blocks."):
@@ -127,7 +129,8 @@ def as_llama(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hugging_face(ours: GPT | GPTClassifier) -> tuple[torch.nn.Module, Callable]:
-    """The same model in transformers, with the weights of ours, and the function that renames our tensors."""
+    """The same model in transformers, with the weights of ours, and the function that renames our
+    tensors."""
     transformers = pytest.importorskip("transformers")
     c = ours.config if isinstance(ours, GPT) else ours.gpt.config
     common = dict(
@@ -207,7 +210,7 @@ def test_classifier_equals_hugging_face_with_padding_on_the_right():
     assert_close(ours(idx, lengths), theirs(idx).logits)
 
 
-# --- naive references -------------------------------------------------------------------------------
+# --- naive references -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -248,15 +251,15 @@ def test_relu2_squares_what_is_positive():
 
 @torch.no_grad()
 def test_rotary_scores_depend_on_the_distance_only():
-    """A text at positions 9 to 15, with nothing before it, reads like the same text at the beginning; with learned
-    positions it does not."""
+    """A text at positions 9 to 15, with nothing before it, reads like the same text at the
+    beginning; with learned positions it does not."""
     for config, same in ((SMALL, True), (GPT2, False)):
         model, idx = lively(GPT(config)), tokens(config, 1, 6)
         first, later = model.trunk(idx), model.trunk(idx, start=9)
         assert torch.allclose(first, later, atol=1e-5) == same
 
 
-# --- the cache --------------------------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 @every_form
@@ -292,7 +295,7 @@ def test_more_than_block_size_is_refused_with_both_numbers():
         model.trunk(tokens(SMALL, 1, 5), cache=model.new_cache(), start=20)
 
 
-# --- the loss ---------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -300,8 +303,8 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_loss_and_gradients_equal_cross_entropy_over_many_slices():
-    """With 2**16 rows in the vocabulary a slice has 64 positions: here three whole ones, the second of them without
-    any target, and a rest of 8."""
+    """With 2**16 rows in the vocabulary a slice has 64 positions: here three whole ones, the second
+    of them without any target, and a rest of 8."""
     V, C, N = 2**16, 4, 200
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(N, C, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -331,7 +334,8 @@ def test_loss_without_any_target_is_zero_and_so_are_its_gradients():
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation: the most elements any of them returned, and the number of matrix products."""
+    """Sees every operation: the most elements any of them returned, and the number of matrix
+    products."""
 
     largest = products = 0
 
@@ -346,7 +350,8 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_logits_of_a_batch_never_exist(autocast):
-    """(B*T, V) is the largest tensor of a naive training step by far; no operation, forward or backward, makes it."""
+    """(B*T, V) is the largest tensor of a naive training step by far; no operation, forward or
+    backward, makes it."""
     config = replace(SMALL, vocab_size=2**16, n_embd=8, n_layer=1)
     model, idx = GPT(config), tokens(config, 10, 24)
     with Watch() as watch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -356,8 +361,9 @@ def test_the_logits_of_a_batch_never_exist(autocast):
 
 
 def test_evaluation_does_not_pay_for_gradients():
-    """Without gradients the loss costs the matrix products of the logits, not twice as many more: validation at the
-    price of a forward. (Inside an autograd.Function `needs_input_grad` is true of a weight even under no_grad.)"""
+    """Without gradients the loss costs the matrix products of the logits, not twice as many more:
+    validation at the price of a forward. (Inside an autograd.Function `needs_input_grad` is true of
+    a weight even under no_grad.)"""
     model, idx = GPT(SMALL), tokens(SMALL, 2, 24)
     with torch.no_grad():
         with Watch() as logits:
@@ -368,8 +374,9 @@ def test_evaluation_does_not_pay_for_gradients():
 
 
 def test_four_micro_batches_of_one_equal_one_of_four():
-    """The loss is a sum: divided once by the targets of the whole step, accumulation changes nothing, although the
-    rows have 23, 3, 11 and 1 targets. (A mean of means would weigh the last row's only target like 23.)"""
+    """The loss is a sum: divided once by the targets of the whole step, accumulation changes
+    nothing, although the rows have 23, 3, 11 and 1 targets. (A mean of means would weigh the last
+    row's only target like 23.)"""
     model, idx = lively(GPT(QWEN3).double()), tokens(QWEN3, 4, 24)
     targets = next_tokens(idx)
     for row, n in enumerate((23, 3, 11, 1)):
@@ -385,14 +392,15 @@ def test_four_micro_batches_of_one_equal_one_of_four():
         assert_close(grad, whole[name], 1e-12)
 
 
-# --- who sees whom ----------------------------------------------------------------------------------
+# --- who sees whom --------------------------------------------------------------------------------
 
 
 @every_form
 @torch.no_grad()
 def test_packed_dialogues_equal_each_alone(config):
-    """With segments, three dialogues packed into a row know nothing of each other, positions included; without, the
-    later ones read on. A second row, cut elsewhere, shows that rows do not share their cuts."""
+    """With segments, three dialogues packed into a row know nothing of each other, positions
+    included; without, the later ones read on. A second row, cut elsewhere, shows that rows do not
+    share their cuts."""
     model, idx = lively(GPT(config)), tokens(config, 2, 24)
     cuts = ((0, 5, 6, 24), (0, 13, 20, 24))
     segments = torch.zeros_like(idx)
@@ -445,8 +453,9 @@ def test_mean_pooling_is_the_mean_of_the_real_states():
 
 @every_form
 def test_the_last_block_answers_for_the_last_token_alone(config):
-    """What the head does not read is not computed: same scores and gradients as from every position's hidden state,
-    without the last MLP's work. Only the language-model loss needs every position."""
+    """What the head does not read is not computed: same scores and gradients as from every
+    position's hidden state, without the last MLP's work. Only the language-model loss needs every
+    position."""
     model, idx = lively(GPTClassifier(GPT(config), 3, "last")), tokens(config, 3, 24)
     lengths = torch.tensor([24, 7, 1])
     expected = model.head(model.gpt.trunk(idx)[torch.arange(3), lengths - 1])
@@ -468,12 +477,13 @@ def test_the_last_block_answers_for_the_last_token_alone(config):
         assert_close(model(idx, lengths, next_tokens(idx))[0], expected)
 
 
-# --- initialisation, counts, settings ---------------------------------------------------------------
+# --- initialisation, counts, settings -------------------------------------------------------------
 
 
 @every_form
 def test_initialisation_is_that_of_gpt2(config):
-    """0.02, the projections into the residual stream less by sqrt(2 n_layer), biases 0, norms 1: every tensor."""
+    """0.02, the projections into the residual stream less by sqrt(2 n_layer), biases 0, norms 1:
+    every tensor."""
     config = replace(config, vocab_size=256, n_embd=128, n_layer=8, block_size=128)
     model = GPTClassifier(GPT(config), n_classes=64)
     for name, p in model.named_parameters():
@@ -517,7 +527,8 @@ def test_check_accepts_every_form_and_collects_all_problems():
 
 @every_form
 def test_flops_per_token_is_what_pytorch_counts(config):
-    """PyTorch's counter, over forward and backward of one block, attention as plain matrix products."""
+    """PyTorch's counter, over forward and backward of one block, attention as plain matrix
+    products."""
     model, idx = GPT(config), tokens(config, 1, config.block_size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx, next_tokens(idx)).backward()
@@ -544,9 +555,10 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.slow
 def test_compiled_parts_equal_eager_and_the_block_is_compiled_once(monkeypatch):
-    """The slow test of this file. Ten layers: were each compiled for itself, the ninth would meet PyTorch's limit of
-    recompilations and silently stay eager. The graphs are captured and differentiated as always but run as they are:
-    turning them into C++ is PyTorch's business, takes half a minute and needs a compiler."""
+    """The slow test of this file. Ten layers: were each compiled for itself, the ninth would meet
+    PyTorch's limit of recompilations and silently stay eager. The graphs are captured and
+    differentiated as always but run as they are: turning them into C++ is PyTorch's business, takes
+    half a minute and needs a compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = replace(QWEN3, n_layer=10)
     model, idx = lively(GPT(config)).train(), tokens(config, 2, 24)

@@ -1,4 +1,5 @@
-"""The schedule has the shape it promises; every trainable parameter is optimised once, and by the right rule."""
+"""The schedule has the shape it promises; every trainable parameter is optimised once, and by the
+right rule."""
 
 import math
 from dataclasses import replace
@@ -32,7 +33,7 @@ def all_params(optimizers: list) -> list:
     return [p for o in optimizers for g in o.param_groups for p in g["params"]]
 
 
-# --- the schedule -----------------------------------------------------------------------------------
+# --- the schedule ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
@@ -129,7 +130,7 @@ def test_set_lr_scales_every_group_and_answers_with_the_rate():
         assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.02 * factor}
 
 
-# --- groups -----------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 
 @both
@@ -143,7 +144,8 @@ def test_every_parameter_is_optimised_once(name, tie_weights):
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
-    """Not the embeddings, the LM head or the classification head: their rows are looked up, or are classes."""
+    """Not the embeddings, the LM head or the classification head: their rows are looked up, or are
+    classes."""
     model = GPTClassifier(GPT(replace(TINY, tie_weights=False, mlp="swiglu")), n_classes=2)
     adamw, muon = make_optimizers(named(model), OptimSettings(name="muon"))
     assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
@@ -155,8 +157,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
 
 @both
 def test_only_matrices_and_embeddings_decay(name):
-    """With gradients of zero all that a step does is decay: matrices shrink by lr * weight_decay, norms (QK-norms
-    too) and biases stay."""
+    """With gradients of zero all that a step does is decay: matrices shrink by lr * weight_decay,
+    norms (QK-norms too) and biases stay."""
     model = GPT(replace(TINY, tie_weights=False))
     with torch.no_grad():
         for p in model.parameters():
@@ -173,7 +175,8 @@ def test_only_matrices_and_embeddings_decay(name):
 
 @both
 def test_frozen_parameters_are_left_alone(name):
-    """Only the last block and the head train: the rest is in no group, gets no gradient, and does not even decay."""
+    """Only the last block and the head train: the rest is in no group, gets no gradient, and does
+    not even decay."""
     model = GPTClassifier(GPT(TINY), n_classes=2)
     model.requires_grad_(False)
     model.gpt.blocks[-1].requires_grad_(True)
@@ -212,7 +215,7 @@ def test_matrices_of_blocks_alone_can_be_trained_by_muon():
     assert len(all_params([muon])) == 12
 
 
-# --- training ---------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @both

@@ -1,6 +1,8 @@
-"""sentiment_train.py: what trains, what a batch and its loss are, which checkpoint is chosen, what the report says.
+"""sentiment_train.py: what trains, what a batch and its loss are, which checkpoint is chosen, what
+the report says.
 
-Most runs here are calls of `finetune` in this process (`fit`); what a user meets goes through the command (`run`).
+Most runs here are calls of `finetune` in this process (`fit`); what a user meets goes through the
+command (`run`).
 """
 
 import csv
@@ -34,6 +36,7 @@ from helpers import (
     same_weights,
     steps,
     wait_for,
+    write_csv,
 )
 from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, build, finetune
@@ -75,23 +78,19 @@ SMALL = {
 WORDS = {
     "bad": ["dirty", "awful", "noisy", "很差", "太吵"],
     "good": ["lovely", "great", "quiet", "很好", "干净"],
-    "": "the room was near a big old station, we had our dinner there 房间 离车站 不远 我们 吃了晚饭".split(),
+    "": [
+        *"the room was near a big old station, we had our dinner there".split(),
+        *"房间 离车站 不远 我们 吃了晚饭".split(),
+    ],
 }
 
 
-# --- a tiny trunk, a tiny set -----------------------------------------------------------------------------------------
-
-
-def table(
-    path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("Text", "Sentiment")
-) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
+# --- a tiny trunk, a tiny set ---------------------------------------------------------------------
 
 
 def made(n: int, seed: int = 0) -> list[tuple[str, str]]:
-    """n different texts, most of them short, each with a word that decides its label; four of ten are bad."""
+    """n different texts, most of them short, each with a word that decides its label; four of ten
+    are bad."""
     draw, rows = random.Random(seed), []
     for i in range(n):
         label = "bad" if i % 5 < 2 else "good"
@@ -108,7 +107,7 @@ def labelled(tmp_path_factory) -> Path:
         (t + ', said "he"\nand left' if i % 10 == 0 else t, label)
         for i, (t, label) in enumerate(made(300))
     ]
-    return table(tmp_path_factory.mktemp("reviews") / "splits.csv", rows)
+    return write_csv(tmp_path_factory.mktemp("reviews") / "splits.csv", rows)
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +122,8 @@ def trunk(tmp_path_factory, tiny, run) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory) -> Path:
-    """The files of a GPT-2 of two blocks that knows 256 bytes and <|endoftext|>: our special tokens are new to it."""
+    """The files of a GPT-2 of two blocks that knows 256 bytes and <|endoftext|>: our special tokens
+    are new to it."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**FORM, vocab_size=257, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32))
@@ -154,7 +154,8 @@ def gpt2(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fine(trunk, labelled) -> Callable[..., list[str]]:
-    """fine(out_dir, key=value...) -> sentiment_train.py's arguments; a dot in a key is written `__`."""
+    """fine(out_dir, key=value...) -> sentiment_train.py's arguments; a dot in a key is written
+    `__`."""
 
     def args(out_dir: Path, **changes: object) -> list[str]:
         keys = {**SMALL, "trunk": trunk, "data.path": labelled, "out_dir": out_dir, "run": "r"}
@@ -166,7 +167,8 @@ def fine(trunk, labelled) -> Callable[..., list[str]]:
 
 @pytest.fixture
 def fit(fine, tmp_path, monkeypatch) -> Callable[..., Path]:
-    """fit(key=value...) -> the folder of a finished run, made in this process, without pictures and baselines."""
+    """fit(key=value...) -> the folder of a finished run, made in this process, without pictures and
+    baselines."""
     monkeypatch.setattr(report, "draw", lambda *_: None)
     monkeypatch.setattr(report, "baselines", lambda *_: {})
 
@@ -193,7 +195,8 @@ def predictions(folder: Path) -> list[dict[str, str]]:
 
 
 def assert_same_predictions(a: Path, b: Path, tolerance: float) -> None:
-    """The same texts in the same order, with the same probabilities (which the file rounds to 1e-4)."""
+    """The same texts in the same order, with the same probabilities (which the file rounds to
+    1e-4)."""
     ours, theirs = predictions(a), predictions(b)
     assert len(ours) == len(theirs) > 20
     for x, y in zip(ours, theirs, strict=True):
@@ -202,7 +205,8 @@ def assert_same_predictions(a: Path, b: Path, tolerance: float) -> None:
 
 
 def begun(s: SentimentSettings) -> tuple[GPTClassifier, splits.Reviews, dict[str, Encoded], int]:
-    """What a run has before its first step: the model in float64, the set, its ids, the id of padding."""
+    """What a run has before its first step: the model in float64, the set, its ids, the id of
+    padding."""
     data = splits.load(s.data)
     torch.manual_seed(s.seed)
     model, opened = build(s, data.labels)
@@ -290,7 +294,7 @@ def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
     )  # of the training, not of the last start
 
 
-# --- what trains ------------------------------------------------------------------------------------------------------
+# --- what trains ----------------------------------------------------------------------------------
 
 
 def trained(model: GPTClassifier) -> set[str]:
@@ -372,7 +376,8 @@ def optimized(folder: Path) -> set[str]:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("freeze", ["trunk", "all_but_last:1"])
 def test_new_tokens_train_and_what_is_frozen_stays_bit_for_bit(fit, gpt2, freeze, name):
-    """Weight decay moves a row without a gradient, too: 257 old rows and the padding between them and 320."""
+    """Weight decay moves a row without a gradient, too: 257 old rows and the padding between them
+    and 320."""
     # without the mask every text is padded with <|pad|>, which is new to GPT-2
     folder = fit(
         trunk=gpt2, mask=False, freeze=freeze, optim__weight_decay=0.5, optim__name=name, cache_gb=4
@@ -403,8 +408,8 @@ def test_new_tokens_train_and_what_is_frozen_stays_bit_for_bit(fit, gpt2, freeze
 
 @pytest.mark.parametrize("freeze", ["trunk", "all_but_last:1"])
 def test_new_tokens_that_no_text_has_cost_nothing(fit, gpt2, freeze, capsys):
-    """GPT-2's texts hold none of our special tokens: nothing has to go down through the frozen blocks, no time, no
-    gradient, and no parameter of which DDP waits in vain for a gradient."""
+    """GPT-2's texts hold none of our special tokens: nothing has to go down through the frozen
+    blocks, no time, no gradient, and no parameter of which DDP waits in vain for a gradient."""
     folder = fit(trunk=gpt2, freeze=freeze)
     assert (
         "gpt.wte.weight" not in optimized(folder)
@@ -418,7 +423,8 @@ def test_new_tokens_that_no_text_has_cost_nothing(fit, gpt2, freeze, capsys):
 
 
 def test_a_fine_tuned_gpt2_as_trunk_is_still_a_gpt2(fit, gpt2):
-    """It had forgotten which rows come from pretraining, and began every text with an untrained token."""
+    """It had forgotten which rows come from pretraining, and began every text with an untrained
+    token."""
     first = fit(trunk=gpt2)
     second = fit(trunk=first, run="again", max_steps=1)
     assert open_trunk(str(second)).rows == open_trunk(str(first)).rows == 257
@@ -430,7 +436,7 @@ def test_a_fine_tuned_gpt2_as_trunk_is_still_a_gpt2(fit, gpt2):
     )
 
 
-# --- the frozen part is asked once -----------------------------------------------------------------------------------
+# --- the frozen part is asked once ----------------------------------------------------------------
 
 CASES = [
     (f, m, p) for f in ("trunk", "all_but_last:1") for m in (True, False) for p in ("last", "mean")
@@ -491,14 +497,15 @@ def test_too_much_to_keep_is_said_and_computed(fit, capsys):
     )
 
 
-# --- pooling ----------------------------------------------------------------------------------------------------------
+# --- pooling --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize("mask", [True, False])
 def test_a_text_has_the_same_scores_in_any_company(asked, mask, pool):
-    """And they are those of the text by hand: alone; or, without the mask, padded to the whole block."""
+    """And they are those of the text by hand: alone; or, without the mask, padded to the whole
+    block."""
     model, _, ids, fill = begun(asked(mask=mask, pool=pool))
     data, model = ids["test"], model.eval()
     assert len({*data.lengths}) > 10 and data.lengths.max() == BLOCK  # there is something to pad
@@ -524,7 +531,7 @@ def test_a_text_has_the_same_scores_in_any_company(asked, mask, pool):
     assert np.abs(score(Single(other, ALONE, torch.float64), both, 300) - by_hand).max() > 1e-3
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("freeze", ["none", "trunk"])
@@ -545,7 +552,7 @@ def test_token_dropout_is_drawn_anew_at_each_step_and_the_same_again_on_resume(
     assert list(again) == [5, 6, 7, 8] and all(again[k] == first[k] for k in again)
 
 
-# --- the loss ---------------------------------------------------------------------------------------------------------
+# --- the loss -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -562,8 +569,9 @@ def test_token_dropout_is_drawn_anew_at_each_step_and_the_same_again_on_resume(
     ids=str,
 )
 def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes):
-    """Loss and gradient equal F.cross_entropy's mean over the batch, and Hugging Face's language-model loss. With
-    `adversarial`, the loss of embeddings perturbed along their own gradient is added."""
+    """Loss and gradient equal F.cross_entropy's mean over the batch, and Hugging Face's
+    language-model loss. With `adversarial`, the loss of embeddings perturbed along their own
+    gradient is added."""
     s = asked(dropout=0.0, **changes)
     model, data, ids, fill = begun(s)
     rows = Buckets(ids["train"].lengths, s.batch_size, s.seed).of(0)
@@ -639,7 +647,7 @@ def test_layer_decay_by_name(asked, fit):
     assert logged == pytest.approx([0.01 * lr_factor(i, 8, s.optim) for i in range(8)])
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -656,7 +664,8 @@ def test_layer_decay_by_name(asked, fit):
     ids=str,
 )
 def test_two_processes_are_one(fine, fit, tmp_path, gpt2, start_ranks, changes):
-    """33 examples in batches of 16: in every epoch one batch has a single example, and one rank none."""
+    """33 examples in batches of 16: in every epoch one batch has a single example, and one rank
+    none."""
     changes = {**changes, **({"trunk": gpt2} if "trunk" in changes else {})}
     case = dict(
         dtype="float64", data__train_size=33, max_steps=7, eval_every=4, dropout=0.0, **changes
@@ -680,7 +689,7 @@ def test_two_processes_are_one(fine, fit, tmp_path, gpt2, start_ranks, changes):
     )  # one of them wrote
 
 
-# --- exact resume -----------------------------------------------------------------------------------------------------
+# --- exact resume ---------------------------------------------------------------------------------
 
 KILLABLE = dict(
     max_steps=14, eval_every=4, save_every=3, micro_tokens=400, lm_weight=0.1, adversarial=0.1
@@ -783,14 +792,14 @@ def test_what_may_not_change_on_resume(fine, gpt2, uninterrupted, mistake_of, ch
     assert result == (uninterrupted / "result.json").read_bytes()
 
 
-# --- which checkpoint is chosen ---------------------------------------------------------------------------------------
+# --- which checkpoint is chosen -------------------------------------------------------------------
 
 
 def verdicts(
     monkeypatch, values: list[tuple[float, float, float]]
 ) -> list[tuple[float, float, float]]:
-    """Let the validation of each evaluation be these (accuracy, macro F1, loss); the test stays what it is. Returns
-    the list of those still to come."""
+    """Let the validation of each evaluation be these (accuracy, macro F1, loss); the test stays
+    what it is. Returns the list of those still to come."""
     evaluate, left = report.evaluate, list(values)
 
     def scripted(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -851,7 +860,8 @@ def test_validation_chooses_and_the_test_is_of_what_it_chose(fit, monkeypatch, c
             row["p_good"]
         ) == pytest.approx(p, abs=1e-3)
 
-    # once more, with a `best` that another process still sees as it was: the same checkpoint; and nothing is evaluated
+    # once more, with a `best` that another process still sees as it was: the same checkpoint; and
+    # nothing is evaluated
     (folder / "best").write_text("step-00000001\n", encoding="utf-8")
     left.clear()
     assert result_of(fit(**case)) | {"seconds": 0, "validation": 0} == found | {
@@ -862,9 +872,9 @@ def test_validation_chooses_and_the_test_is_of_what_it_chose(fit, monkeypatch, c
 
 def test_the_labels_of_the_test_change_nothing_but_its_scores(fit, tmp_path):
     train_rows, test_rows = made(120, 1), made(60, 2)
-    table(tmp_path / "train.csv", train_rows)
-    table(tmp_path / "test.csv", test_rows)
-    table(
+    write_csv(tmp_path / "train.csv", train_rows)
+    write_csv(tmp_path / "test.csv", test_rows)
+    write_csv(
         tmp_path / "turned.csv",
         [(text, {"bad": "good", "good": "bad"}[label]) for text, label in test_rows],
     )
@@ -879,8 +889,9 @@ def test_the_labels_of_the_test_change_nothing_but_its_scores(fit, tmp_path):
 
 
 def test_a_run_that_begins_from_anothers_checkpoint_keeps_its_own(fit, monkeypatch):
-    """Its first evaluation may be its best, before its first step: `best` then named a folder that was never written,
-    and the test was made with the last checkpoint under the number of the first."""
+    """Its first evaluation may be its best, before its first step: `best` then named a folder that
+    was never written, and the test was made with the last checkpoint under the number of the first.
+    """
     first = fit()
     left = verdicts(monkeypatch, [(0.9, 0.9, 0.1), (0.5, 0.5, 0.9)])
     folder = fit(run="s", resume=first / "step-00000008", max_steps=12)
@@ -889,7 +900,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_keeps_its_own(fit, monkeypat
     assert result_of(folder)["test"] == result_of(first)["test"]
 
 
-# --- users' mistakes: one sentence, status 2, no traceback ------------------------------------------------------------
+# --- users' mistakes: one sentence, status 2, no traceback ----------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -897,10 +908,10 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bad")
     rows = made(60, 5)
     files = {
-        "one": table(folder / "one.csv", [(text, "good") for text, _ in rows]),
-        "columns": table(folder / "columns.csv", rows, ("review", "stars")),
-        "nan": table(folder / "nan.csv", [*rows[:3], ("a text without", "NaN"), *rows[4:]]),
-        "meh": table(folder / "meh.csv", [*made(20, 6), ("so so", "meh")]),
+        "one": write_csv(folder / "one.csv", [(text, "good") for text, _ in rows]),
+        "columns": write_csv(folder / "columns.csv", rows, ("review", "stars")),
+        "nan": write_csv(folder / "nan.csv", [*rows[:3], ("a text without", "NaN"), *rows[4:]]),
+        "meh": write_csv(folder / "meh.csv", [*made(20, 6), ("so so", "meh")]),
         "latin": folder / "latin.csv",
         "empty": folder / "trunk",
     }
@@ -964,7 +975,8 @@ def test_mistakes(fine, tmp_path, mistake_of, bad, argument, says):
 
 @pytest.mark.parametrize("differs", ["out_dir", "data.path"])
 def test_machines_that_see_different_files_are_told(fine, tmp_path, labelled, run, start, differs):
-    """Each machine has a disk of its own: the first one had a checkpoint and waited for the second in loading it."""
+    """Each machine has a disk of its own: the first one had a checkpoint and waited for the second
+    in loading it."""
     if differs == "out_dir":
         assert run("sentiment_train", fine(tmp_path, max_steps=4)).status == 0
     other = tmp_path / "other.csv"
@@ -1003,7 +1015,8 @@ def test_a_validation_loss_that_is_no_number_ends_the_run_before_it_is_the_best(
 
 
 def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_path):
-    """The newest step was the best and was lost; that of the others had been pruned, and the report asked for it."""
+    """The newest step was the best and was lost; that of the others had been pruned, and the report
+    asked for it."""
     folder = fit(eval_every=2, save_every=2, keep=2)
     records = [
         json.loads(line)
@@ -1022,7 +1035,8 @@ def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_p
 
 
 def test_a_run_goes_on_where_auto_chooses_float16(fit, monkeypatch):
-    """Begun on a CPU, which needs no gradient scaler, and continued on a GPU without bf16, which does."""
+    """Begun on a CPU, which needs no gradient scaler, and continued on a GPU without bf16, which
+    does."""
     fit(max_steps=4)
     monkeypatch.setattr(hardware, "choose_dtype", lambda *_: (torch.float16, "as on a V100"))
     assert result_of(fit(max_steps=8))["step"] in (4, 8)
@@ -1030,7 +1044,7 @@ def test_a_run_goes_on_where_auto_chooses_float16(fit, monkeypatch):
 
 def test_empty_texts_are_dropped_and_counted(fit, tmp_path):
     rows = made(120, 7)
-    table(
+    write_csv(
         tmp_path / "gaps.csv",
         [*rows[:50], ("", "good"), (" \t", "bad"), ("\n", "good"), *rows[50:]],
     )
@@ -1043,8 +1057,8 @@ def test_empty_texts_are_dropped_and_counted(fit, tmp_path):
 
 @pytest.fixture(scope="module")
 def leaky(tmp_path_factory, tiny, labelled, run) -> tuple[Path, Path, int, int]:
-    """A trunk whose corpus holds seven of the test texts; its corpus; that number; and how many test
-    texts there are. The corpus was given by a relative path, as people type it."""
+    """A trunk whose corpus holds seven of the test texts; its corpus; that number; and how many
+    test texts there are. The corpus was given by a relative path, as people type it."""
     folder = tmp_path_factory.mktemp("leaky")
     data = splits.load(ReviewSettings(path=str(labelled)))
     long = [
@@ -1098,8 +1112,9 @@ def test_a_trunk_spelled_otherwise_is_the_same_trunk(fit, trunk, fine, tmp_path)
 def test_a_classifier_as_trunk_is_searched_for_what_it_was_trained_on(
     fine, fit, labelled, tmp_path, mistake_of
 ):
-    """Its labelled texts stand in no corpus file: a classifier of the hotel reviews of others passed for innocent. The
-    same set in the same split is no leak, as only its training split was read."""
+    """Its labelled texts stand in no corpus file: a classifier of the hotel reviews of others
+    passed for innocent. The same set in the same split is no leak, as only its training split was
+    read."""
     copy = Path(shutil.copy(labelled, tmp_path / "copy.csv"))
     first = fit(max_steps=2, data__path=copy)
     again = fit(run="again", trunk=first, max_steps=2)

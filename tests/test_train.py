@@ -108,7 +108,8 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(finished, run):
     longer = run("train", elsewhere)
     assert longer.status == 0 and "continuing from step 60 of 62" in longer.out
     assert list(losses(folder.parent / "second", "train")) == [61, 62]
-    # step 60 is evaluated here too and may be the best: its weights have to be in this run, not only in the first
+    # step 60 is evaluated here too and may be the best: its weights have to be in this run, not
+    # only in the first
     assert list(losses(folder.parent / "second", "val")) == [60, 62] and steps(
         folder.parent / "second"
     ) == [60, 62]
@@ -127,8 +128,9 @@ def test_fewer_steps_than_a_run_has(tmp_path, tiny, start):
 
 
 def test_a_run_that_begins_with_the_weights_of_another(finished, tmp_path, tiny, run):
-    """Continued pretraining: another corpus, the shape and the tokenizer of the first run, steps from 0, and its own
-    resume. The first loss tells whether the weights are there: an untrained model's is log(320)."""
+    """Continued pretraining: another corpus, the shape and the tokenizer of the first run, steps
+    from 0, and its own resume. The first loss tells whether the weights are there: an untrained
+    model's is log(320)."""
     folder, _, _ = finished
     other = tmp_path / "other.txt"
     other.write_text(
@@ -177,7 +179,7 @@ def test_the_best_checkpoint_outlives_the_newest(tmp_path, tiny, run):
     assert steps(tmp_path / "r") == [best, 10, 12]
 
 
-# --- exact resume -----------------------------------------------------------------------------------------------------
+# --- exact resume ---------------------------------------------------------------------------------
 
 
 def killable(tiny, out: Path, name: str) -> list[str]:
@@ -295,7 +297,8 @@ def test_a_signal_finishes_the_step_and_saves(
 
 
 def test_the_same_signal_twice_in_a_moment_still_saves(tmp_path, tiny, start):
-    """Slurm signals every process of a job, and torchrun passes the signal on: a worker gets it twice."""
+    """Slurm signals every process of a job, and torchrun passes the signal on: a worker gets it
+    twice."""
     process = start(
         "train", tiny(tmp_path, run="r", max_steps=5000, eval_every=5000, save_every=5000)
     )
@@ -311,7 +314,7 @@ def test_the_same_signal_twice_in_a_moment_still_saves(tmp_path, tiny, start):
     assert (folder / "latest").exists()
 
 
-# --- a loss that is no number -----------------------------------------------------------------------------------------
+# --- a loss that is no number ---------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path, tiny, run):
@@ -334,7 +337,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path, tiny, run):
     assert all(map(math.isfinite, losses(tmp_path / "r", "train").values()))
 
 
-# --- users' mistakes: one sentence, status 2, no traceback ------------------------------------------------------------
+# --- users' mistakes: one sentence, status 2, no traceback ----------------------------------------
 
 MISTAKES = [
     ("model.n_layr=2", "model.n_layer"),
@@ -368,7 +371,8 @@ def bad_files(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_bfloat16_trains_and_talks(tmp_path, tiny, run):
-    """Autocast: weights and optimizer in float32, matrix products in bf16, a float32 cache under bf16 attention."""
+    """Autocast: weights and optimizer in float32, matrix products in bf16, a float32 cache under
+    bf16 attention."""
     for dtype in ("float32", "bfloat16"):
         assert run("train", tiny(tmp_path, run=dtype, dtype=dtype)).status == 0
     exact, low = (losses(tmp_path / dtype, "train") for dtype in ("float32", "bfloat16"))
@@ -377,7 +381,8 @@ def test_bfloat16_trains_and_talks(tmp_path, tiny, run):
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_an_eager_one(tmp_path, tiny):
-    """The slowest test: torch.compile takes half a minute even here. Evaluations and replies come in between."""
+    """The slowest test: torch.compile takes half a minute even here. Evaluations and replies come
+    in between."""
     for mode in ("true", "false"):
         args = tiny(tmp_path, run=mode, compile=mode, max_steps=4, eval_every=2, model__n_layer=2)
         done = subprocess.run(command(args), env=ENV, capture_output=True, timeout=300)

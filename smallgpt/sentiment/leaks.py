@@ -10,7 +10,6 @@ A source that is gone, or no longer what was recorded, is not searched, and the 
 """
 
 import functools
-import hashlib
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smallgpt.console import UserError
-from smallgpt.files import digest, read_json, write_atomic
+from smallgpt.files import digest, hash_files, read_json, write_atomic
 from smallgpt.parallel.world import World
 from smallgpt.sentiment import splits
 from smallgpt.sentiment.sets import READERS, Example, from_source
@@ -205,34 +204,6 @@ def name_of(source: Source) -> str:
         settings = from_source(source)
         return f"{settings.set} in {settings.path}" if settings.path else settings.set
     return str(source.get("name", "a source of another version"))
-
-
-def hash_files(paths: list[Path], index_file: Path) -> dict[Path, str]:
-    """The sha256 of each file that is there, "" if it cannot be read.
-
-    A file is not read again while its size and time are those in the index."""
-    index = read_json(index_file)  # path -> [size, time, sha256]
-    if not isinstance(index, dict):
-        index = {}
-    known = dict(index)
-    hashes = {}
-    for path in paths:
-        try:
-            if not path.is_file():
-                continue
-            status = path.stat()
-            stamp = [status.st_size, status.st_mtime_ns]
-            entry = index.get(str(path))
-            if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != stamp:
-                with open(path, "rb") as file:
-                    entry = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-            index[str(path)] = entry
-            hashes[path] = entry[2]
-        except OSError:
-            hashes[path] = ""
-    if index != known:
-        _write(index_file, index)
-    return hashes
 
 
 def _open(source: Source, hashes: dict[Path, str]) -> Corpus:

@@ -18,20 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from smallgpt import files
 from smallgpt.console import UserError
 
 SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
-BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 EAST_ASIAN = ("big5", "shift_jis", "euc-kr", "euc-jp", "gb18030")
-NO_TABLES = {  # first bytes -> what such a file is, and what to do
-    b"\xd0\xcf\x11\xe0": "an Office file: save the sheet as CSV",
-    b"%PDF": "a PDF: save its table as CSV",
-    b"7z\xbc\xaf": "a 7z archive: unpack it",
-    b"Rar!": "a RAR archive: unpack it",
-    b"BZh": "packed with bzip2: unpack it",
-    b"\xfd7zXZ": "packed with xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it",
-}
 NO_TEXT = {list: "a list", dict: "an object", bytes: "bytes"}  # in JSON and Parquet
 # The limit of one unpacked file: a small .gz or .zip can hold more than a machine's memory.
 MAX_BYTES = 4 << 30
@@ -106,9 +97,13 @@ def read_table(
 
     UserError names the file, the line, what is wrong and the fix."""
     name, content = unpack(path)
-    refuse_other_formats(path, content)
-    if content.startswith(b"PAR1"):
+    kind = files.kind_inside(content)
+    if kind == files.PARQUET:
         return parquet_table(path, content)
+    if kind.family == "archive":  # in a .gz or .zip, or of a kind that is not read here
+        raise UserError(f"{path} is {kind.name}: unpack it")
+    if kind.family == "binary":
+        raise UserError(f"{path} is {kind.name}: save its table as CSV")
     notes: list[str] = []
     if encoding == "auto":
         encoding, guessed = find_encoding(path, content)
@@ -141,11 +136,10 @@ def unpack(path: Path) -> tuple[str, bytes]:
     Packed files are known by their first bytes."""
     try:
         with open(path, "rb") as file:
-            magic = file.read(4)
-        if magic in (b"PK\3\4", b"PK\5\6"):
+            kind = files.kind_of(file.read(files.HEAD))
+        if kind == files.ZIP:
             return unzip(path)
-        packed = magic.startswith(b"\x1f\x8b")
-        with gzip.open(path) if packed else open(path, "rb") as file:
+        with gzip.open(path) if kind == files.GZIP else open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError) as problem:
         # RuntimeError: the zip is encrypted
@@ -159,26 +153,19 @@ def unpack(path: Path) -> tuple[str, bytes]:
 def unzip(path: Path) -> tuple[str, bytes]:
     """The name and bytes of the only file in a .zip."""
     with zipfile.ZipFile(path) as archive:
-        files = [file for file in archive.infolist() if not file.is_dir()]
-        files = [file for file in files if not file.filename.startswith("__MACOSX")]
-        names = [file.filename for file in files]
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        members = [each for each in members if not each.filename.startswith("__MACOSX")]
+        names = [member.filename for member in members]
         if "xl/workbook.xml" in names or "content.xml" in names:
             raise UserError(f"{path} is a spreadsheet: save the sheet as CSV")
-        if len(files) != 1:
+        if len(members) != 1:
             raise UserError(
-                f"{path} holds {len(files)} files ({show(names)}): unpack it, and name the file "
+                f"{path} holds {len(members)} files ({show(names)}): unpack it, and name the file "
                 "to read"
             )
-        if files[0].file_size > MAX_BYTES:
+        if members[0].file_size > MAX_BYTES:
             raise UserError(f"{path} unpacks to more than {MAX_BYTES >> 30} GiB")
-        return names[0], archive.read(files[0])
-
-
-def refuse_other_formats(path: Path, content: bytes) -> None:
-    """UserError for a file that is known by its first bytes, and is no table."""
-    for magic, what in NO_TABLES.items():
-        if content.startswith(magic):
-            raise UserError(f"{path} is {what}")
+        return names[0], archive.read(members[0])
 
 
 # ---- bytes -> text
@@ -202,9 +189,9 @@ def decode(path: Path, content: bytes, encoding: str) -> str:
 
 def find_encoding(path: Path, content: bytes) -> tuple[str, bool]:
     """The encoding of the bytes, and whether it is a guess that can be wrong."""
-    for bom, encoding in BOMS.items():
-        if content.startswith(bom):
-            return encoding, False
+    marked = files.marked_encoding(content)
+    if marked:
+        return marked, False
     utf16 = find_utf16(content)
     if utf16:
         return utf16, True
@@ -553,7 +540,10 @@ def objects_table(path: Path, objects: Iterable[tuple[str, dict]], notes: list[s
             if type(value) in NO_TEXT:
                 nested.setdefault(name, (place, NO_TEXT[type(value)]))
         cells.append({name: cell_text(value) for name, value in record.items()})
-    rows = [[record.get(name, "") for name in columns] for record in cells]
+    rows = []
+    for record in cells:
+        row = [record.get(name, "") for name in columns]
+        rows.append(row)
     return Table(path, list(columns), rows, notes, nested)
 
 

@@ -174,7 +174,7 @@ class Corpus:
     def _train_rows(
         self, source: int, epoch: np.ndarray, draw: np.ndarray, seed: int
     ) -> np.ndarray:
-        """Rows (K, block_size + 1) of one source: its draws (K,) among those of their epochs (K,)."""
+        """Rows (K, block_size + 1) of one source: its draws (K,) in their epochs (K,)."""
         tokens = self._train[source]
         n_blocks = self._n_blocks[source]
         draws_per_epoch = self._draws[source]

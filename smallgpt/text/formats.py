@@ -13,7 +13,6 @@ All but Parquet may be gzipped. The first bytes of a file decide how it is read,
 is. Line breaks in the turns of JSON become spaces. What is not read is counted in `Counts`.
 """
 
-import codecs
 import contextlib
 import functools
 import gzip
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from smallgpt import files
 from smallgpt.console import UserError
 
 HEAD = 1 << 20  # bytes that decide the format ...
@@ -45,39 +45,6 @@ KEYS = (*DIALOGUE_KEYS, "text")
 SYSTEM_ROLES = {"system", "developer"}
 TOOL_ROLES = {"tool", "function", "function_call", "observation"}
 
-GZIP = b"\x1f\x8b"
-ARCHIVES = {
-    b"PK\x03\x04": "a zip archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a rar archive",
-    b"BZh91AY&SY": "compressed with bzip2",
-    b"\xfd7zXZ\x00": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    GZIP: "compressed twice with gzip",
-}
-OTHER_ENCODINGS = {  # the longer mark first: the one of UTF-16 begins that of UTF-32
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-BINARIES = {
-    b"\x93NUMPY": "a NumPy array",
-    b"\x80\x02": "a pickle",
-    b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
-    b"ARROW1": "an Arrow file",
-    b"\x89HDF": "an HDF5 file",
-    b"SQLite format 3\x00": "an SQLite database",
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF87a": "a GIF image",
-    b"GIF89a": "a GIF image",
-    b"%PDF-": "a PDF document",
-    b"\xd0\xcf\x11\xe0": "an Office document",
-    b"\x7fELF": "a program",
-}
 CONTROL = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\x1b")  # bytes that no text holds
 
 OPENS_JSON = re.compile(r'[\[{]\s*["\'\[{\]}]')  # ["hi  {"messages  [{"role  []  {'text
@@ -186,13 +153,15 @@ def sniff(path: Path) -> Format:
     """Know a file's format by its first bytes. UserError names what is no text, and what to do."""
     with _reading(path), open(path, "rb") as raw:
         head = raw.read(HEAD)
-        gzipped = head.startswith(GZIP)
+        kind = files.kind_of(head)
+        gzipped = kind == files.GZIP
         if gzipped:
             raw.seek(0)
             head = _decompress(raw).read(HEAD)
-    if head.startswith(b"PAR1") and not gzipped:
+            kind = files.kind_inside(head)
+    if kind == files.PARQUET and not gzipped:
         return Format(PARQUET, False)
-    problem = why_not_text(head)
+    problem = why_not_text(kind, head)
     if problem:
         raise UserError(f"{path} {problem}")
     return Format(_text_format(head.decode("utf-8-sig", "replace")), gzipped)
@@ -206,19 +175,17 @@ def misnamed(path: Path, form: Format) -> bool:
     return form != promised
 
 
-def why_not_text(head: bytes) -> str | None:
-    """What the first bytes of a file are, if no UTF-8 text, and what cures that."""
-    name = _starts_with(head, ARCHIVES)
-    if name is None and head[257:262] == b"ustar":
-        name = "a tar archive"
-    if name is not None:
-        return f"is {name}: unpack it and name the file in it"
-    name = _starts_with(head, OTHER_ENCODINGS)
-    if name is not None:
-        return f"is text in {name}: save it in UTF-8"
-    name = _starts_with(head, BINARIES)
-    if name is not None:
-        return f"is {name}, no text: name a chat in plain text, JSON Lines, JSON or Parquet"
+def why_not_text(kind: files.Kind, head: bytes) -> str | None:
+    """What a file is, if no UTF-8 text, and what cures that."""
+    if kind == files.PARQUET:
+        return f"is {kind.name} compressed with gzip: unpack it"
+    if kind.family == "archive":
+        return f"is {kind.name}: unpack it and name the file in it"
+    if kind.family == "binary":
+        return f"is {kind.name}, no text: name a chat in plain text, JSON Lines, JSON or Parquet"
+    encoding = files.marked_encoding(head)
+    if encoding in ("utf-16", "utf-32"):
+        return f"is text in {encoding.upper()}: save it in UTF-8"
     n_control = len(head) - len(head.translate(None, CONTROL))
     if n_control > len(head) / 50:
         return (
@@ -226,10 +193,6 @@ def why_not_text(head: bytes) -> str | None:
             "name a chat in UTF-8 (UTF-16 without a mark looks like this, too: save it in UTF-8)"
         )
     return None
-
-
-def _starts_with(head: bytes, names: dict[bytes, str]) -> str | None:
-    return next((name for mark, name in names.items() if head.startswith(mark)), None)
 
 
 def _text_format(text: str) -> str:

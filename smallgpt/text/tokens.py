@@ -8,7 +8,6 @@ what is made of the tokens.
 import contextlib
 import functools
 import glob
-import hashlib
 import json
 import multiprocessing
 import os
@@ -163,8 +162,14 @@ def find_sources(path: Any, cache: Path) -> list[Source]:
             raise UserError(f"data.path: the weight in {str(entry)!r} must be a positive number")
         for file in expand(pattern):
             weights[file] = weight
-    hashes = hash_files(list(weights), cache / "index.json")
-    return [Source(file, weight, hashes[file], sniff(file)) for file, weight in weights.items()]
+    forms = {file: sniff(file) for file in weights}  # UserError names a file that cannot be read
+    hashes = files.hash_files(weights, cache / "index.json")
+    sources = []
+    for file, weight in weights.items():
+        if not hashes.get(file):
+            raise UserError(f"data.path: cannot read {file} to its end")
+        sources.append(Source(file, weight, hashes[file], forms[file]))
+    return sources
 
 
 def split_weight(entry: str) -> tuple[str, float]:
@@ -186,28 +191,6 @@ def expand(pattern: str) -> list[Path]:
             f"data.path: no file at {pattern!r} (write FOLDER/* for the files of a folder)"
         )
     return paths
-
-
-def hash_files(paths: list[Path], index_file: Path) -> dict[Path, str]:
-    """The sha256 of each file. A file of known size and time is not read again."""
-    index = files.read_json(index_file)  # path -> [size, time, hash]
-    if not isinstance(index, dict):
-        index = {}
-    hashes = {}
-    for path in paths:
-        status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        known = index.get(str(path))
-        if not isinstance(known, list) or len(known) != 3 or known[:2] != stamp:
-            try:
-                with open(path, "rb") as stream:
-                    known = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
-            except OSError as problem:
-                raise UserError(f"data.path: cannot read {path}: {problem}") from problem
-        index[str(path)] = known
-        hashes[path] = known[2]
-    files.write_atomic(index_file, json.dumps(index, indent=1))
-    return hashes
 
 
 # -- which tokenizer -------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Several processes: the numbers are those of one, whatever the launcher, and no process is left waiting."""
+"""Several processes: the numbers are those of one, whatever the launcher, and no process is left
+waiting."""
 
 import json
 import os
@@ -77,7 +78,8 @@ def test_torchrun_gives_the_losses_of_one_process(out, alone, tiny):
     "kind, changes, rel",
     [
         ("float32", {}, 1e-5),
-        # five Newton-Schulz steps in bfloat16 turn a difference in the last bit of a gradient into one of 1e-3
+        # five Newton-Schulz steps in bfloat16 turn a difference in the last bit of a gradient into
+        # one of 1e-3
         ("muon", {"optim__name": "muon"}, 1e-2),
     ],
 )
@@ -161,7 +163,7 @@ def test_ctrl_c_on_torchrun_saves(out, tiny):
     assert steps(folder) == [max(losses(folder, "train"))]
 
 
-# --- when something goes wrong, all stop ------------------------------------------------------------------------------
+# --- when something goes wrong, all stop ----------------------------------------------------------
 
 
 def one_message(results: list[Result]) -> str:
@@ -217,7 +219,8 @@ def test_a_mistake_on_one_machine_only_is_said_too(out, tiny, start):
 
 @pytest.mark.parametrize("differs", ["out_dir", "data.path"])
 def test_machines_that_see_different_files_are_told(out, tiny, run, start, chat_file, differs):
-    """Each machine has a disk of its own: on resuming, the second one sees no checkpoint, or another corpus."""
+    """Each machine has a disk of its own: on resuming, the second one sees no checkpoint, or
+    another corpus."""
     args = [*tiny(out, run="mine"), "max_steps=8"]
     if differs == "out_dir":
         assert run("train", [*args, "max_steps=4"]).status == 0
@@ -240,7 +243,8 @@ def test_machines_that_see_different_files_are_told(out, tiny, run, start, chat_
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_all(out, tiny, start_ranks):
-    """Only the main process fails to make the folder; the others must not wait in a collective for it."""
+    """Only the main process fails to make the folder; the others must not wait in a collective for
+    it."""
     (out / "full").mkdir()
     (out / "full" / ".step-00000004.tmp").write_text("in the way", encoding="utf-8")
     message = one_message(end_of_group(start_ranks(2, tiny(out, run="full"))))

@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_older_ones(saved, monkeypatch):
         assert checkpoint.find(saved).step == 3
 
 
-# --- through train.py -------------------------------------------------------------------------------------------------
+# --- through train.py -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,8 @@ def test_train_falls_back_and_says_so(copy, trained, run, spoil):
 
 
 def test_when_the_best_checkpoint_is_lost_the_best_of_the_others_is_named(copy, run, trained):
-    """The newest step was the best one and damaged: the run went on, and `best` named what the step had become."""
+    """The newest step was the best one and damaged: the run went on, and `best` named what the step
+    had become."""
     folder, args = copy
     records = [
         json.loads(line)
@@ -307,7 +308,8 @@ def test_going_back_in_the_same_run_is_refused(copy, run):
 
 
 def test_a_full_disk_while_training(copy, run):
-    """No file may grow beyond 40 kB: the first checkpoint that does not fit ends the run, the older ones stay."""
+    """No file may grow beyond 40 kB: the first checkpoint that does not fit ends the run, the older
+    ones stay."""
     folder, args = copy
     message = mistake(run("train", [*args, "max_steps=20"], file_size=40_000))
     assert "could not save" in message and "step-00000016" in message
@@ -336,7 +338,8 @@ class Payload:
 @pytest.mark.parametrize("which", ["model.safetensors", "state"])
 @pytest.mark.parametrize("script", ["chat", "train"])
 def test_a_pickle_is_refused_and_never_run(copy, run, tmp_path, script, which):
-    """Someone else's run folder, a pickle in place of the weights, and a meta.json that agrees with it."""
+    """Someone else's run folder, a pickle in place of the weights, and a meta.json that agrees with
+    it."""
     folder, args = copy
     for step in folder.glob("step-*"):
         name = (

@@ -82,7 +82,8 @@ def test_the_shares_of_all_ranks_are_the_batch(n, size):
 
 
 def test_tokens_left_out_close_up_and_the_first_and_the_separator_stay():
-    """Token 1 begins each text, 9 separates, 0 is padding; the others count up, so their order can be seen."""
+    """Token 1 begins each text, 9 separates, 0 is padding; the others count up, so their order can
+    be seen."""
     torch.manual_seed(0)
     lengths = torch.tensor([40, 3, 1, 40])
     idx = torch.where(torch.arange(40) < lengths[:, None], torch.arange(40) + 10, 0)
@@ -161,7 +162,8 @@ def test_a_pair_keeps_both_sides(tok, a, b, block, kept_a, kept_b):
 
 
 def test_the_first_word_is_the_token_that_it_is_later_on(tok):
-    """BPE joins the space before a word to it, so a text's first word was another token, rarer or in pieces."""
+    """BPE joins the space before a word to it, so a text's first word was another token, rarer or
+    in pieces."""
     bpe = train(
         TokenizerSettings("bpe", vocab_size=300),
         ["the good film and the good plot are so good"] * 9,

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from smallgpt.console import UserError
+from smallgpt.files import hash_files
 from smallgpt.parallel.world import World
 from smallgpt.sentiment import leaks
 from smallgpt.sentiment.leaks import HeldOut, training_texts
@@ -360,12 +361,12 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path, monkeypatch):
     source = corpus(tmp_path / "a.txt", ENGLISH)
     index = tmp_path / "cache" / "sha256.json"
     path = tmp_path / "a.txt"
-    assert leaks.hash_files([path], index) == {path: source["sha256"]}
+    assert hash_files([path], index) == {path: source["sha256"]}
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
-    assert leaks.hash_files([path, tmp_path / "none"], index) == {path: source["sha256"]}
+    assert hash_files([path, tmp_path / "none"], index) == {path: source["sha256"]}
     monkeypatch.undo()
     changed = corpus(path, OTHER)
-    assert leaks.hash_files([path], index) == {path: changed["sha256"]}
+    assert hash_files([path], index) == {path: changed["sha256"]}
     assert json.loads(index.read_text(encoding="utf-8"))[str(path)][2] == changed["sha256"]
 
 

@@ -400,7 +400,7 @@ def test_parquet(tmp_path, name):
 
 def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
     path = tmp_path / "x.csv"
-    path.write_bytes(b"PAR1" + bytes(range(256)) * 20 + b"PAR1")
+    path.write_bytes(b"PAR1\x15" + bytes(range(256)) * 20 + b"PAR1")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pyarrow", None)
         assert "is a Parquet file: pip install pyarrow" in refused(path)
@@ -418,13 +418,13 @@ def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "magic, what",
     [
-        (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Office file: save the sheet as CSV"),
-        (b"%PDF-1.7\n", "a PDF"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "an Office document: save its table as CSV"),
+        (b"%PDF-1.7\n", "a PDF document: save its table as CSV"),
         (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it"),
-        (b"Rar!\x1a\x07", "a RAR archive: unpack it"),
-        (b"BZh91AY", "packed with bzip2: unpack it"),
-        (b"\xfd7zXZ\0", "packed with xz: unpack it"),
-        (b"\x28\xb5\x2f\xfd", "packed with zstd: unpack it"),
+        (b"Rar!\x1a\x07", "a rar archive: unpack it"),
+        (b"BZh91AY", "compressed with bzip2: unpack it"),
+        (b"\xfd7zXZ\0", "compressed with xz: unpack it"),
+        (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it"),
     ],
 )
 def test_other_formats_are_named(tmp_path, magic, what):

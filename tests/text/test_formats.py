@@ -436,6 +436,6 @@ def test_parquet_that_cannot_be_read(tmp_path):
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    path = saved(tmp_path / "a.parquet", b"PAR1...PAR1")
+    path = saved(tmp_path / "a.parquet", b"PAR1\x15...PAR1")
     with pytest.raises(UserError, match="a.parquet is Parquet, .*: pip install pyarrow"):
         list(read(path))
