@@ -1,7 +1,9 @@
 """Loss curves of one or several runs of train.py, in the terminal and as a picture.
 
-python scripts/curves.py checkpoints/a
-python scripts/curves.py checkpoints/a checkpoints/b x=tokens out=both.png
+    python scripts/curves.py checkpoints/a
+    python scripts/curves.py checkpoints/a checkpoints/b x=tokens out=both.png
+
+The picture is curve.png in the folder of the first run, unless out= names another.
 """
 
 import shutil
@@ -64,9 +66,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     runs = []
     others = []
     for word in words:
-        key, equals, _ = word.partition("=")
-        is_setting = equals and "/" not in key and "\\" not in key
-        is_run = not is_setting and not word.startswith("-")
+        is_run = not settings.is_setting(word) and not word.startswith("-")
         if is_run:
             runs.append(word)
         else:
