@@ -54,8 +54,8 @@ def main() -> None:
     high = losses.max()
     print(f"loss in nats per token, {TRAIN} train, {VAL} val\n")
     for run, curve in curves.items():
-        print(f"{run}: {best(curve)}")
-        print(text_chart(curve, s.x, low, high))
+        chart = text_chart(curve, s.x, low, high)
+        print(f"{run}: {best(curve)}\n{chart}")
     out = Path(s.out) if s.out else folders[0] / "curve.png"
     draw(curves, s.x, out)
     print(f"wrote {out}")
@@ -66,11 +66,10 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     runs = []
     others = []
     for word in words:
-        is_run = not settings.is_setting(word) and not word.startswith("-")
-        if is_run:
-            runs.append(word)
-        else:
+        if settings.is_setting(word) or word.startswith("-"):
             others.append(word)
+        else:
+            runs.append(word)
     return runs, others
 
 
@@ -107,22 +106,21 @@ def text_chart(curve: pd.DataFrame, x: str, low: float, high: float) -> str:
     last = f"{curve[x].max():,}"
     label = max(len(last), len(x))
     head = f"{x:>{label}}  {'train':>6}  {'val':>6}  "
-    room = shutil.get_terminal_size().columns - len(head) - 1
+    terminal = shutil.get_terminal_size()
+    room = terminal.columns - len(head) - 1
     width = max(12, min(room, 60))
     lines = [f"{head}{low:<6.2f}{high:>{width - 6}.2f}"]
-    height = max(high - low, 1e-9)
+    span = max(high - low, 1e-9)
     parts = pd.cut(curve[x], ROWS)
     for _, part in curve.groupby(parts, observed=True):
         at = f"{part[x].max():,}"
-        train_losses = of_split(part, "train")["loss"]
-        val_losses = of_split(part, "val")["loss"]
-        train = train_losses.mean()
-        val = val_losses[-1:].mean()  # nan where there is none
+        train = of_split(part, "train")["loss"].mean()
+        val = of_split(part, "val")["loss"][-1:].mean()
         row = [" "] * width
         for loss, mark in ((train, TRAIN), (val, VAL)):
             if np.isnan(loss):
                 continue
-            fraction = (loss - low) / height
+            fraction = (loss - low) / span
             column = round(fraction * (width - 1))
             row[column] = mark
         marks = "".join(row)
