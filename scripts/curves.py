@@ -1,7 +1,9 @@
 """Loss curves of one or several runs of train.py, in the terminal and as a picture.
 
-python scripts/curves.py checkpoints/a
-python scripts/curves.py checkpoints/a checkpoints/b x=tokens out=both.png
+    python scripts/curves.py checkpoints/a
+    python scripts/curves.py checkpoints/a checkpoints/b x=tokens out=both.png
+
+The picture is curve.png in the folder of the first run, unless out= names another.
 """
 
 import shutil

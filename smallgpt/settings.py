@@ -285,7 +285,8 @@ def _find(keys: Keys, name: str) -> Key:
             return Key(name, key.value, item, key.item_hint)
     *_, last = name.split(".")
     namesakes = [key.name for key in keys.values() if key.field == last]  # lr -> optim.lr
-    (near,) = get_close_matches(name, namesakes or keys, n=1, cutoff=0.0)
+    candidates = namesakes or keys
+    (near,) = get_close_matches(name, candidates, n=1, cutoff=0.0)
     raise ValueError(f"unknown key {name}; did you mean {near}? (--help lists every key)")
 
 

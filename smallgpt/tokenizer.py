@@ -81,7 +81,8 @@ class Tokenizer:
         specials: dict[str, int],
         lowercase: bool = False,
     ) -> None:
-        n_ordinary = max([len(ranks), *(id + 1 for id in specials.values())])
+        last_special = max(specials.values(), default=-1)
+        n_ordinary = max(len(ranks), last_special + 1)
         ours = {name: n_ordinary + i for i, name in enumerate(SPECIALS)}
         specials = ours | specials
         names = {id: name for name, id in specials.items()}
@@ -109,7 +110,8 @@ class Tokenizer:
             self._content["lowercase"] = True
         self.hash = _hash(self._content)
         # Dictionaries: a negative id (an ignored target) is a KeyError, not the last token.
-        self._spelled = dict.fromkeys(range(self.vocab_size), b"") | dict(enumerate(ranks))
+        self._spelled = dict.fromkeys(range(self.vocab_size), b"")
+        self._spelled |= enumerate(ranks)
         self._named = self._spelled | {id: name.encode("utf-8") for id, name in names.items()}
 
     def encode(self, text: str) -> list[int]:
@@ -320,8 +322,10 @@ def _is_lossless(ranks: Sequence[bytes], ids: dict[bytes, int], specials: dict[s
     n_used = len(ranks) - ranks.count(b"")
     special_ids = set(specials.values())
     spellings_differ = len(ids) == n_used
-    ids_differ = len(special_ids) == len(specials) and special_ids.isdisjoint(ids.values())
-    return spellings_differ and ids_differ and ids.keys() >= set(BYTES)
+    specials_differ = len(special_ids) == len(specials)
+    ids_differ = specials_differ and special_ids.isdisjoint(ids.values())
+    has_bytes = ids.keys() >= set(BYTES)
+    return spellings_differ and ids_differ and has_bytes
 
 
 def _hash(content: dict) -> str:

@@ -109,7 +109,8 @@ class Corpus:
         # an epoch draws weight * n_blocks blocks of each source
         self._n_blocks = [max(1, len(train) // block_size) for train in self._train]
         wanted = np.array(train_weights) * self._n_blocks
-        self._draws = wanted.round().astype(np.int64).clip(min=1)
+        rounded = wanted.round().astype(np.int64)
+        self._draws = rounded.clip(min=1)
         self._draws_end = self._draws.cumsum()  # of each source among those of an epoch
         self.blocks_per_epoch = int(self._draws_end[-1])
 
@@ -218,7 +219,8 @@ class Corpus:
         from model import IGNORE
 
         targets = y[y != IGNORE].cpu().numpy()
-        return int(self._bytes[targets].sum())
+        lengths = self._bytes[targets]
+        return int(lengths.sum())
 
     def _inputs_and_targets(self, rows: np.ndarray) -> "tuple[Tensor, Tensor]":
         """(K, block_size + 1) -> x, y. The start of a dialogue is no target of the one before."""
