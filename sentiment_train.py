@@ -7,7 +7,7 @@
         data.text_column=review data.label_column=stars
 
 The same command again continues an interrupted run. The validation split chooses the checkpoint;
-the test split is read once, at the end, into checkpoints/<run>/report.md. Any setting can be
+the test split is scored after training, into checkpoints/<run>/report.md. Any setting can be
 changed as key=value, e.g. mask=false.
 """
 
@@ -310,7 +310,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
         max_steps = s.max_steps or max(1, round(s.epochs * steps_per_epoch))
         eval_every = s.eval_every or steps_per_epoch
         trainable = freeze.count_trainable(model)
-        run.describe(
+        run.begin(
             max_steps,
             {
                 "model": describe_model(s, model, trunk, trainable),

@@ -190,7 +190,7 @@ def train(s: TrainSettings, world: World, spread: Callable[..., Single] = build)
             f"{device.type}, {strategy.name}; {hardware.name_of(dtype)}: {why_dtype}; "
             f"torch.compile {'on' if compiled else 'off'}: {why_compiled}"
         )
-        run.describe(
+        run.begin(
             s.max_steps,
             {
                 "model": model_line,

@@ -249,7 +249,7 @@ def imported_modules(path: Path) -> set[str]:
 
 def imported_packages(*patterns: str) -> set[str]:
     """The packages from elsewhere that files import, by the names that pip knows."""
-    own = {"smallgpt", "scripts"}
+    own = {"smallgpt", "scripts", "bench"}
     for pattern in ("*.py", "bench/*.py", "tests/*.py"):
         own |= {path.stem for path in ROOT.glob(pattern)}
     modules = set()

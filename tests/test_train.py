@@ -117,6 +117,17 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(finished, run):
     assert "continuing from step 62 of 64" in run("train", [*elsewhere, "max_steps=64"]).out
 
 
+def test_the_settings_of_a_finished_run_stay(tmp_path, tiny, run):
+    """Regression: the same command with another learning rate trained nothing, and config.yaml
+    then named a rate that the weights never saw."""
+    args = tiny(tmp_path, run="r", max_steps=2)
+    assert run("train", args).status == 0
+    config = (tmp_path / "r" / "config.yaml").read_bytes()
+    again = run("train", [*args, "optim.lr=0.5"])
+    assert again.status == 0 and "finished: nothing is left to train" in again.out
+    assert (tmp_path / "r" / "config.yaml").read_bytes() == config
+
+
 def test_fewer_steps_than_a_run_has(tmp_path, tiny, start):
     """max_steps=2 for a run at step 3 went on training for ever."""
     args = tiny(tmp_path, run="r", save_every=1)

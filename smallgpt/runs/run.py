@@ -6,6 +6,7 @@ The loop calls the run, the run never calls the loop:
         run.identify(facts)                   # data, tokenizer, shape: is it the same run?
         ...                                   # model, strategy, optimizers
         run.resume(strategy, optimizers)
+        run.begin(max_steps, {...})           # config.yaml; what is about to happen
         for step in run.steps(max_steps, save_every):
             if run.due(eval_every):
                 run.evaluated(...)            # logs it; saves and names the best
@@ -134,7 +135,7 @@ class Run:
 
     def resume(self, strategy: Single, optimizers: list[Optimizer]) -> None:
         """Put the state of the checkpoint to continue from into model and optimizers, if there is
-        one; write config.yaml and tokenizer.json."""
+        one."""
         self.strategy = strategy
         self.optimizers = optimizers
         if self.found:
@@ -143,19 +144,24 @@ class Run:
             if self.found.meta["scaler"]:  # empty where that run needed none
                 strategy.scaler.load_state_dict(self.found.meta["scaler"])
         self.forget_lost()
+
+    def begin(self, max_steps: int, lines: dict[str, str]) -> None:
+        """Write config.yaml and tokenizer.json, and say what is about to happen, a line each:
+        {"model": "5.1M parameters", ...}.
+
+        The settings of a finished run stay what they were: these trained nothing."""
+        finished = self.step >= max_steps
+        plan = f"{max_steps} steps"
+        if self.step:
+            plan = f"continuing from step {self.step} of {max_steps}"
+        if finished:
+            plan += ", finished: nothing is left to train"
         if self.world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            settings.write(self.s, self.folder / "config.yaml")
             self.facts.tokenizer.save(self.folder / "tokenizer.json")
-
-    def describe(self, max_steps: int, lines: dict[str, str]) -> None:
-        """Say what is about to happen, a line each: {"model": "5.1M parameters", ...}."""
-        going_on = f"continuing from step {self.step} of {max_steps}"
-        lines = {
-            "run": f"{self.folder}: {going_on if self.step else f'{max_steps} steps'}",
-            **lines,
-        }
-        for name, text in lines.items():
+            if not finished or not (self.folder / "config.yaml").exists():
+                settings.write(self.s, self.folder / "config.yaml")
+        for name, text in {"run": f"{self.folder}: {plan}", **lines}.items():
             self.say(f"{name:<8} {text}")
 
     # --- the loop ---------------------------------------------------------------------------------

