@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from helpers import (
     steps,
     wait_for,
 )
+from smallgpt.console import UserError
+from smallgpt.parallel import world
 
 
 def same_losses(a: Path, b: Path, rel: float, at_least: int = 10) -> None:
@@ -187,6 +190,58 @@ def test_mistakes_are_said_once(out, tiny, run_ranks):
     )
     message = one_message(run_ranks(2, tiny(out, run="x", batch_tokens=32)))
     assert "multiple of model.block_size=32 x 2 process(es) = 64, for example 64" in message
+
+
+@pytest.fixture
+def by_hand(monkeypatch) -> dict[str, str]:
+    """The variables of torchrun, set by hand."""
+    env = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return env
+
+
+def test_a_port_in_use_is_one_sentence(by_hand):
+    """Regression: it was a traceback of torch, a DistNetworkError."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(by_hand["MASTER_PORT"])))
+        other.listen()
+        with pytest.raises(UserError) as error, world.start("cpu"):
+            pass
+    where = f"127.0.0.1:{by_hand['MASTER_PORT']}"
+    assert str(error.value).startswith(f"the processes cannot meet at {where} (address already")
+    assert "MASTER_PORT" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_a_variable_that_is_no_number_is_named(by_hand, monkeypatch, name):
+    """Regression: RANK=$SLURM_PROCID outside Slurm was a ValueError of int()."""
+    for value in ("", "x", "-1"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"{name}={value} is no number"), world.start("cpu"):
+            pass
+
+
+def test_nohup_keeps_a_run_going():
+    """Regression: a run behind nohup stopped when its SSH session ended, for SIGHUP was taken."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with world.StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.signal
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with world.StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def end_of_group(processes) -> list[Result]:
