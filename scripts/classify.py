@@ -39,6 +39,7 @@ from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sentiment.batches import collate, encode_text, length_batches
+from smallgpt.text import formats
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.pretrained import open_model
 
@@ -241,10 +242,16 @@ def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
     for mark, kind in NO_TEXT.items():
         if head.startswith(mark):
             raise UserError(f"{name} is {kind}: {fix}")
-    encoding = "utf-16" if head.startswith(UTF16) else "utf-8"
-    if encoding == "utf-8" and head.count(0) > len(head) / 50:
-        raise UserError(f"{name} is no text in UTF-8, it has NUL bytes: {fix}")
-    return io.TextIOWrapper(raw, encoding, errors="replace", newline="\n")
+    if head.startswith(UTF16):
+        return io.TextIOWrapper(raw, "utf-16", errors="replace", newline="\n")
+    n_control = len(head) - len(head.translate(None, formats.CONTROL))
+    most = len(head) / 50
+    if head.count(0) > most or n_control > max(20, most):  # a short text may hold a few
+        raise UserError(f"{name} is no text in UTF-8, it has control characters: {fix}")
+    kind = formats.text_format(head.decode("utf-8-sig", "replace"))
+    if kind != formats.TEXT:
+        raise UserError(f"{name} is {kind}: {fix}")
+    return io.TextIOWrapper(raw, "utf-8", errors="replace", newline="\n")
 
 
 # --- scoring texts --------------------------------------------------------------------------------

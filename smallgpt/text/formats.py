@@ -195,7 +195,7 @@ def sniff(path: Path) -> Format:
     problem = why_not_text(head)
     if problem:
         raise UserError(f"{path} {problem}")
-    return Format(_text_format(head.decode("utf-8-sig", "replace")), gzipped)
+    return Format(text_format(head.decode("utf-8-sig", "replace")), gzipped)
 
 
 def misnamed(path: Path, form: Format) -> bool:
@@ -232,7 +232,7 @@ def _starts_with(head: bytes, names: dict[bytes, str]) -> str | None:
     return next((name for mark, name in names.items() if head.startswith(mark)), None)
 
 
-def _text_format(text: str) -> str:
+def text_format(text: str) -> str:
     """TEXT, JSON_LINES or JSON, from the beginning of a file."""
     text = text.strip()
     if _is_document(text):
