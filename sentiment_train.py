@@ -376,7 +376,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
             run.say(f"\n{text}")
             run.say(
                 f"the report, its pictures and predictions.csv are in {run.folder}; "
-                f"to use it: python scripts/classify.py {run.folder} TEXT"
+                f"to use it: python scripts/classify.py {console.shell_word(run.folder)} TEXT"
             )
         return 0
 

@@ -243,7 +243,7 @@ def train(s: TrainSettings, world: World, spread: Callable[..., Single] = build)
         if run.status == 0:
             run.say(
                 f"finished {run.step} steps, best validation loss {run.best_loss:.4f}; "
-                f"to talk to it: python chat.py {run.folder}"
+                f"to talk to it: python chat.py {console.shell_word(run.folder)}"
             )
         return run.status
 

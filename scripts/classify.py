@@ -39,6 +39,7 @@ from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sentiment.batches import collate, encode_text, length_batches
 from smallgpt.settings import Device
+from smallgpt.text import formats
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.pretrained import open_model
 
@@ -239,11 +240,16 @@ def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
     encoding = files.marked_encoding(head)
     if encoding == "utf-32":
         raise UserError(f"{name} is text in UTF-32: {fix}")
-    if encoding != "utf-16":
-        encoding = "utf-8"  # read_lines takes its mark away
-    if encoding == "utf-8" and head.count(0) > len(head) / 50:
-        raise UserError(f"{name} is no text in UTF-8, it has NUL bytes: {fix}")
-    return io.TextIOWrapper(raw, encoding, errors="replace", newline="\n")
+    if encoding == "utf-16":
+        return io.TextIOWrapper(raw, "utf-16", errors="replace", newline="\n")
+    n_control = len(head) - len(head.translate(None, formats.CONTROL))
+    most = len(head) / 50
+    if head.count(0) > most or n_control > max(20, most):  # a short text may hold a few
+        raise UserError(f"{name} is no text in UTF-8, it has control characters: {fix}")
+    form = formats.text_format(head.decode("utf-8-sig", "replace"))
+    if form != formats.TEXT:
+        raise UserError(f"{name} is {form}: {fix}")
+    return io.TextIOWrapper(raw, "utf-8", errors="replace", newline="\n")  # its mark goes later
 
 
 # --- scoring texts --------------------------------------------------------------------------------

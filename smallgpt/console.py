@@ -2,9 +2,11 @@
 
 import io
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -60,6 +62,14 @@ def report(sentence: str) -> None:
         return
     time.sleep(2)  # mostly all ranks fail alike: rank 0 says so, and torchrun ends this one
     print(f"(process {rank}: {sentence})", file=sys.stderr)
+
+
+def shell_word(path: str | Path) -> str:
+    """A path as it is typed into a shell: in quotes if it holds a space or a sign of the shell."""
+    text = str(path)
+    if os.name == "nt":
+        return f'"{text}"' if " " in text else text
+    return shlex.quote(text)
 
 
 def open_stdin() -> io.TextIOBase:

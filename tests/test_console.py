@@ -134,3 +134,14 @@ def test_a_closed_pipe_is_quiet():
     done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="another shell")
+@pytest.mark.parametrize("path", ["checkpoints/exp", "exp #2", "a'b $x", "高 (1)", "~$book"])
+def test_a_path_in_a_command_can_be_pasted(path):
+    """Regression: "python chat.py checkpoints/exp #2", pasted as it was printed, talked to exp."""
+    word = console.shell_word(path)
+    assert (
+        subprocess.check_output(["sh", "-c", f"printf %s {word} TEXT"]) == path.encode() + b"TEXT"
+    )
+    assert console.shell_word("checkpoints/exp") == "checkpoints/exp"

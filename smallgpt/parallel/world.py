@@ -64,6 +64,9 @@ def start(device: str) -> Iterator[World]:
     missing = [name for name in wanted if name not in os.environ]
     if missing:
         raise UserError(f"RANK is set but {', '.join(missing)} is not: start it with torchrun")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise UserError(f"{name}={os.environ[name]} is no number: start it with torchrun")
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(device))
     join_group(world.device)
     if world.sum(1.0) != [world.size]:  # a wrong network set-up shows here, not in the middle
@@ -87,16 +90,32 @@ def device_of_rank(device: str) -> torch.device:
 
 
 def join_group(device: torch.device) -> None:
+    """Meet the other processes at MASTER_ADDR:MASTER_PORT, where rank 0 listens."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a device id was set on the line above
-        torch.distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=30),
-            device_id=device if on_gpu else None,
-        )
+        try:
+            torch.distributed.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                timeout=timedelta(minutes=30),
+                device_id=device if on_gpu else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(why_not_joined(error)) from error
+
+
+def why_not_joined(error: Exception) -> str:
+    """What init_process_group met, in one sentence: mostly a port that another program has."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    _, _, reason = str(error).rpartition("message: ")  # of the socket, where it is one's
+    first_line = reason.partition("\n")[0].rstrip(".")
+    return (
+        f"the processes cannot meet at {where} ({first_line}): name the machine of rank 0 in "
+        "MASTER_ADDR (torchrun --master_addr) and a free port of it in MASTER_PORT "
+        "(torchrun --master_port)"
+    )
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -80,7 +80,7 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
     They are kept in `cache`, and made again where they are damaged."""
     kept_file = cache / f"baselines-{reviews.fingerprint}.json"
     kept = read_json(kept_file)
-    if isinstance(kept, dict) and kept:
+    if are_scores(kept):
         return kept
     index = {label: i for i, label in enumerate(reviews.labels)}
     train = reviews.splits["train"]
@@ -99,6 +99,14 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
     cache.mkdir(parents=True, exist_ok=True)
     write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
     return found
+
+
+def are_scores(kept: Any) -> bool:
+    """Whether a file of the cache holds what `baselines` writes."""
+    if not isinstance(kept, dict) or not kept:
+        return False
+    wanted = {"accuracy", "macro_f1"}
+    return all(isinstance(scores, dict) and wanted <= scores.keys() for scores in kept.values())
 
 
 def texts_of(examples: list[Example]) -> list[str]:

@@ -164,7 +164,7 @@ def sniff(path: Path) -> Format:
     problem = why_not_text(kind, head)
     if problem:
         raise UserError(f"{path} {problem}")
-    return Format(_text_format(head.decode("utf-8-sig", "replace")), gzipped)
+    return Format(text_format(head.decode("utf-8-sig", "replace")), gzipped)
 
 
 def misnamed(path: Path, form: Format) -> bool:
@@ -195,7 +195,7 @@ def why_not_text(kind: files.Kind, head: bytes) -> str | None:
     return None
 
 
-def _text_format(text: str) -> str:
+def text_format(text: str) -> str:
     """TEXT, JSON_LINES or JSON, from the beginning of a file."""
     text = text.strip()
     if _is_document(text):

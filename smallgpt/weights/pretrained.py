@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from smallgpt.console import UserError
+from smallgpt.console import UserError, shell_word
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer
@@ -58,8 +58,8 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
     found = checkpoint.required(path)
     if "head" in found.meta:
         raise UserError(
-            f"{path} is a classifier: use it with python scripts/classify.py {path} TEXT, or as a "
-            "trunk"
+            f"{path} is a classifier: use it with "
+            f"python scripts/classify.py {shell_word(path)} TEXT, or as a trunk"
         )
     tokenizer = checkpoint.tokenizer_of(found)
     model = GPT(checkpoint.model_config(found.meta["model"], found.path))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ from helpers import (
     steps,
     wait_for,
 )
-from smallgpt.parallel.world import StopRequest
+from smallgpt.console import UserError
+from smallgpt.parallel import world
 
 
 def same_losses(a: Path, b: Path, rel: float, at_least: int = 10) -> None:
@@ -191,6 +193,58 @@ def test_mistakes_are_said_once(out, tiny, run_ranks):
     assert "multiple of model.block_size=32 x 2 process(es) = 64, for example 64" in message
 
 
+@pytest.fixture
+def by_hand(monkeypatch) -> dict[str, str]:
+    """The variables of torchrun, set by hand."""
+    env = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return env
+
+
+def test_a_port_in_use_is_one_sentence(by_hand):
+    """Regression: it was a traceback of torch, a DistNetworkError."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(by_hand["MASTER_PORT"])))
+        other.listen()
+        with pytest.raises(UserError) as error, world.start("cpu"):
+            pass
+    where = f"127.0.0.1:{by_hand['MASTER_PORT']}"
+    assert str(error.value).startswith(f"the processes cannot meet at {where} (address already")
+    assert "MASTER_PORT" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_a_variable_that_is_no_number_is_named(by_hand, monkeypatch, name):
+    """Regression: RANK=$SLURM_PROCID outside Slurm was a ValueError of int()."""
+    for value in ("", "x", "-1"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"{name}={value} is no number"), world.start("cpu"):
+            pass
+
+
+def test_nohup_keeps_a_run_going():
+    """Regression: a run behind nohup stopped when its SSH session ended, for SIGHUP was taken."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with world.StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.signal
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with world.StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def end_of_group(processes) -> list[Result]:
     """As torchrun does: when one process has failed, end the others; their results."""
     wait_for(lambda: not all(p.alive() for p in processes), "one of them to fail", timeout=20)
@@ -255,22 +309,3 @@ def test_a_full_disk_stops_all(out, tiny, start_ranks):
     results = end_of_group(start_ranks(2, tiny(out, run="fuller"), file_size=60_000))
     assert "could not save" in one_message(results)
     assert not list((out / "fuller").glob(".step*")) and steps(out / "fuller") == []
-
-
-def test_nohup_outlives_its_session():
-    """Regression: the handler of SIGHUP used to undo nohup, and closing the terminal ended the
-    run."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopRequest() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert not stop.signal
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.signal == signal.SIGTERM
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with StopRequest() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert stop.signal == signal.SIGHUP
-    finally:
-        signal.signal(signal.SIGHUP, before)

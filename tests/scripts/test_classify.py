@@ -284,6 +284,7 @@ def test_only_newlines_end_a_text(ask, tmp_path):
         (gzip.compress("房间\n很好\n".encode()), ["房间", "很好"]),
         (gzip.compress("房间\n很好\n".encode("utf-16")), ["房间", "很好"]),
         (b"PK is a word\nPAR1\n", ["PK is a word", "PAR1"]),
+        (b"oops\x08\n[laughs] good\n", ["oops\x08", "[laughs] good"]),
         (b"a stray \0" + 100 * b"x" + b"\n", ["a stray \0" + 100 * "x"]),
     ],
     ids=lambda value: "",
@@ -297,6 +298,9 @@ def test_the_lines_of_a_text(content, texts):
     [
         (b"PK\x03\x04\x14\0\0\0", "is a zip archive: save its texts in UTF-8"),
         (b"PAR1\x15\x04\x15", "is a Parquet file"),
+        (bytes(range(256)), "is no text in UTF-8"),
+        (b'{"text": "hi"}\n{"text": "ho"}\n', "is JSON Lines: save its texts in UTF-8"),
+        (b'[{"text": "hi"},\n{"text": "ho"}]\n', "is JSON: save its texts in UTF-8"),
         (b"\xfd7zXZ\0\0", "is compressed with xz"),
         (b"BZh91AY&SY\x94", "is compressed with bzip2"),
         (b"\x28\xb5\x2f\xfd\x24", "is compressed with zstd"),

@@ -294,6 +294,16 @@ def test_values_arrive_as_they_were_meant(sweep):
     assert found | {"optim.lr": s.optim.lr} == typed and s.run == run.name and s.mask is False
 
 
+def test_a_value_of_the_grid_is_what_was_typed(sweep):
+    """Regression: YAML made true of the column Yes, and cut the column "Label #1" at its #."""
+    titles = ["Yes", "007", "Label #1", "a=b"]
+    given = "grid.data.label_column=[Yes, 007, 'Label #1', a=b]"
+    folder = sweep(given, "set.trunk=/a/run #7", "seeds=[0]")
+    found = [keys_of(run) for run in folder.iterdir() if run.is_dir()]
+    assert sorted(keys["data.label_column"] for keys in found) == sorted(titles)
+    assert {keys["trunk"] for keys in found} == {"/a/run #7"}
+
+
 def test_runs_share_the_machine(sweep, stand_in, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)

@@ -122,13 +122,16 @@ def test_baselines_are_computed_once_for_all_runs_on_the_same_examples(tmp_path)
     found = report.baselines(data, cache)
     (kept,) = cache.iterdir()
     assert json.loads(kept.read_text(encoding="utf-8")) == found
-    kept.write_text('{"kept": {}}', encoding="utf-8")
-    assert report.baselines(data, cache) == {"kept": {}}
+    scores = {"kept": {"accuracy": 0.5, "macro_f1": 0.5}}
+    kept.write_text(json.dumps(scores), encoding="utf-8")
+    assert report.baselines(data, cache) == scores
     other = load(ReviewSettings(path=str(tmp_path / "english.csv"), split_seed=1))
     assert list(report.baselines(other, cache)) == list(found)
 
 
-@pytest.mark.parametrize("content", ["", '{"always good": {"accu', "\0" * 100, "[]", "7", "{}"])
+@pytest.mark.parametrize(
+    "content", ["", '{"always good": {"accu', "\0" * 100, "[]", "7", "{}", '{"a": 1}']
+)
 def test_damaged_baselines_are_made_again(content, tmp_path):
     """Regression: an emptied file in .cache/ was a JSONDecodeError after all the training."""
     data = made("english", tmp_path)
