@@ -129,6 +129,7 @@ def test_words_that_leave_and_forget(talk):
     assert talk("").out == ""
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_utf8_do_not_end_the_session(talk, model):
     done = subprocess.run(
         [sys.executable, str(ROOT / "chat.py"), str(model)],

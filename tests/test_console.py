@@ -78,6 +78,7 @@ def test_a_bug_shows_its_traceback(error):
         console.run(fail(error))
 
 
+@pytest.mark.slow
 def test_the_other_ranks_leave_the_message_to_rank_0(capsys, monkeypatch):
     """Under torchrun all ranks mostly fail alike: the others wait two seconds before they speak."""
     monkeypatch.setenv("RANK", "1")

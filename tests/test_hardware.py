@@ -10,6 +10,7 @@ import pytest
 from helpers import ENV, ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_a_large_tensor_takes_the_memory_of_the_last_one():
     """Each was mapped anew (the first few still are), page by page: a tenth of the time of a

@@ -403,6 +403,7 @@ def test_without_a_network_the_message_says_which_file_goes_where(monkeypatch):
 # -- real chat -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_real_chat_is_compressed_and_comes_back(kind):
     turns = []

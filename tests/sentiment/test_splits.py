@@ -504,6 +504,7 @@ def test_parts_of_texts_are_found_like_a_naive_search_finds_them():
     assert find_substrings({spaced("a b")}, {spaced("xa b"), spaced("a b")}) == set()
 
 
+@pytest.mark.slow
 def test_phrases_of_held_out_sentences_are_not_trained_on():
     """SST-2's training split holds phrases of its sentences: 4,868 of the 659 held-out ones."""
     r = real(*REAL["sst2"][0])

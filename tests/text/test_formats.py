@@ -68,6 +68,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_reading_memory_is_flat(tmp_path, name):
     """A novel, one paragraph a line, is a single dialogue; it must not be in memory at once."""
