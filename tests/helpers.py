@@ -135,6 +135,7 @@ def child(
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # tests that a shell began with & inherit an ignored one
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and those under nohup this one
     os.environ.update(env)
     sys.argv = [f"{script}.py", *argv]
     if (
