@@ -53,7 +53,7 @@ def main() -> int:
     if not stdin.isatty():
         return converse(chat, prompt="")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    precision = str(dtype).removeprefix("torch.")
+    precision = hardware.name_of(dtype)
     print(f"{found.path}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
     print("/help lists the commands.")
     line_editing()

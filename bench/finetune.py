@@ -83,7 +83,7 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
                 optimizer.zero_grad(set_to_none=True)
             float(loss)
 
-    return Contender(train, epochs * len(encoded.ids), str(dtype)[6:], False, why)
+    return Contender(train, epochs * len(encoded.ids), hardware.name_of(dtype), False, why)
 
 
 def hugging_face(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:

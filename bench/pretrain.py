@@ -81,7 +81,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
 
     return Contender(
         **rounds_of(step, args),
-        precision=str(dtype)[6:],
+        precision=hardware.name_of(dtype),
         compiled=True,
         why=f"{why}; as in a long run",
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, TINY, Result, Started, child, free_port, mistake
+from helpers import ENV, ROOT, TINY, Result, Started, child, group_variables, mistake
 from smallgpt import console
 
 HANDS = {"start", "start_ranks", "run_ranks"}  # fixtures that give running processes
@@ -99,7 +99,7 @@ def start_ranks(start) -> Callable[..., list[Started]]:
     script."""
 
     def start_ranks(size: int, argv: list[str], script: str = "train", **kw) -> list[Started]:
-        env = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env = group_variables(size)
         return [
             start(script, argv, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **kw)
             for r in range(size)

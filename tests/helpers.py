@@ -105,12 +105,29 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = 60) ->
         time.sleep(0.005)
 
 
+# what the folder of any run holds, beside its step folders
+RUN_FILES = {
+    "config.yaml",
+    "tokenizer.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "latest",
+    "best",
+    ".lock",
+}
+
+
 def drawn_seed() -> random.Random:
     """Moments that differ from run to run; the seed is printed where the test fails, and
     SMALLGPT_SEED sets it."""
     seed = int(os.environ.get("SMALLGPT_SEED", time.time_ns()))
     print(f"SMALLGPT_SEED={seed}")
     return random.Random(seed)
+
+
+def group_variables(size: int) -> dict[str, str]:
+    """What torchrun sets alike for all processes of a group on this machine."""
+    return {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def free_port() -> int:

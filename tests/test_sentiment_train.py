@@ -29,8 +29,9 @@ from torch import Tensor
 
 import sentiment_train
 from helpers import (
+    RUN_FILES,
     drawn_seed,
-    free_port,
+    group_variables,
     last_weights,
     losses,
     same_weights,
@@ -251,14 +252,7 @@ def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
         picture = (folder / f"{name}.png").read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
         assert struct.unpack(">I", picture[16:20])[0] == width
-    names = {
-        "config.yaml",
-        "tokenizer.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "latest",
-        "best",
-        ".lock",
+    names = RUN_FILES | {
         "result.json",
         "report.md",
         "predictions.csv",
@@ -984,12 +978,7 @@ def test_machines_that_see_different_files_are_told(fine, tmp_path, labelled, ru
         labelled.read_text(encoding="utf-8").replace("lovely", "awful"), encoding="utf-8"
     )
     elsewhere = {"out_dir": tmp_path / "elsewhere", "data.path": other}[differs]
-    env = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "LOCAL_RANK": "0",
-    }
+    env = {**group_variables(2), "LOCAL_RANK": "0"}
     argv = fine(tmp_path), [*fine(tmp_path), f"{differs}={elsewhere}"]
     processes = [
         start("sentiment_train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)

@@ -14,6 +14,7 @@ import torch
 import train
 from helpers import (
     ENV,
+    RUN_FILES,
     Result,
     command,
     drawn_seed,
@@ -56,16 +57,7 @@ def test_the_loss_falls_and_the_console_says_what_ran(finished):
 
 def test_run_folder(finished):
     folder, _, args = finished
-    names = {
-        "config.yaml",
-        "tokenizer.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "latest",
-        "best",
-        ".lock",
-    }
-    assert {p.name for p in folder.iterdir()} == names | {"step-00000050", "step-00000060"}
+    assert {p.name for p in folder.iterdir()} == RUN_FILES | {"step-00000050", "step-00000060"}
     assert (folder / "latest").read_text(encoding="utf-8") == "step-00000060\n"
     assert list((folder / "tensorboard").iterdir())
     step = folder / "step-00000060"

@@ -17,6 +17,7 @@ from helpers import (
     Result,
     command,
     free_port,
+    group_variables,
     losses,
     mistake,
     run_train,
@@ -196,13 +197,7 @@ def test_mistakes_are_said_once(out, tiny, run_ranks):
 @pytest.fixture
 def by_hand(monkeypatch) -> dict[str, str]:
     """The variables of torchrun, set by hand."""
-    env = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    env = {**group_variables(1), "RANK": "0", "LOCAL_RANK": "0"}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     return env
@@ -259,12 +254,7 @@ def end_of_group(processes) -> list[Result]:
 
 def test_a_mistake_on_one_machine_only_is_said_too(out, tiny, start):
     """The corpus was not copied to the second machine: its processes used to end without a word."""
-    env = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "LOCAL_RANK": "0",
-    }
+    env = {**group_variables(2), "LOCAL_RANK": "0"}
     good, bad = tiny(out, run="y"), tiny(out, run="y", data__path="/no/such/file.txt")
     processes = [start("train", a, env={**env, "RANK": str(r)}) for r, a in enumerate((good, bad))]
     results = end_of_group(processes)
@@ -282,12 +272,7 @@ def test_machines_that_see_different_files_are_told(out, tiny, run, start, chat_
     other.parent.mkdir(exist_ok=True)
     other.write_text(chat_file.read_text(encoding="utf-8") + "\none more\nchat\n", encoding="utf-8")
     elsewhere = {"out_dir": out / "elsewhere", "data.path": other}[differs]
-    env = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "LOCAL_RANK": "0",
-    }
+    env = {**group_variables(2), "LOCAL_RANK": "0"}
     argv = args, [*args, f"{differs}={elsewhere}"]
     processes = [start("train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)]
     message = one_message(end_of_group(processes))

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from labelled import read, refused
 
 from helpers import write_csv
 from scripts import data as data_script
@@ -35,17 +36,6 @@ from smallgpt.sentiment.sets import (
 from smallgpt.sentiment.splits import load
 
 ROWS = [(f"text {i}", "ab"[i % 2]) for i in range(50)]
-
-
-def read(**settings) -> sets.Splits:
-    return READERS[settings["set"]](SetFiles(ReviewSettings(**settings)))
-
-
-def refused(path: Path | str, **settings) -> str:
-    with pytest.raises(UserError) as error:
-        load(ReviewSettings(path=str(path), **settings))
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # ---- files and settings

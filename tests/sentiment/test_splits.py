@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from labelled import read, refused
 
 from helpers import DATA, write_csv
 from scripts import data as data_script
@@ -18,7 +19,7 @@ from smallgpt.console import UserError
 from smallgpt.files import unit_hash
 from smallgpt.sentiment import leaks
 from smallgpt.sentiment.leaks import training_texts
-from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
+from smallgpt.sentiment.sets import Example, ReviewSettings
 from smallgpt.sentiment.splits import SPLITS, Reviews, find_substrings, load, spaced
 
 WORDS = (
@@ -39,18 +40,6 @@ def loaded(path: Path, **settings) -> Reviews:
     s = ReviewSettings(path=str(path), **settings)
     assert s.check() == []
     return load(s)
-
-
-def read(**settings) -> Splits:
-    """What the reader of a set returns."""
-    return READERS[settings["set"]](SetFiles(ReviewSettings(**settings)))
-
-
-def refused(path: Path | str, **settings) -> str:
-    with pytest.raises(UserError) as error:
-        load(ReviewSettings(path=str(path), **settings))
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def texts(r: Reviews, split: str) -> list[str]:
