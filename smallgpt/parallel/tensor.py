@@ -11,9 +11,9 @@ block is not cut: in its norms, dropouts and sums. A rank then keeps a share of 
 for backward instead of all.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -29,23 +29,31 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from model import GPT, Attention, Block, Context, GPTClassifier, GPTConfig, KVCache
+from model import GPT, Attention, Block, Context, GPTClassifier, GPTConfig
+from smallgpt.console import UserError
 
 
-def problems(config: GPTConfig, tp: int, sequence: bool) -> list[str]:
-    """Why a model cannot be cut over tp ranks, in plain words; empty when it can."""
-    if tp == 1:
-        return ["mesh.sequence=true needs mesh.tp of at least 2"] if sequence else []
-    found = []
-    cut = {"n_head": config.n_head, f"the MLP of mlp={config.mlp}, hidden size": config.mlp_size}
-    if config.vocab_size:  # 0: not known yet
-        cut["vocab_size"] = config.vocab_size
-    for name, size in cut.items():
-        if size % tp:
-            found.append(f"{name}={size} is not divisible by mesh.tp={tp}")
-    if config.kv_heads % tp and tp % config.kv_heads:
-        found.append(f"neither of n_kv_head={config.kv_heads} and mesh.tp={tp} divides the other")
-    return found
+def check_cut(config: GPTConfig, tp: int) -> None:
+    """UserError if a model of this shape cannot be cut over tp ranks."""
+    reasons = why_uncut(config, tp)
+    if reasons:
+        fitting = [str(n) for n in range(1, config.n_head + 1) if not why_uncut(config, n)]
+        raise UserError(
+            f"mesh.tp={tp} cannot cut this model: {', '.join(reasons)}; "
+            f"what fits is mesh.tp={' or '.join(fitting)}"
+        )
+
+
+def why_uncut(config: GPTConfig, tp: int) -> list[str]:
+    """What of a model cannot be cut over tp ranks, in plain words; the vocabulary always can."""
+    reasons = []
+    if config.n_head % tp:
+        reasons.append(f"n_head={config.n_head} is no multiple of it")
+    elif config.kv_heads % tp and tp % config.kv_heads:
+        reasons.append(f"n_kv_head={config.kv_heads} is neither a multiple nor a divisor of it")
+    if config.mlp_size % tp:
+        reasons.append(f"the {config.mlp_size} hidden units of its MLP are no multiple of it")
+    return reasons
 
 
 def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -> None:
@@ -53,7 +61,7 @@ def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -
 
     Its parameters are new objects then: optimizers, activation checkpointing and fully_shard come
     after it. sequence: also cut the positions, between the matrices of a block."""
-    before = dict(model.named_parameters())
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
     gpt = model.gpt if isinstance(model, GPTClassifier) else model
     for block in gpt.blocks:
         cut_block(block, gpt.config, mesh, sequence)
@@ -65,13 +73,14 @@ def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -
     if gpt.wpe is not None:
         outer["wpe"] = Whole()
     parallelize_module(gpt, mesh, outer, src_data_rank=None)
-    if gpt.config.tie_weights:
-        gpt.lm_head.weight = gpt.wte.weight
+    gpt.tie()
     if isinstance(model, GPTClassifier):
         parallelize_module(model, mesh, {"head": Whole()})
+        model.head.register_forward_hook(own_memory)
     for name, p in model.named_parameters():
-        p.requires_grad_(before[name].requires_grad)
-        vars(p).update(vars(before[name]))
+        p.requires_grad_(trains[name])
+    # A whole tensor takes a collective for each axis it is cut along: torch would say so each time.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     gpt.__class__ = CutGPT
     gpt.mesh = mesh
     gpt.sequence = sequence
@@ -83,6 +92,12 @@ class Whole(SequenceParallel):
     def __init__(self):
         super().__init__(use_local_output=True)
         self.sequence_sharding = (Replicate(),)
+
+
+def own_memory(head: nn.Module, inputs: tuple, scores: Tensor) -> Tensor:
+    """A forward hook. A rank's part of a DTensor is a view, and of a model that gives out a view
+    FSDP warns."""
+    return scores.clone()
 
 
 def cut_block(block: Block, config: GPTConfig, mesh: DeviceMesh, sequence: bool) -> None:
@@ -188,7 +203,11 @@ class OwnDropout(nn.Dropout):
     @torch.compiler.disable
     def dropout(self, x: Tensor) -> Tensor:
         with own_draws(self.rank, x.device):
-            return super().forward(x)
+            local = super().forward(x.to_local())
+        shape, stride = x.shape, x.stride()  # of all positions, which the ranks may share unevenly
+        return DTensor.from_local(
+            local, x.device_mesh, x.placements, run_check=False, shape=shape, stride=stride
+        )
 
 
 class CutGPT(GPT):
@@ -205,18 +224,6 @@ class CutGPT(GPT):
         """This rank's share of the rows of a whole x, along dim; their number may be uneven."""
         whole = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[Shard(dim)])
-
-    def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache, of the heads of this rank."""
-        tp = self.mesh.size()
-        c = self.config
-        local_heads = replace(
-            c,
-            n_embd=c.n_embd // tp,
-            n_head=c.n_head // tp,
-            n_kv_head=max(1, c.kv_heads // tp),
-        )
-        return KVCache(local_heads, batch, self.wte.weight.dtype, self.wte.weight.device)
 
     def run_blocks(
         self,
@@ -246,4 +253,5 @@ class CutGPT(GPT):
         rows = self.share(h.flatten(0, 1), 0).to_local()
         row_targets = self.share(targets.flatten(), 0).to_local()
         part = super().loss(rows[None], row_targets[None])
-        return DTensor.from_local(part, self.mesh, [Partial()], run_check=False).full_tensor()
+        parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
+        return parts.full_tensor().clone()  # FSDP warns of views
