@@ -14,6 +14,7 @@ for backward instead of all.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -36,12 +37,14 @@ from smallgpt.console import UserError
 def check_cut(config: GPTConfig, tp: int) -> None:
     """UserError if a model of this shape cannot be cut over tp ranks."""
     reasons = why_uncut(config, tp)
-    if reasons:
-        fitting = [str(n) for n in range(1, config.n_head + 1) if not why_uncut(config, n)]
-        raise UserError(
-            f"mesh.tp={tp} cannot cut this model: {', '.join(reasons)}; "
-            f"what fits is mesh.tp={' or '.join(fitting)}"
-        )
+    if not reasons:
+        return
+    possible = range(1, config.n_head + 1)
+    fitting = [str(size) for size in possible if not why_uncut(config, size)]
+    raise UserError(
+        f"mesh.tp={tp} cannot cut this model: {', '.join(reasons)}; "
+        f"what fits is mesh.tp={' or '.join(fitting)}"
+    )
 
 
 def why_uncut(config: GPTConfig, tp: int) -> list[str]:
@@ -57,10 +60,11 @@ def why_uncut(config: GPTConfig, tp: int) -> list[str]:
 
 
 def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -> None:
-    """Cut a model that holds its weights, the same on every rank, in place over a mesh (tp).
+    """Cut the matrices of a model, in place, over a mesh of one axis. sequence: also the positions,
+    between the matrices of a block.
 
-    Its parameters are new objects then: optimizers, activation checkpointing and fully_shard come
-    after it. sequence: also cut the positions, between the matrices of a block."""
+    The model lies on the meta device, or has the same weights on every rank. Its parameters are new
+    objects afterwards: weights are set, optimizers made and FSDP applied then."""
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
     gpt = model.gpt if isinstance(model, GPTClassifier) else model
     for block in gpt.blocks:
@@ -79,9 +83,9 @@ def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -
         model.head.register_forward_hook(own_memory)
     for name, p in model.named_parameters():
         p.requires_grad_(trains[name])
-    # A whole tensor takes a collective for each axis it is cut along: torch would say so each time.
+    # gathering what FSDP cuts as well takes two collectives: torch would warn of it on every rank
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    gpt.__class__ = CutGPT
+    gpt.__class__ = CutGPT  # as fully_shard changes the class of a module
     gpt.mesh = mesh
     gpt.sequence = sequence
 
@@ -141,9 +145,9 @@ def whole_input(stream: Placement, arguments: int) -> PrepareModuleInput:
     """Of a module whose first argument is the stream: it reads all positions. Its matrices' parts
     of the gradient are added up once, not one by one."""
     others = (None,) * (arguments - 1)
-    return PrepareModuleInput(
-        input_layouts=(stream, *others), desired_input_layouts=(Replicate(), *others)
-    )
+    given = (stream, *others)
+    wanted = (Replicate(), *others)
+    return PrepareModuleInput(input_layouts=given, desired_input_layouts=wanted)
 
 
 def choose_head(attention: Attention, config: GPTConfig, mesh: DeviceMesh) -> None:
@@ -156,7 +160,8 @@ def choose_head(attention: Attention, config: GPTConfig, mesh: DeviceMesh) -> No
 
     def own(linear: nn.Linear, inputs: tuple, heads: DTensor) -> Tensor:
         # the gradient of a rank holds only its head's part
-        return heads.to_local(grad_placements=[Partial()])[..., first:end]
+        gathered = heads.to_local(grad_placements=[Partial()])
+        return gathered[..., first:end]
 
     attention.k.register_forward_hook(own)
     attention.v.register_forward_hook(own)
@@ -178,14 +183,11 @@ def own_draws(rank: int, device: torch.device) -> Iterator[None]:
 def with_own_dropout(attend: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
     """Attention whose dropout differs from rank to rank: each has other heads."""
 
-    @torch.compiler.disable
-    def attend_with_dropout(q: Tensor, *others: Tensor, **options: object) -> Tensor:
+    def attend_by_rank(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if options["dropout_p"] == 0:
+            return attend(q, k, v, **options)
         with own_draws(rank, q.device):
-            return attend(q, *others, **options)
-
-    def attend_by_rank(q: Tensor, *others: Tensor, **options: object) -> Tensor:
-        with_dropout = options["dropout_p"] > 0
-        return (attend_with_dropout if with_dropout else attend)(q, *others, **options)
+            return attend(q, k, v, **options)
 
     return attend_by_rank
 
@@ -197,16 +199,18 @@ class OwnDropout(nn.Dropout):
         super().__init__(p)
         self.rank = rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(x) if self.training and self.p else x
-
-    @torch.compiler.disable
-    def dropout(self, x: Tensor) -> Tensor:
+    def forward(self, x: DTensor) -> DTensor:
+        if self.p == 0 or not self.training:
+            return x
         with own_draws(self.rank, x.device):
             local = super().forward(x.to_local())
-        shape, stride = x.shape, x.stride()  # of all positions, which the ranks may share unevenly
         return DTensor.from_local(
-            local, x.device_mesh, x.placements, run_check=False, shape=shape, stride=stride
+            local,
+            x.device_mesh,
+            x.placements,
+            run_check=False,
+            shape=x.shape,  # of all positions, which the ranks may share unevenly
+            stride=x.stride(),
         )
 
 
@@ -235,8 +239,8 @@ class CutGPT(GPT):
     ) -> Tensor:
         if not self.sequence:
             return super().run_blocks(x, context, first, end, at)
-        shares = super().run_blocks(self.share(x, 1), context, first, end)
-        x = shares.full_tensor()
+        shares = self.share(x, dim=1)
+        x = super().run_blocks(shares, context, first, end).full_tensor()
         if at is None:
             return x
         rows = torch.arange(x.size(0), device=x.device)
@@ -249,13 +253,14 @@ class CutGPT(GPT):
     def head_weight(self) -> Tensor:
         """The matrix (V, C) of the LM head, gathered for this rank's share of the tokens, of which
         its gradient is then only a part."""
-        whole = super().head_weight().redistribute(placements=[Replicate()])
+        weight = super().head_weight()
+        whole = weight.redistribute(placements=[Replicate()])
         return whole.to_local(grad_placements=[Partial()])
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """As of a whole GPT: each rank takes a share of the tokens, and all get the sum."""
-        rows = self.share(h.flatten(0, 1), 0).to_local()
-        row_targets = self.share(targets.flatten(), 0).to_local()
-        part = super().loss(rows[None], row_targets[None])
+        rows = self.share(h.flatten(0, 1), dim=0)
+        row_targets = self.share(targets.flatten(), dim=0)
+        part = super().loss(rows.to_local()[None], row_targets.to_local()[None])
         parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
         return parts.full_tensor().clone()  # FSDP warns of views

@@ -94,21 +94,20 @@ CASES = {
     "GPT-2 form": Case(config=GPT2),
     "swiglu": Case(config={"mlp": "swiglu", "n_kv_head": 4}, packed=True),
     "one K/V head": Case(config={"n_kv_head": 1}),
-    "sequence": Case(sequence=True),
     "sequence, GPT-2 form": Case(sequence=True, config=GPT2),
     "sequence, packed": Case(sequence=True, config={"tie_weights": False}, packed=True),
     "classifier": Case(classifier={}),
     "classifier, both losses": Case(classifier={}, lm_weight=0.01),
     "classifier, mean": Case(classifier={**MEAN, "mask": False}),
     "classifier, states": Case(classifier={}, frozen=1, reads="states"),
-    "classifier, pooled": Case(classifier=MEAN, frozen=2, reads="pooled"),
-    "sequence, classifier": Case(sequence=True, classifier={}, lm_weight=0.01),
+    "sequence, classifier": Case(sequence=True, classifier={}),
     "sequence, states": Case(sequence=True, classifier={}, frozen=1, reads="states"),
     "two K/V heads": Case(tp=4),
     "sequence, two K/V heads": Case(tp=4, sequence=True, classifier=MEAN, lm_weight=0.01),
     "fsdp": Case(shard=2),
-    "fsdp, GPT-2 form": Case(shard=2, sequence=True, config=GPT2),
-    "fsdp, untied": Case(shard=2, config={"tie_weights": False, "vocab_size": 251}),
+    "fsdp, GPT-2 form": Case(
+        shard=2, sequence=True, config={**GPT2, "tie_weights": False, "vocab_size": 251}
+    ),
     "fsdp, states": Case(shard=2, sequence=True, classifier={}, frozen=1, reads="states"),
 }
 
