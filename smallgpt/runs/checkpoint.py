@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
@@ -273,15 +273,35 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
-def read_weights(
-    checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]
-) -> dict[str, torch.Tensor]:
-    """The saved weights, on the CPU. Every name and shape must be as wanted, or UserError names one
-    that is not."""
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file by name, on the CPU, each read when it is asked for: a
+    process that keeps a part of each never holds them all."""
+
+    def __init__(self, file: Path):
+        self.file = safe_open(file, framework="pt")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.file.keys():  # noqa: SIM118, it is no dict
+            self.shapes[name] = tuple(self.file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> Weights:
+    """The saved weights. Every name and shape must be as wanted, or UserError names one that is
+    not."""
     file = checkpoint.path / "model.safetensors"
     with reading(file):
-        weights = load_file(file)
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        weights = Weights(file)
+    found = weights.shapes
     names = sorted(wanted.keys() | found.keys())
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
     if wrong:
@@ -296,9 +316,12 @@ def read_weights(
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put the saved weights into a plain model."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
     weights = read_weights(checkpoint, wanted)
-    model.load_state_dict(weights, strict=False)  # only a tied matrix lacks its second name
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
 
 
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
