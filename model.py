@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # target of a position that has nothing to predict
 
@@ -291,9 +292,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.lm_head.weight = self.wte.weight
+        self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.tie()
         self.init_weights()
+
+    def tie(self) -> None:
+        """Make one matrix of token embedding and LM head again, where the config wants it: moving
+        the model to another kind of device makes two."""
+        if self.config.tie_weights:
+            self.lm_head.weight = self.wte.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -367,7 +374,13 @@ class GPT(nn.Module):
         at (B,): the one position of each row that is wanted behind the last block, (B, 1, C)."""
         last = self.config.n_layer - 1
         for layer in range(self.config.n_layer)[first:end]:
-            x = self.blocks[layer](x, context, layer, at if layer == last else None)
+            block = self.blocks[layer]
+            args = (x, context, layer, at if layer == last else None)
+            if self.recompute and layer % self.recompute == 0 and torch.is_grad_enabled():
+                # backward runs the block again (Chen et al. 2016): a third more work, less memory
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
         return x
 
     def trunk(
