@@ -18,25 +18,33 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.files import flush, write_atomic
 from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.world import World
 from smallgpt.tokenizer import Tokenizer
 
 FORMAT = 2  # of meta.json
+# that one process alone is meant is no surprise (a filter for a while would not reach the threads)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
 READABLE = (1, 2)  # 1 had no sources and no settings: its runs can be used, but not continued
 
 
@@ -176,49 +184,161 @@ def name_problems(run: str) -> list[str]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def save(run: Path, strategy: Single, optimizers: list[Optimizer], meta: dict, keep: int) -> None:
-    """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank
-    must call it.
+class Saver:
+    """Writes the checkpoints of a run, one at a time: at once, or in threads beside the training.
 
-    If anything fails (a full disk) every rank raises UserError, and the older checkpoints are
+    In the background each process copies its state before `save` returns: the files hold the state
+    at the call. The main process publishes the folder when every one has written its files. The
+    loop learns of it from the `progress` of all processes together, which it gives to `settle`.
+    Where anything fails (a full disk) every rank raises UserError, and the older checkpoints are
     untouched."""
-    world = strategy.world
-    final = step_folder(run, meta["step"])
-    temporary = run / f".{final.name}.tmp"
-    error = make_folder(temporary) if world.main else ""
-    world.sum(0)  # the folder is there now, for every process that shares it
-    if not error and not (temporary / "state").is_dir():
-        error = f"process {world.rank} does not see {run}, a folder that all machines must share"
-    failed = world.sum(bool(error))[0]  # all or none enter the collectives below
-    weights = strategy.gather_weights()
-    try:
-        if not failed:
-            write_state(temporary / "state", optimizer_tensors(strategy.names(), optimizers), world)
-        if world.main and not failed:
-            contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(contiguous, temporary / "model.safetensors")
-            publish(temporary, final, meta)
-            point(run, "latest", meta["step"])
-    except (OSError, SafetensorError, CheckpointException) as problem:
-        error = brief(problem)
-    if world.sum(bool(error))[0]:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"could not save {final} ({error or 'another process failed'}); is the disk full? The "
-            "older checkpoints are intact: make room, then the same command continues from the last"
+
+    def __init__(self, run: Path, world: World, keep: int, in_background: bool = False):
+        self.run = run
+        self.world = world
+        self.keep = keep
+        self.in_background = in_background
+        self.group: dist.ProcessGroup | None = None  # of the threads
+        self.step = 0  # that is being saved; 0 = none
+        self.is_best = False  # whether `best` is to name it
+        self.thread: Future[None] | None = None  # writes it
+        self.error = ""  # what went wrong in this process, in words
+
+    @property
+    def final(self) -> Path:
+        return step_folder(self.run, self.step)
+
+    @property
+    def temporary(self) -> Path:
+        return self.run / f".{self.final.name}.tmp"
+
+    def save(self, strategy: Single, optimizers: list[Optimizer], meta: dict) -> None:
+        """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank
+        must call it."""
+        self.finish()
+        self.step = meta["step"]
+        self.is_best = False
+        self.error = self.make_folder()
+        self.check(self.world.sum(bool(self.error))[0])
+        weights = strategy.gather_weights()
+        tensors = optimizer_tensors(strategy.names(), optimizers)
+        writer = dcp.HuggingFaceStorageWriter(str(self.temporary / "state"), save_distributed=True)
+        alone = self.world.size == 1
+        if not self.in_background:
+            write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
+            self.write(write_state, weights, meta)
+            self.finish()
+            return
+        if self.group is None and not alone:
+            self.group = dist.new_group(backend="gloo")  # training's own would mix up the two
+        state = dcp.async_save(
+            tensors, storage_writer=writer, process_group=self.group, no_dist=alone
         )
-    if world.main:
-        prune(run, keep)
+        weights = copied(weights, strategy.names())
+        executor = ThreadPoolExecutor(max_workers=1)
+        self.thread = executor.submit(self.write, state.result, weights, meta)
+        executor.shutdown(wait=False)  # it ends when the work is done
+
+    def make_folder(self) -> str:
+        """An empty folder to write into, for every process; returns what went wrong, in words. A
+        collective."""
+        error = ""
+        if self.world.main:
+            try:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+                (self.temporary / "state").mkdir(parents=True)
+            except OSError as problem:
+                error = str(problem)
+        self.world.sum(0)  # the folder is there now, for every process that shares it
+        if error or (self.temporary / "state").is_dir():
+            return error
+        rank = self.world.rank
+        return f"process {rank} does not see {self.run}, a folder that all machines must share"
+
+    def write(
+        self, write_state: Callable[[], object], weights: dict[str, torch.Tensor], meta: dict
+    ) -> None:
+        """Write this process's files, and publish the folder: write_state returns when all
+        processes have written their state."""
+        try:
+            write_state()
+            if self.world.main:
+                contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+                save_file(contiguous, self.temporary / "model.safetensors")
+                publish(self.temporary, self.final, meta)
+                point(self.run, "latest", self.step)
+        except (OSError, SafetensorError, CheckpointException) as problem:
+            self.error = brief(problem)
+
+    def progress(self) -> tuple[bool, bool]:
+        """Is this process still writing? Has it failed?"""
+        if self.thread and not self.thread.done():
+            return True, False
+        self.wait()
+        return False, bool(self.error)
+
+    def wait(self) -> None:
+        """Wait for this process's files. (result() raises what is a mistake of this program.)"""
+        if self.thread:
+            self.thread.result()
+
+    def settle(self, writing: float, failed: float) -> None:
+        """What follows from the progress of all processes: so many are writing, so many failed."""
+        if writing or not self.step:
+            return
+        self.check(failed)
+        if self.world.main:
+            if self.is_best:
+                point(self.run, "best", self.step)
+            prune(self.run, self.keep)
+        self.step = 0
+
+    def check(self, failed: float) -> None:
+        """UserError if so many processes failed to save."""
+        if not failed:
+            return
+        final = self.final
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.step = 0
+        raise UserError(
+            f"could not save {final} ({self.error or 'another process failed'}); is the disk full? "
+            "The older checkpoints are intact: make room, then the same command continues from the "
+            "last"
+        )
+
+    def finish(self) -> None:
+        """Wait until what is being saved is published. A collective."""
+        if self.step:
+            self.wait()
+            self.settle(0, self.world.sum(bool(self.error))[0])
+
+    def close(self) -> None:
+        """Wait for this process's files, and for no other process: the run ends by an error."""
+        self.wait()
+        if self.step:
+            self.check(bool(self.error))
+
+    def name_best(self, step: int) -> None:
+        """Make `best` name this step, whose folder is there or being written."""
+        if step == self.step:
+            self.is_best = True
+        elif self.world.main:
+            point(self.run, "best", step)
+            prune(self.run, self.keep)
 
 
-def make_folder(temporary: Path) -> str:
-    """An empty folder to write into; returns what went wrong, in words."""
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "state").mkdir(parents=True)
-    except OSError as problem:
-        return str(problem)
-    return ""
+def copied(
+    weights: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """The weights, copied where they lie in the memory of the parameters, which updates change."""
+    memory = set()
+    for p in parameters.values():
+        part = p.to_local() if isinstance(p, DTensor) else p
+        memory.add(part.data_ptr())
+    copies = {}
+    for name, weight in weights.items():
+        copies[name] = weight.clone() if weight.data_ptr() in memory else weight
+    return copies
 
 
 def brief(problem: Exception) -> str:
@@ -239,12 +359,6 @@ def optimizer_tensors(
                 if isinstance(value, torch.Tensor):
                     tensors[f"{name_of[p]}/{key}"] = value
     return tensors
-
-
-def write_state(folder: Path, tensors: dict[str, torch.Tensor], world) -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with warnings.catch_warnings(action="ignore"):  # "assuming the intent is ... a single process"
-        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
 
 
 def publish(temporary: Path, final: Path, meta: dict) -> None:
@@ -353,7 +467,7 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
             f"the optimizer state in {checkpoint.path} belongs to another optimizer or "
             "other parameters"
         )
-    with reading(folder), warnings.catch_warnings(action="ignore"):
+    with reading(folder):
         dcp.load(targets, storage_reader=reader, no_dist=strategy.world.size == 1)
 
 
