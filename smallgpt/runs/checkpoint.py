@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -222,7 +223,7 @@ class Saver:
         self.check(self.world.sum(bool(self.error))[0])
         weights = strategy.gather_weights()
         tensors = optimizer_tensors(strategy.names(), optimizers)
-        writer = dcp.HuggingFaceStorageWriter(str(self.temporary / "state"), save_distributed=True)
+        writer = StateWriter(str(self.temporary / "state"), save_distributed=True)
         alone = self.world.size == 1
         if not self.in_background:
             write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
@@ -327,6 +328,28 @@ class Saver:
             prune(self.run, self.keep)
 
 
+class StateWriter(dcp.HuggingFaceStorageWriter):
+    """PyTorch's writer of safetensors, but without its copy of all tensors into one bytes object:
+    Python's lock is held for it, and a training beside it stands still."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
+        tensors = {}
+        offsets = {}  # of the part of each tensor that this process holds
+        for item in plan.items:
+            name = item.index.fqn
+            assert name not in tensors, f"{name} lies here in two parts"
+            tensors[name] = planner.resolve_data(item).detach().cpu().contiguous()
+            offsets[name] = {"saved_offsets": item.tensor_data.chunk.offsets}
+        if tensors:
+            shard = plan.storage_data["shard_index"]
+            file = Path(self.path) / f"shard-{shard:05d}-model-00001-of-00001.safetensors"
+            sharding = {"DCP_SHARDING_INFO": json.dumps(offsets)}
+            save_file(tensors, file, {"format": "pt", "DCP_VERSION": "1.0", **sharding})
+        done = torch.futures.Future()
+        done.set_result([])
+        return done
+
+
 def copied(
     weights: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
@@ -341,9 +364,13 @@ def copied(
     return copies
 
 
-def brief(problem: Exception) -> str:
-    """The end of a message, on one line: what went wrong stands there."""
-    return " ".join(str(problem).split())[-300:]
+def brief(problem: BaseException) -> str:
+    """What went wrong, on one line: of several processes' problems the first, and not that it was
+    an "Error while serializing: I/O error"."""
+    if isinstance(problem, CheckpointException):
+        problem, _ = next(iter(problem.failures.values()))
+    _, _, end = str(problem).rpartition(" error: ")
+    return " ".join(end.split())[-300:]
 
 
 def optimizer_tensors(
@@ -438,6 +465,10 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
             p.copy_(weights[name])
 
 
+def all_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
     """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
     folder = checkpoint.path / "state"
@@ -453,16 +484,18 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
     elsewhere = strategy.shapes.keys() - names.keys()  # parameters of other processes only
     mine = {name for name in saved if name.rpartition("/")[0] not in elsewhere}
     targets: dict[str, torch.Tensor] = {}
+    stateless = set()
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                for key in keys_of.get(name_of[p], []):
-                    empty = (
-                        torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
-                    )
-                    optimizer.state[p][key] = empty
-                    targets[f"{name_of[p]}/{key}"] = empty
-    if targets.keys() != mine:
+        for p in all_parameters(optimizer):
+            name = name_of[p]
+            for key in keys_of.get(name, []):
+                empty = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                optimizer.state[p][key] = empty
+                targets[f"{name}/{key}"] = empty
+            if saved and name not in keys_of:  # nothing is saved before float16 has found its scale
+                stateless.add(name)
+    differs = bool(stateless) or targets.keys() != mine
+    if strategy.world.sum(differs)[0]:  # a process may hold other parameters than the next
         raise UserError(
             f"the optimizer state in {checkpoint.path} belongs to another optimizer or "
             "other parameters"
