@@ -80,6 +80,7 @@ class SentimentSettings:
     micro_tokens: Free[Positive] = 16384  # most tokens per forward pass and process (memory)
     eval_every: Free[Count] = 0  # steps between evaluations; 0 = once an epoch
     save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
+    save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
