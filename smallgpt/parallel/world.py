@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
 
 from smallgpt.console import UserError
 from smallgpt.hardware import choose_device
+from smallgpt.parallel.peers import Peers, choose_interface, meet
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,24 @@ class World:
             raise UserError(f"the processes see different files: all machines must share {files}")
 
 
+class WorldSettings(Protocol):
+    """What joining the others needs of a script's settings."""
+
+    device: str
+    timeout: int
+
+
 @contextmanager
-def start(device: str) -> Iterator[World]:
+def start(s: WorldSettings) -> Iterator[World]:
     """Join the process group torchrun describes (gloo on CPU, nccl on CUDA), or run alone.
 
-    On an error the group is not torn down politely: the other ranks may be inside a collective
-    this one will never enter, and torchrun ends them all when this process exits.
+    An error in the body is raised on; where it is only the consequence of another process's end,
+    UserError or PeerError names that one. On an error the group is not torn down politely: the
+    other ranks may be inside a collective this one will never enter, and torchrun ends them all
+    when this process exits.
     """
     if "RANK" not in os.environ:
-        yield World(0, 1, choose_device(device))
+        yield World(0, 1, choose_device(s.device))
         return
     wanted = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in wanted if name not in os.environ]
@@ -67,15 +78,27 @@ def start(device: str) -> Iterator[World]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name}={os.environ[name]} is no number: start it with torchrun")
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(device))
-    join_group(world.device)
-    if world.sum(1.0) != [world.size]:  # a wrong network set-up shows here, not in the middle
-        raise UserError(
-            "not all processes answer: check the master address, the firewall and "
-            "NCCL_SOCKET_IFNAME"
-        )
-    yield world
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(s.device))
+    peers = meet(world.rank, world.size, s.timeout, facts_of(s))
+    try:
+        said = choose_interface(peers.me, peers.everyone)
+        if said and world.main:
+            print(f"network  {said}", flush=True)
+        join_group(world, peers, s.timeout)
+        yield world
+        peers.leave()
+        world.sum(0.0)  # the store may end with this process: all have left it now
+    except Exception as error:
+        cause = peers.explain(error)
+        if cause is error:
+            raise
+        raise cause from error
     torch.distributed.destroy_process_group()
+
+
+def facts_of(s: WorldSettings) -> dict[str, Any]:
+    """What must be the same in all processes: a run on two versions trains something else."""
+    return {"torch": torch.__version__}
 
 
 def device_of_rank(device: str) -> torch.device:
@@ -89,33 +112,22 @@ def device_of_rank(device: str) -> torch.device:
     return choose_device(device, int(os.environ["LOCAL_RANK"]))
 
 
-def join_group(device: torch.device) -> None:
-    """Meet the other processes at MASTER_ADDR:MASTER_PORT, where rank 0 listens."""
-    on_gpu = device.type == "cuda"
+def join_group(world: World, peers: Peers, timeout: int) -> None:
+    """Connect this process with the others that answered, and try the connection."""
+    on_gpu = world.device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(world.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a device id was set on the line above
-        try:
-            torch.distributed.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                timeout=timedelta(minutes=30),
-                device_id=device if on_gpu else None,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(why_not_joined(error)) from error
-
-
-def why_not_joined(error: Exception) -> str:
-    """What init_process_group met, in one sentence: mostly a port that another program has."""
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    _, _, reason = str(error).rpartition("message: ")  # of the socket, where it is one's
-    first_line = reason.partition("\n")[0].rstrip(".")
-    return (
-        f"the processes cannot meet at {where} ({first_line}): name the machine of rank 0 in "
-        "MASTER_ADDR (torchrun --master_addr) and a free port of it in MASTER_PORT "
-        "(torchrun --master_port)"
-    )
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=peers.store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=world.device if on_gpu else None,
+        )
+    world.sum(1.0)  # a wrong network set-up shows here, not in the middle
 
 
 def stop_signals() -> list[signal.Signals]:
