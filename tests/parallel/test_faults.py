@@ -6,7 +6,7 @@ import pytest
 
 from helpers import Result
 
-TIMEOUT = 6  # seconds
+TIMEOUT = 4  # seconds
 CASES = [
     ("raise", 1),
     ("raise", 0),
