@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # target of a position that has nothing to predict
 
@@ -45,6 +46,11 @@ class GPTConfig:
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP: 4 C; with SwiGLU's third matrix 8/3 C, up to a multiple of 64."""
+        return 64 * math.ceil(self.n_embd / 24) if self.mlp == "swiglu" else 4 * self.n_embd
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words; empty when there are none."""
@@ -147,6 +153,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=config.bias)
         self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self.attend = F.scaled_dot_product_attention  # tensor parallel draws its dropout by rank
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
@@ -164,7 +171,7 @@ class Attention(nn.Module):
             k = rotate(k, *context.rotary)
         if context.cache is not None:
             k, v = context.cache.write(layer, context.start, k, v)
-        y = F.scaled_dot_product_attention(
+        y = self.attend(
             q,
             k,
             v,
@@ -177,16 +184,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """4 C wide with GELU (tanh form, as GPT-2) or squared ReLU (So et al. 2021).
-
-    SwiGLU (Shazeer 2020) has a third matrix and is therefore 8/3 C wide, rounded up to a
-    multiple of 64."""
+    """With GELU (tanh form, as GPT-2), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.kind = config.mlp
         C = config.n_embd
-        hidden = 64 * math.ceil(C / 24) if self.kind == "swiglu" else 4 * C
+        hidden = config.mlp_size
         self.fc = nn.Linear(C, hidden, bias=config.bias)
         self.gate = nn.Linear(C, hidden, bias=config.bias) if self.kind == "swiglu" else None
         self.proj = nn.Linear(hidden, C, bias=config.bias)
@@ -291,9 +295,15 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.lm_head.weight = self.wte.weight
+        self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.tie()
         self.init_weights()
+
+    def tie(self) -> None:
+        """Make one matrix of token embedding and LM head again, where the config wants it: moving
+        the model to another kind of device makes two."""
+        if self.config.tie_weights:
+            self.lm_head.weight = self.wte.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -367,7 +377,13 @@ class GPT(nn.Module):
         at (B,): the one position of each row that is wanted behind the last block, (B, 1, C)."""
         last = self.config.n_layer - 1
         for layer in range(self.config.n_layer)[first:end]:
-            x = self.blocks[layer](x, context, layer, at if layer == last else None)
+            block = self.blocks[layer]
+            args = (x, context, layer, at if layer == last else None)
+            if self.recompute and layer % self.recompute == 0 and torch.is_grad_enabled():
+                # backward runs the block again (Chen et al. 2016): a third more work, less memory
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
         return x
 
     def trunk(

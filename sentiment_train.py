@@ -33,8 +33,7 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel import strategy as parallel
-from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.strategy import Single, Spread
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import Facts, Run, merge_sources
@@ -298,7 +297,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
         run.identify(Facts(model.gpt.config, tokenizer, data.fingerprint, sources, identity))
 
         objective = Objective(s, inputs["train"], model, tokenizer.sep)
-        strategy = parallel.build(model, world, dtype)
+        strategy = Spread(world).build(model, dtype)
         n_layer = model.gpt.config.n_layer
         optimizers = make_optimizers(
             strategy.names(), s.optim, lambda name: layer_scale(name, n_layer, s.layer_decay)
@@ -432,7 +431,7 @@ def describe_data(s: SentimentSettings, data: Reviews, notes: list[str]) -> str:
 
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
-    with start(s) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return finetune(s, world)
 
 

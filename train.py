@@ -11,7 +11,6 @@ optim.lr=3e-4.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -29,14 +28,14 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel.strategy import Shares, Single, build, share_batch
+from smallgpt.parallel.strategy import Shares, Single, Spread, share_batch
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.metrics import flops_per_token
 from smallgpt.runs.run import Facts, Run, merge_sources
 from smallgpt.sampling import SampleSettings, replies
-from smallgpt.settings import Device, Free, Positive, Precision, Switch
+from smallgpt.settings import Count, Device, Free, Positive, Precision, Switch
 from smallgpt.text.batches import Corpus
 from smallgpt.text.tokens import DataSettings, prepare
 from smallgpt.tokenizer import TokenizerSettings
@@ -56,6 +55,7 @@ class TrainSettings:
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
     micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
+    recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Positive] = 100  # steps between evaluations (and sample replies)
     save_every: Free[Positive] = 100  # steps between checkpoints
     log_every: Free[Positive] = 10  # steps between records of the training loss
@@ -119,11 +119,13 @@ def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict
 
 
 def sample_replies(strategy: Single, corpus: Corpus, s: TrainSettings) -> str:
-    """The answer to each of s.prompts, a line each."""
+    """The answer to each of s.prompts, a line each; from the main process. A collective."""
+    model = strategy.whole()
+    if model is None:
+        return ""
     # the cache's growing shapes would compile again and again, and mark the training's as dynamic
     with strategy.autocast, torch.compiler.set_stance("force_eager"):
-        answers = replies(strategy.model, corpus.tokenizer, s.prompts, s.sample)
-    strategy.settle()
+        answers = replies(model, corpus.tokenizer, s.prompts, s.sample)
     pairs = zip(s.prompts, answers, strict=True)
     return "\n".join(f"  {prompt} → {answer}" for prompt, answer in pairs)
 
@@ -152,9 +154,8 @@ def round_vocabulary(config: GPTConfig, vocab_size: int) -> None:
         )
 
 
-def train(s: TrainSettings, world: World, spread: Callable[..., Single] = build) -> int:
-    """The whole run; returns its exit status. spread(model, world, dtype) decides how the model is
-    spread over the processes."""
+def train(s: TrainSettings, world: World, spread: Spread) -> int:
+    """The whole run, its model spread over the processes like this; returns its exit status."""
     with Run(s, world) as run:
         device = world.device
         dtype, why_dtype = hardware.choose_dtype(s.dtype, device)
@@ -174,16 +175,19 @@ def train(s: TrainSettings, world: World, spread: Callable[..., Single] = build)
             init_from=s.init_from,
         )
         run.identify(facts)
+        spread.check(s.model)
 
         torch.manual_seed(s.seed)  # the same weights on every rank
-        model = GPT(s.model).to(hardware.weights_dtype(dtype))
-        if parent and not run.found:
-            checkpoint.load_weights(parent, model)
+        with spread.birthplace:
+            model = GPT(s.model).to(hardware.weights_dtype(dtype))
+        model.recompute = s.recompute
         if compiled:
             model.compile_parts()
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
-        strategy = spread(model, world, dtype)
+        strategy = spread.build(model, dtype)
+        if parent and not run.found:
+            strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
         shares = share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, strategy.data_size)
         optimizers = make_optimizers(strategy.names(), s.optim)
         run.resume(strategy, optimizers)
@@ -196,7 +200,7 @@ def train(s: TrainSettings, world: World, spread: Callable[..., Single] = build)
             {
                 "model": model_line,
                 "data": describe_data(corpus, s.max_steps * shares.rows),
-                "batch": describe_batch(s, shares, world),
+                "batch": describe_batch(s, shares, strategy),
                 "device": device_line,
             },
         )
@@ -264,17 +268,19 @@ def describe_data(corpus: Corpus, rows: int) -> str:
     )
 
 
-def describe_batch(s: TrainSettings, shares: Shares, world: World) -> str:
+def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
+    size = strategy.data_size
+    readers = f"{size} process(es)" if size == strategy.world.size else f"{size} replica(s)"
     return (
         f"{s.batch_tokens:,} tokens = {shares.rows} sequences of {s.model.block_size} = "
-        f"{world.size} process(es) x {shares.accum} accumulation x {shares.micro} sequences"
+        f"{readers} x {shares.accum} accumulation x {shares.micro} sequences"
     )
 
 
 def main() -> int:
     s = settings.load(TrainSettings, doc=__doc__)
-    with start(s) as world:
-        return train(s, world)
+    with start(s.device, s.timeout, settings.flat(s)) as world:
+        return train(s, world, Spread(world))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
         set_lr,
         update,
     )
-    from smallgpt.parallel.strategy import build
+    from smallgpt.parallel.strategy import Spread
     from smallgpt.parallel.world import World
 
     device = hardware.choose_device(args.device)
@@ -63,7 +63,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
     s = OptimSettings()
     model = GPT(GPTConfig(**shape(args), **form)).to(device)
     model.compile_parts()
-    strategy = build(model, World(0, 1, device), dtype)
+    strategy = Spread(World(0, 1, device)).build(model, dtype)
     optimizers = make_optimizers(strategy.names(), s)
     x, y = batch(args)
     at = 0

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from types import SimpleNamespace
 
 from smallgpt.console import UserError
 from smallgpt.parallel import peers
@@ -30,7 +29,7 @@ def misbehave(how: str) -> None:
 def main() -> int:
     words = dict(word.split("=") for word in sys.argv[1:])
     peers.LAST = 3  # seconds
-    with start(SimpleNamespace(device="cpu", timeout=int(words.get("timeout", 60)))) as world:
+    with start("cpu", int(words["timeout"])) as world:
         for step in range(4):
             if step == 2 and world.rank == int(words["rank"]):
                 misbehave(words["how"])

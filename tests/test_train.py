@@ -26,7 +26,7 @@ from helpers import (
     wait_for,
 )
 from smallgpt import settings
-from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.strategy import Single, Spread
 from smallgpt.parallel.world import World
 
 
@@ -476,22 +476,27 @@ class Recording(Single):
         self.calls.append("settle")
         super().settle()
 
+    def whole(self):
+        self.calls.append("whole")
+        return super().whole()
+
 
 def test_another_layout_is_a_class_and_the_loop_stays(tmp_path, tiny):
     """train_fsdp.py hands its layout to the same loop. The layout gets the plain model, makes and
-    takes its weights, owns all micro-batches of a step, and settles after whatever ran without
-    gradients: an evaluation, and the replies."""
+    takes its weights, owns all micro-batches of a step, gives the model that replies, and settles
+    after an evaluation, which ran without gradients."""
     layouts = []
 
-    def spread(model, world, dtype):
-        layouts.append(Recording(model, world, dtype))
-        return layouts[-1]
+    class Recorded(Spread):
+        def build(self, model, dtype):
+            layouts.append(Recording(model, self.world, dtype))
+            return layouts[-1]
 
     one = World(0, 1, torch.device("cpu"))
     for max_steps in (2, 4):
         args = tiny(tmp_path, run="r", max_steps=max_steps, eval_every=2, save_every=2)
-        assert train.train(settings.load(train.TrainSettings, args), one, spread) == 0
+        assert train.train(settings.load(train.TrainSettings, args), one, Recorded(one)) == 0
     first, second = (layout.calls for layout in layouts)
-    rest = ["forward_backward", "forward_backward", "gather_weights", "settle", "settle"]
+    rest = ["forward_backward", "forward_backward", "gather_weights", "settle", "whole"]
     assert first == rest
     assert second == ["set_weights", *rest]

@@ -46,7 +46,6 @@ class Peer:
     host: str  # name of its machine
     address: str  # of its machine, on the way to MASTER_ADDR
     token: str  # of this start: a store may still hold the answers of an earlier one
-    facts: dict  # what must be alike in all processes
 
     def __str__(self) -> str:
         return f"process {self.rank} on {self.host}"
@@ -56,28 +55,28 @@ class Peer:
 
 
 def meet(rank: int, size: int, timeout: int, facts: dict) -> "Peers":
-    """Wait until all processes are there, with the same facts. UserError after `timeout` seconds:
-    it names who is missing."""
+    """Wait until all processes are there. UserError after `timeout` seconds: it names who is
+    missing; or at once: which of the facts is not alike in all processes."""
     deadline = time.monotonic() + timeout
     where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     address = source_address(where)
     store = PrefixStore("smallgpt", open_store(where, rank, timeout, deadline))
-    me = Peer(rank, socket.gethostname(), address, uuid.uuid4().hex, facts)
+    me = Peer(rank, socket.gethostname(), address, uuid.uuid4().hex)
     if rank == 0:
-        call = me.token
-        roster = call_the_roll(store, me, size, deadline)
+        roster = call_the_roll(store, me, size, facts, deadline)
     else:
-        call, roster = answer_the_roll(store, me, deadline)
-    missing = [number for number, answer in enumerate(roster) if answer is None]
-    everyone = [Peer(**answer) for answer in roster if answer]
-    if missing:
+        roster = answer_the_roll(store, me, facts, deadline)
+    everyone = [Peer(**answer) for answer in roster["peers"]]
+    if len(everyone) < size:
+        missing = sorted({*range(size)} - {peer.rank for peer in everyone})
         raise UserError(
             f"{counted(missing)} of {size} did not answer within timeout={timeout} seconds; "
-            f"these did: {machines(everyone)}. Look at the messages of the others: each must reach "
-            f"{where[0]}:{where[1]} (torchrun --master_addr --master_port)"
+            f"these did: {by_machine(everyone)}. Look at the messages of the others: each must "
+            f"reach {where[0]}:{where[1]} (torchrun --master_addr --master_port)"
         )
-    check_alike(everyone)
-    return Peers(PrefixStore(call, store), where, everyone, me)
+    if roster["difference"]:
+        raise UserError(f"the processes were started differently: {roster['difference']}")
+    return Peers(PrefixStore(everyone[0].token, store), where, everyone, me)
 
 
 def source_address(where: tuple[str, int]) -> str:
@@ -135,49 +134,49 @@ def why_not_met(where: tuple[str, int], reason: str) -> str:
     )
 
 
-def call_the_roll(store: Store, me: Peer, size: int, deadline: float) -> list[dict | None]:
-    """Rank 0's part: everyone's answer, None for who is missing."""
+def call_the_roll(store: Store, me: Peer, size: int, facts: dict, deadline: float) -> dict:
+    """Rank 0's part: who is there, and the first difference between them."""
     store.set("call", me.token)
     keys = [f"{me.token}/{rank}" for rank in range(1, size)]
     while keys and not store.check(keys) and time.monotonic() < deadline:
         time.sleep(POLL)
-    roster: list[dict | None] = [asdict(me)]
+    peers = [asdict(me)]
+    difference = ""
     for key in keys:
-        answer = json.loads(store.get(key)) if store.check([key]) else None
-        roster.append(answer)
+        if store.check([key]):
+            answer = json.loads(store.get(key))
+            peers.append(answer["peer"])
+            difference = difference or difference_of(me, facts, **answer)
+    roster = {"peers": peers, "difference": difference}
     store.set(f"{me.token}/roster", json.dumps(roster))
     return roster
 
 
-def answer_the_roll(store: Store, me: Peer, deadline: float) -> tuple[str, list[dict | None]]:
-    """The part of the others: the name of the call, and the roster.
+def difference_of(me: Peer, mine: dict, peer: dict, facts: dict) -> str:
+    """The first fact of another process that is not as mine, in words; "" if all are."""
+    for name, value in mine.items():
+        if facts.get(name) != value:
+            return f"{name} is {value} in {me} and {facts.get(name)} in {Peer(**peer)}"
+    return ""
 
-    At first they may see the call of an earlier start, whose roster does not hold them."""
+
+def answer_the_roll(store: Store, me: Peer, facts: dict, deadline: float) -> dict:
+    """The part of the others: the roster. At first they may see the call of an earlier start, whose
+    roster does not hold them."""
+    answer = json.dumps({"peer": asdict(me), "facts": facts})
     while time.monotonic() < deadline + GRACE:
         time.sleep(POLL)
         if not store.check(["call"]):
             continue
         call = store.get("call").decode()
-        store.set(f"{call}/{me.rank}", json.dumps(asdict(me)))
+        store.set(f"{call}/{me.rank}", answer)
         if store.check([f"{call}/roster"]):
             roster = json.loads(store.get(f"{call}/roster"))
-            if asdict(me) in roster:
-                return call, roster
+            if asdict(me) in roster["peers"]:
+                return roster
     raise UserError(
         f"process 0 did not answer, though {os.environ['MASTER_ADDR']} does: look at its messages"
     )
-
-
-def check_alike(everyone: list[Peer]) -> None:
-    """UserError unless all processes have the same facts; the first that differs is named."""
-    first = everyone[0]
-    for peer in everyone:
-        for name, value in first.facts.items():
-            if peer.facts.get(name) != value:
-                raise UserError(
-                    f"the processes were started differently: {name} is {value} in {first} and "
-                    f"{peer.facts.get(name)} in {peer}"
-                )
 
 
 def counted(ranks: list[int]) -> str:
@@ -186,7 +185,7 @@ def counted(ranks: list[int]) -> str:
     return f"{noun} {', '.join(map(str, ranks))}"
 
 
-def machines(peers: list[Peer]) -> str:
+def by_machine(peers: list[Peer]) -> str:
     """Processes by machine: "0, 1 on nodeA; 2 on nodeB"."""
     ranks: dict[str, list[str]] = {}
     for peer in peers:

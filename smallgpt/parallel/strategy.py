@@ -4,7 +4,7 @@ A strategy owns what differs between one process, DDP and other layouts, and not
 loops call it in this order:
 
     model = GPT(config)                        # weights from the seed, the same on every rank
-    strategy = build(model, world, dtype)      # moves it to the device and wraps it in place
+    strategy = spread.build(model, dtype)      # moves it to the device and wraps it in place
     optimizers = make_optimizers(strategy.names(), ...)   # after wrapping: it sees the shards
     ...
     strategy.seed(seed, step)
@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from model import GPT, GPTConfig
 from smallgpt.console import UserError
 from smallgpt.hardware import autocast
 from smallgpt.parallel.world import World
@@ -83,7 +84,7 @@ def share_batch(batch_tokens: int, block_size: int, micro_batch: int, data_size:
 
 
 class Single:
-    """One process.
+    """One process. The model is on its device.
 
     `model` is the plain model with clean parameter names, `shapes` those of its parameters before
     any was cut or left to another process. `data_rank` of `data_size`: which share of every global
@@ -94,7 +95,7 @@ class Single:
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.model = model.to(world.device)
+        self.model = model
         self.world = world
         self.data_rank = world.rank
         self.data_size = world.size
@@ -121,6 +122,11 @@ class Single:
         # strict=False only for the second name of a tied matrix
         whole = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(self.model, weights, options=whole)
+
+    def whole(self) -> GPT | None:
+        """The whole GPT for what only the main process does, such as replies; None elsewhere. A
+        collective."""
+        return self.model if self.world.main else None
 
     def seed(self, seed: int, step: int) -> None:
         """Seed torch for one step of this data rank. All randomness of a run is a function of
@@ -192,9 +198,27 @@ class DDP(Single):
         return nullcontext() if last else self.wrapped.no_sync()
 
 
-def build(model: nn.Module, world: World, dtype: torch.dtype) -> Single:
-    """The strategy of this world: DDP for several processes, Single for one.
+class Spread:
+    """How a model is spread over the processes of a world: here each holds a whole one. Other
+    layouts override what is different there."""
 
-    dtype: precision of matrix products. The model must hold its weights already; optimizers are
-    made from `names()` afterwards."""
-    return (DDP if world.size > 1 else Single)(model, world, dtype)
+    def __init__(self, world: World):
+        self.world = world
+
+    def check(self, config: GPTConfig) -> None:
+        """UserError if a model of this shape cannot be spread like this."""
+
+    @property
+    def birthplace(self) -> torch.device:
+        """Where this process makes the model: on the CPU, or, of one that only the main process
+        ever holds whole, on the meta device, which has no memory."""
+        return torch.device("cpu")
+
+    def build(self, model: nn.Module, dtype: torch.dtype) -> Single:
+        """Move the model to the device, wrap it in place, and give its strategy: DDP for several
+        processes, Single for one.
+
+        dtype: precision of matrix products. The model must hold its weights already; optimizers
+        are made from `names()` afterwards."""
+        strategy = DDP if self.world.size > 1 else Single
+        return strategy(model.to(self.world.device), self.world, dtype)

@@ -4,6 +4,7 @@ Ranks come from torchrun's environment and nowhere else. RANK decides who writes
 sampled; LOCAL_RANK only chooses the GPU.
 """
 
+import hashlib
 import os
 import signal
 import time
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed
@@ -21,6 +23,9 @@ import torch.distributed
 from smallgpt.console import UserError
 from smallgpt.hardware import choose_device
 from smallgpt.parallel.peers import Peers, choose_interface, meet
+
+# machines may see the same files in different places
+PATHS = ("out_dir", "data.path", "data.cache", "trunk", "resume", "init_from")
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,14 @@ class World:
             raise UserError(f"the processes see different files: all machines must share {files}")
 
 
-class WorldSettings(Protocol):
-    """What joining the others needs of a script's settings."""
-
-    device: str
-    timeout: int
-
-
 @contextmanager
-def start(s: WorldSettings) -> Iterator[World]:
+def start(
+    device: str, timeout: int = 600, settings: dict[str, Any] | None = None
+) -> Iterator[World]:
     """Join the process group torchrun describes (gloo on CPU, nccl on CUDA), or run alone.
+
+    timeout: seconds that another process may be waited for. settings: must be the same in all
+    processes, except for PATHS. UserError where a process is missing or started differently.
 
     An error in the body is raised on; where it is only the consequence of another process's end,
     UserError or PeerError names that one. On an error the group is not torn down politely: the
@@ -69,7 +72,7 @@ def start(s: WorldSettings) -> Iterator[World]:
     when this process exits.
     """
     if "RANK" not in os.environ:
-        yield World(0, 1, choose_device(s.device))
+        yield World(0, 1, choose_device(device))
         return
     wanted = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in wanted if name not in os.environ]
@@ -78,13 +81,13 @@ def start(s: WorldSettings) -> Iterator[World]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name}={os.environ[name]} is no number: start it with torchrun")
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(s.device))
-    peers = meet(world.rank, world.size, s.timeout, facts_of(s))
+    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(device))
+    peers = meet(world.rank, world.size, timeout, facts_of(settings or {}))
     try:
         said = choose_interface(peers.me, peers.everyone)
         if said and world.main:
             print(f"network  {said}", flush=True)
-        join_group(world, peers, s.timeout)
+        join_group(world, peers, timeout)
         yield world
         peers.leave()
         world.sum(0.0)  # the store may end with this process: all have left it now
@@ -96,9 +99,14 @@ def start(s: WorldSettings) -> Iterator[World]:
     torch.distributed.destroy_process_group()
 
 
-def facts_of(s: WorldSettings) -> dict[str, Any]:
-    """What must be the same in all processes: a run on two versions trains something else."""
-    return {"torch": torch.__version__}
+def facts_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What must be alike in all processes: they would train something else, or wait for ever."""
+    root = Path(__file__).parents[2]
+    program = hashlib.sha256()
+    for file in sorted([*root.glob("*.py"), *root.glob("smallgpt/**/*.py")]):
+        program.update(file.read_bytes())
+    facts = {"torch": torch.__version__, "the program": program.hexdigest()[:8]}
+    return facts | {name: value for name, value in settings.items() if name not in PATHS}
 
 
 def device_of_rank(device: str) -> torch.device:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -27,8 +26,6 @@ from helpers import (
 )
 from smallgpt.console import UserError
 from smallgpt.parallel import world
-
-ON_CPU = SimpleNamespace(device="cpu", timeout=60)
 
 
 def same_losses(a: Path, b: Path, rel: float, at_least: int = 10) -> None:
@@ -211,7 +208,7 @@ def test_a_port_in_use_is_one_sentence(by_hand):
     with socket.socket() as other:
         other.bind(("127.0.0.1", int(by_hand["MASTER_PORT"])))
         other.listen()
-        with pytest.raises(UserError) as error, world.start(ON_CPU):
+        with pytest.raises(UserError) as error, world.start("cpu"):
             pass
     where = f"127.0.0.1:{by_hand['MASTER_PORT']}"
     assert str(error.value).startswith(f"the processes cannot meet at {where} (address already")
@@ -223,7 +220,7 @@ def test_a_variable_that_is_no_number_is_named(by_hand, monkeypatch, name):
     """Regression: RANK=$SLURM_PROCID outside Slurm was a ValueError of int()."""
     for value in ("", "x", "-1"):
         monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"{name}={value} is no number"), world.start(ON_CPU):
+        with pytest.raises(UserError, match=f"{name}={value} is no number"), world.start("cpu"):
             pass
 
 

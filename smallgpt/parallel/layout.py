@@ -1,0 +1,127 @@
+"""Which layout a run has: its settings, what can be wrong with them, and the mesh of processes.
+
+The processes of a run are a mesh with four axes. From the outside in, so that the axis that
+communicates most has neighbours:
+
+    pp           stages of a pipeline: each holds some of the blocks
+    replicate    copies of what follows, which read different rows of a batch
+    shard        each holds a part of every weight, gathers the whole where it is needed (FSDP2),
+                 and reads rows of its own
+    tp           each multiplies by a part of every matrix (tensor parallel), for the same rows
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch.distributed import DeviceMesh, init_device_mesh
+
+from model import GPTConfig
+from smallgpt.console import UserError
+from smallgpt.parallel.strategy import Single, Spread
+from smallgpt.parallel.world import World
+from smallgpt.settings import Count, Positive
+
+AXES = ("pp", "replicate", "shard", "tp")
+
+
+@dataclass
+class MeshSettings:
+    shard: Count = 0  # parts that each weight is cut into (FSDP2); 0 = all processes left over
+    replicate: Count = 1  # copies of these parts (HSDP; DDP with shard=1); 0 = all left over
+    tp: Positive = 1  # parts that each matrix product is cut into (tensor parallel)
+    sequence: bool = False  # with tp: norms and residual stream are cut, too, along the sequence
+    pp: Positive = 1  # stages that the blocks are cut into (pipeline parallel)
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"  # order of a pipeline's work
+    virtual: Positive = 2  # with interleaved: stages on each process
+    offload: bool = False  # weights, gradients and optimizer live in CPU memory (slow)
+    reduce: Literal["float32", "bfloat16"] = "float32"  # precision of the sum of gradients
+
+    def check(self) -> list[str]:
+        """Problems that the types do not show, in plain words."""
+        problems = []
+        if not self.shard and not self.replicate:
+            problems.append("shard=0 and replicate=0 cannot both mean all processes left over")
+        if self.sequence and self.tp == 1:
+            problems.append("sequence=true needs tp of 2 or more")
+        return problems
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline, over all its processes."""
+        return self.pp * self.virtual if self.schedule == "interleaved" and self.pp > 1 else self.pp
+
+    @property
+    def micro_batches(self) -> int:
+        """A step has at least so many, or the pipeline has nothing to fill it."""
+        return self.stages
+
+
+def sizes(s: MeshSettings, world_size: int) -> dict[str, int]:
+    """Axis -> its size. UserError unless they multiply to the number of processes."""
+    found = {axis: getattr(s, axis) for axis in AXES}
+    stated = math.prod(size for size in found.values() if size)
+    for axis, size in found.items():
+        if not size:
+            found[axis] = max(1, world_size // stated)
+    if math.prod(found.values()) != world_size:
+        wanted = " x ".join(f"mesh.{axis}={size}" for axis, size in found.items())
+        raise UserError(
+            f"{wanted} is {math.prod(found.values())} processes, but there are {world_size}: "
+            "start as many (torchrun --nproc_per_node times --nnodes), or change the mesh"
+        )
+    return found
+
+
+class MeshSpread(Spread):
+    """A model spread over a mesh of processes."""
+
+    def __init__(self, world: World, s: MeshSettings):
+        super().__init__(world)
+        self.s = s
+        self.sizes = sizes(s, world.size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Does every process hold a whole model? Then it is DDP, or a single process."""
+        cut = self.sizes["pp"] * self.sizes["shard"] * self.sizes["tp"]
+        return cut == 1 and not self.s.offload
+
+    def check(self, config: GPTConfig) -> None:
+        if config.n_layer < self.s.stages:
+            raise UserError(
+                f"mesh.pp makes {self.s.stages} stages, and the model has only {config.n_layer} "
+                "blocks: lower mesh.pp (or mesh.virtual)"
+            )
+        if self.s.offload and self.world.size == 1:
+            raise UserError("mesh.offload needs several processes: start with torchrun")
+        if self.s.tp > 1:
+            from smallgpt.parallel.tensor import problems  # half a second of imports
+
+            found = problems(config, self.s.tp, self.s.sequence)
+            if found:
+                raise UserError(f"the model cannot be cut in {self.s.tp}: {'; '.join(found)}")
+
+    @property
+    def birthplace(self) -> torch.device:
+        is_whole = self.is_plain or self.world.main
+        return torch.device("cpu" if is_whole else "meta")
+
+    def build(self, model: nn.Module, dtype: torch.dtype) -> Single:
+        if self.is_plain:
+            return super().build(model, dtype)
+        if dtype == torch.float16:
+            raise UserError(
+                "dtype=float16 needs a whole model on each process (mesh.shard=1, tp=1, pp=1): "
+                "use dtype=bfloat16 or float32"
+            )
+        from smallgpt.parallel.mesh import Mesh  # half a second of imports, for those who need it
+
+        return Mesh(model, self.world, dtype, self.make_mesh(), self.s)
+
+    def make_mesh(self) -> DeviceMesh:
+        """The processes as a mesh. A collective."""
+        shape = tuple(self.sizes[axis] for axis in AXES)
+        return init_device_mesh(self.world.device.type, shape, mesh_dim_names=AXES)
