@@ -186,11 +186,11 @@ def counted(ranks: list[int]) -> str:
 
 
 def by_machine(peers: list[Peer]) -> str:
-    """Processes by machine: "0, 1 on nodeA; 2 on nodeB"."""
-    ranks: dict[str, list[str]] = {}
+    """ "processes 0, 1 on nodeA; process 2 on nodeB"."""
+    ranks: dict[str, list[int]] = {}
     for peer in peers:
-        ranks.setdefault(peer.host, []).append(str(peer.rank))
-    return "; ".join(f"{', '.join(numbers)} on {host}" for host, numbers in ranks.items())
+        ranks.setdefault(peer.host, []).append(peer.rank)
+    return "; ".join(f"{counted(numbers)} on {host}" for host, numbers in ranks.items())
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ class Peers:
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        thread.join(5 * GRACE)  # where the network is cut, the store may block for ever
+        thread.join(8 * GRACE)  # where the network is cut, the store may block for ever
         self.ended.set()
         if not reason:
             return error
@@ -341,7 +341,7 @@ class Peers:
         self.store.set("alarm", "")
         if not is_first:
             return False
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + 3 * GRACE
         for peer in listeners:
             while not self.has(self.store, f"heard/{peer.rank}") and time.monotonic() < end:
                 time.sleep(POLL)
@@ -376,8 +376,7 @@ class Peers:
 
 
 def no_answer(peers: list[Peer]) -> str:
-    names = ", ".join(map(str, peers))
-    return f"{names} does not answer: killed (was its memory full?), stopped, or cut off"
+    return f"no answer from {by_machine(peers)}: killed (was memory full?), stopped, or cut off"
 
 
 def place_of(thread: threading.Thread) -> str:

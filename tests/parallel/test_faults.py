@@ -69,7 +69,7 @@ def test_who_is_killed_or_stopped_is_named(ends, how, rank):
     for other, result in enumerate(ends[how, rank]):
         if other != rank:
             assert result.status == 1
-            assert f"process {rank} does not answer: killed" in without_host(result)
+            assert f"no answer from process {rank}: killed" in without_host(result)
             assert ("error: " in result.err) == (other == 0)
 
 
