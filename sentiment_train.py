@@ -73,6 +73,7 @@ class SentimentSettings:
     seed: int = 0  # of the head, the order of the batches and dropout
     device: Free[Device] = "auto"  # auto = a GPU if there is one
     dtype: Free[Precision] = "auto"  # precision of matrix products
+    timeout: Free[Positive] = 600  # seconds that other processes may be waited for
     compile: Free[Switch] = "auto"  # torch.compile; auto = no: every batch has a new shape
     epochs: Free[PositiveFloat] = 3.0  # passes over the training examples
     max_steps: Free[Count] = 0  # optimisation steps instead of epochs; 0 = by epochs
@@ -431,7 +432,7 @@ def describe_data(s: SentimentSettings, data: Reviews, notes: list[str]) -> str:
 
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
-    with start(s.device) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return finetune(s, world)
 
 
