@@ -293,6 +293,7 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.first_trained_row = 0  # token embeddings below it are frozen
         self.tie()
         self.init_weights()
 
@@ -357,6 +358,9 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
         x = self.wte(tokens)
+        if self.first_trained_row:
+            is_trained = tokens >= self.first_trained_row
+            x = torch.where(is_trained[..., None], x, x.detach())
         if self.config.pos == "learned":
             x = x + self.wpe(context.positions)
         return self.drop(x)
@@ -398,7 +402,13 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The matrix (V, C) of the LM head, whole. A parallel layout may gather it here."""
         weight = self.lm_head.weight
-        return weight if torch.is_grad_enabled() else weight.detach()
+        if not torch.is_grad_enabled():
+            return weight.detach()
+        if self.first_trained_row and self.config.tie_weights:
+            rows = torch.arange(weight.size(0), device=weight.device)
+            is_trained = rows >= self.first_trained_row
+            weight = torch.where(is_trained[:, None], weight, weight.detach())
+        return weight
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """SUM of the token losses in nats of targets (B, T), IGNORE where there is none, given the

@@ -40,7 +40,7 @@ from helpers import (
     write_csv,
 )
 from model import GPT, GPTClassifier, GPTConfig
-from sentiment_train import SentimentSettings, build, finetune
+from sentiment_train import SentimentSettings, finetune, make_classifier, prepare
 from smallgpt import hardware, settings
 from smallgpt.console import UserError
 from smallgpt.optim import layer_scale, lr_factor, make_optimizers
@@ -54,7 +54,6 @@ from smallgpt.sentiment.batches import (
     Inputs,
     collate,
     drop_tokens,
-    encode,
     score,
 )
 from smallgpt.sentiment.sets import ReviewSettings
@@ -208,16 +207,9 @@ def assert_same_predictions(a: Path, b: Path, tolerance: float) -> None:
 def begun(s: SentimentSettings) -> tuple[GPTClassifier, splits.Reviews, dict[str, Encoded], int]:
     """What a run has before its first step: the model in float64, the set, its ids, the id of
     padding."""
-    data = splits.load(s.data)
-    torch.manual_seed(s.seed)
-    model, opened = build(s, data.labels)
-    tok = opened.tokenizer
-    prefix = [tok.bos] if tok.bos < opened.rows else []
-    ids = {
-        k: encode(v, data.labels, tok, s.block_size or BLOCK, prefix)
-        for k, v in data.splits.items()
-    }
-    return model.double(), data, ids, tok.pad
+    task = prepare(s, ALONE)
+    ids = {name: inputs.data for name, inputs in task.inputs.items()}
+    return make_classifier(s, task, CPU).double(), task.data, ids, task.trunk.tokenizer.pad
 
 
 def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
@@ -387,10 +379,7 @@ def test_new_tokens_train_and_what_is_frozen_stays_bit_for_bit(fit, gpt2, freeze
         assert after[f"gpt.{part}"][: len(w)].equal(w) == (
             f"gpt.{part}" not in trains or part == "wte.weight"
         ), part
-    torch.manual_seed(0)
-    before = build(
-        settings.load(SentimentSettings, [str(folder / "config.yaml")]), ["bad", "good"]
-    )[0]
+    before = begun(settings.load(SentimentSettings, [str(folder / "config.yaml")]))[0].float()
     moved = (after["gpt.wte.weight"] != before.gpt.wte.weight).any(1)
     assert moved.nonzero().flatten().tolist() == [pad]
     assert optimized(folder) == trains
