@@ -1,12 +1,13 @@
 # make quickstart   a model of your own in a few minutes, on any computer with Python 3.11 or newer
 # make test         lint and all tests
 # make check        lint and the tests that are not slow: under a minute
+# make parity       every parallel layout against one process: ten minutes on two cores, no GPU
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check lint clean
+.PHONY: quickstart test check parity lint clean
 
 # A stamp is older than a changed requirement, so the install is repeated. It is touched last: a broken install
 # is not taken for a good one.
@@ -34,6 +35,10 @@ test: lint
 
 check: lint
 	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+
+parity: $(VENV)/.installed
+	$(PY) bench/parity.py
+	$(PY) bench/parity.py --reshard
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .

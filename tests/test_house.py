@@ -148,7 +148,9 @@ def test_every_yaml_is_read_by_its_script(path):
         from sentiment_train import SentimentSettings as Schema
     elif "scripts/sweep.py" in first:
         from scripts.sweep import SweepSettings as Schema
-    elif "train.py" in first or "train_fsdp.py" in first:
+    elif "train_fsdp.py" in first:
+        from train_fsdp import MeshTrainSettings as Schema
+    elif "train.py" in first:
         from train import TrainSettings as Schema
     else:
         pytest.skip(f"{script[1]}: a test beside that script reads it")
