@@ -47,6 +47,11 @@ class GPTConfig:
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP: 4 C; with SwiGLU's third matrix 8/3 C, up to a multiple of 64."""
+        return 64 * math.ceil(self.n_embd / 24) if self.mlp == "swiglu" else 4 * self.n_embd
+
     def check(self) -> list[str]:
         """Problems with these settings, in plain words; empty when there are none."""
         problems = []
@@ -148,6 +153,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(C, C, bias=config.bias)
         self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        self.attend = F.scaled_dot_product_attention  # tensor parallel draws its dropout by rank
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
@@ -165,7 +171,7 @@ class Attention(nn.Module):
             k = rotate(k, *context.rotary)
         if context.cache is not None:
             k, v = context.cache.write(layer, context.start, k, v)
-        y = F.scaled_dot_product_attention(
+        y = self.attend(
             q,
             k,
             v,
@@ -178,16 +184,13 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """4 C wide with GELU (tanh form, as GPT-2) or squared ReLU (So et al. 2021).
-
-    SwiGLU (Shazeer 2020) has a third matrix and is therefore 8/3 C wide, rounded up to a
-    multiple of 64."""
+    """With GELU (tanh form, as GPT-2), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.kind = config.mlp
         C = config.n_embd
-        hidden = 64 * math.ceil(C / 24) if self.kind == "swiglu" else 4 * C
+        hidden = config.mlp_size
         self.fc = nn.Linear(C, hidden, bias=config.bias)
         self.gate = nn.Linear(C, hidden, bias=config.bias) if self.kind == "swiglu" else None
         self.proj = nn.Linear(hidden, C, bias=config.bias)
