@@ -405,13 +405,7 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         """The matrix (V, C) of the LM head, whole. A parallel layout may gather it here."""
         weight = self.lm_head.weight
-        if not torch.is_grad_enabled():
-            return weight.detach()
-        if self.first_trained_row and self.config.tie_weights:
-            rows = torch.arange(weight.size(0), device=weight.device)
-            is_trained = rows >= self.first_trained_row
-            weight = torch.where(is_trained[:, None], weight, weight.detach())
-        return weight
+        return weight if torch.is_grad_enabled() else weight.detach()
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """SUM of the token losses in nats of targets (B, T), IGNORE where there is none, given the
@@ -420,6 +414,10 @@ class GPT(nn.Module):
         The caller divides once by the valid targets of the whole step, so that padding, packing,
         accumulation and the number of processes cannot bias the mean."""
         weight = self.head_weight()
+        if self.first_trained_row and self.config.tie_weights:
+            rows = torch.arange(weight.size(0), device=h.device)
+            is_trained = rows >= self.first_trained_row
+            weight = torch.where(is_trained[:, None], weight, weight.detach())
         device = h.device.type
         dtype = weight.dtype
         if torch.is_autocast_enabled(device):

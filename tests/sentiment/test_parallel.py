@@ -33,6 +33,9 @@ FEATURES = {
 LAYOUTS = {
     "fsdp": dict(mesh__shard=4),
     "hsdp": dict(mesh__shard=2),
+    "tp": dict(mesh__tp=2),
+    "tp_fsdp": dict(mesh__tp=2, mesh__shard=2),
+    "sequence": dict(mesh__tp=2, mesh__sequence=True),
 }
 
 
