@@ -14,29 +14,32 @@ from fine_tuning import assert_same_predictions, result_of
 from helpers import last_weights, losses
 from smallgpt.runs.metrics import read
 
-# 33 examples in batches of 16: in every epoch one batch has a single example, so that of several
-# data ranks some have none
-COMMON = dict(dtype="float64", data__train_size=33, max_steps=5, eval_every=4, dropout=0.0)
+# 33 examples in batches of 16: one batch of an epoch has a single example, so that of several data
+# ranks some have none
+COMMON = dict(dtype="float64", data__train_size=33, max_steps=4, eval_every=3, dropout=0.0)
 FEATURES = {
-    "plain": dict(micro_tokens=200),
-    "weighted": dict(pool="mean", class_weights="balanced", label_smoothing=0.1, layer_decay=0.7),
-    "language_model": dict(lm_weight=0.3, micro_tokens=200),
-    "adversarial": dict(adversarial=0.2, micro_tokens=200),
-    "no_mask": dict(mask=False, patience=1, eval_every=2),
-    "frozen_trunk": dict(freeze="trunk"),
-    "last_block": dict(freeze="all_but_last:1", lm_weight=0.3),
-    "new_tokens": dict(freeze="all_but_last:1", mask=False, trunk="gpt2"),
-    "new_tokens_language_model": dict(
-        freeze="all_but_last:1", mask=False, trunk="gpt2", lm_weight=0.3
+    "losses": dict(
+        pool="mean",
+        class_weights="balanced",
+        label_smoothing=0.1,
+        layer_decay=0.7,
+        lm_weight=0.3,
+        micro_tokens=200,
     ),
+    "adversarial": dict(adversarial=0.2, micro_tokens=200),
+    "no_mask": dict(mask=False, patience=1, eval_every=1),
+    "frozen_trunk": dict(freeze="trunk"),
+    "last_block": dict(freeze="all_but_last:1"),
+    "new_tokens": dict(freeze="all_but_last:1", mask=False, trunk="gpt2", lm_weight=0.3),
 }
 LAYOUTS = {
-    "fsdp": dict(mesh__shard=4),
-    "hsdp": dict(mesh__shard=2),
-    "tp": dict(mesh__tp=2),
-    "tp_fsdp": dict(mesh__tp=2, mesh__shard=2),
-    "sequence": dict(mesh__tp=2, mesh__sequence=True),
+    "fsdp": (dict(mesh__shard=4), FEATURES),
+    "hsdp": (dict(mesh__shard=2, mesh__offload=True), ["losses"]),
+    "tp": (dict(mesh__tp=2), FEATURES),
+    "tp_fsdp": (dict(mesh__tp=2, mesh__shard=2), ["losses", "new_tokens"]),
+    "sequence": (dict(mesh__tp=2, mesh__sequence=True), ["losses", "adversarial"]),
 }
+CASES = [(layout, feature) for layout, (_, features) in LAYOUTS.items() for feature in features]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +55,12 @@ def case(gpt2) -> Callable[[str], dict]:
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory, fine, case, start_ranks) -> Path:
-    """The folder with the run of each feature on each layout, made by one group of processes."""
+    """The folder with the runs of all layouts, made by one group of processes."""
     out = tmp_path_factory.mktemp("cut")
     jobs = []
-    for layout, mesh in LAYOUTS.items():
-        for feature in FEATURES:
-            jobs.append(fine(out, run=f"{feature}-{layout}", **case(feature), **mesh))
+    for layout, feature in CASES:
+        mesh, _ = LAYOUTS[layout]
+        jobs.append(fine(out, run=f"{feature}-{layout}", **case(feature), **mesh))
     (out / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     for process in start_ranks(4, [out / "jobs.json"], script="fine_tuning"):
         result = process.wait(timeout=170)
@@ -77,7 +80,7 @@ def numbers(folder: Path) -> Iterator[tuple[str, float]]:
 def assert_same_run(found: Path, one: Path) -> None:
     """The same numbers, report and weights, up to rounding."""
     ours, theirs = dict(numbers(found)), dict(numbers(one))
-    assert ours.keys() == theirs.keys() and len(losses(one, "train")) > 3
+    assert ours.keys() == theirs.keys() and len(losses(one, "train")) >= 2
     for key, value in theirs.items():
         assert math.isclose(ours[key], value, rel_tol=1e-12, abs_tol=1e-15), (found, key)
     x, y = result_of(found), result_of(one)
@@ -96,5 +99,6 @@ def assert_same_run(found: Path, one: Path) -> None:
 def test_a_cut_model_is_fine_tuned_as_a_whole_one(cut, case, fit, feature):
     """Losses, norms, accuracies, report and weights of every layout are those of one process."""
     one = fit(**case(feature))
-    for layout in LAYOUTS:
-        assert_same_run(cut / f"{feature}-{layout}", one)
+    for layout, other in CASES:
+        if other == feature:
+            assert_same_run(cut / f"{feature}-{layout}", one)
