@@ -125,6 +125,11 @@ class SentimentSettings:
             )
         if self.adversarial and self.freeze != "none":
             problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none")
+        if self.adversarial and self.mesh.pp > 1:
+            problems.append(
+                f"adversarial={self.adversarial} must be 0, or mesh.pp=1: the second pass of a text "
+                "begins where its first has ended"
+            )
         return problems
 
 
@@ -291,8 +296,7 @@ class Objective:
         self.losses: list[Tensor] = []  # scalars, of the plain passes
         self.hits: list[Tensor] = []  # scalars: how many labels were found
         longest = self.train.width or int(self.buckets.lengths[rows].max())
-        rank, size = self.strategy.data_rank, self.strategy.data_size
-        parts = share_rows(rows, longest, rank, size, self.s.micro_tokens)
+        parts = share_rows(rows, longest, self.strategy, self.s.micro_tokens)
         batches = []
         for part in parts:
             batch = self.collate(part) if len(part) else self.collate(rows[:1], weight=0.0)
