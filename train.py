@@ -187,7 +187,13 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         strategy = spread.build(model, dtype)
         if parent and not run.found:
             strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
-        shares = share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, strategy.data_size)
+        shares = share_batch(
+            s.batch_tokens,
+            s.model.block_size,
+            s.micro_batch,
+            strategy.data_size,
+            strategy.depth,
+        )
         optimizers = make_optimizers(strategy.names(), s.optim)
         run.resume(strategy, optimizers)
         device_line = (

@@ -63,23 +63,27 @@ class Shares:
         return [range(row, row + self.micro) for row in range(first, first + mine, self.micro)]
 
 
-def share_batch(batch_tokens: int, block_size: int, micro_batch: int, data_size: int) -> Shares:
+def share_batch(
+    batch_tokens: int, block_size: int, micro_batch: int, data_size: int, depth: int = 1
+) -> Shares:
     """Derive accumulation and micro-batch (at most micro_batch sequences) from the global batch.
 
-    UserError if batch_tokens is not a multiple of block_size times the number of data ranks.
-    """
-    unit = block_size * data_size
+    depth: the accumulation is a multiple of it, so that a pipeline of that depth is filled.
+    UserError if batch_tokens is not a multiple of block_size times the data ranks times depth."""
+    unit = block_size * data_size * depth
     if batch_tokens % unit:
         nearest = max(1, round(batch_tokens / unit)) * unit
+        stages = f" x {depth} micro-batches (mesh.pp)" if depth > 1 else ""
+        readers = f"{data_size} {'replica(s)' if depth > 1 else 'process(es)'}"
         raise UserError(
             f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of "
-            f"model.block_size={block_size} x {data_size} process(es) = {unit}, for example "
-            f"{nearest}"
+            f"model.block_size={block_size} x {readers}{stages} = {unit}, for example {nearest}"
         )
-    mine = batch_tokens // unit
-    micro = min(micro_batch, mine)
-    while mine % micro:
+    turns = batch_tokens // unit  # sequences of each of `depth` equal parts
+    micro = min(micro_batch, turns)
+    while turns % micro:
         micro -= 1
+    mine = turns * depth
     return Shares(rows=mine * data_size, accum=mine // micro, micro=micro)
 
 
@@ -92,6 +96,7 @@ class Single:
     """
 
     name = "single"
+    depth = 1  # processes in a pipeline: a step's micro-batches must be a multiple of it
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
