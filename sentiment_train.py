@@ -81,6 +81,7 @@ class SentimentSettings:
     seed: int = 0  # of the head, the order of the batches and dropout
     device: Free[Device] = "auto"  # auto = a GPU if there is one
     dtype: Free[Precision] = "auto"  # precision of matrix products
+    timeout: Free[Positive] = 600  # seconds that other processes may be waited for
     compile: Free[Switch] = "auto"  # torch.compile; auto = no: every batch has a new shape
     epochs: Free[PositiveFloat] = 3.0  # passes over the training examples
     max_steps: Free[Count] = 0  # optimisation steps instead of epochs; 0 = by epochs
@@ -88,6 +89,7 @@ class SentimentSettings:
     micro_tokens: Free[Positive] = 16384  # most tokens per forward pass and process (memory)
     eval_every: Free[Count] = 0  # steps between evaluations; 0 = once an epoch
     save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
+    save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
@@ -491,7 +493,7 @@ def describe_batch(s: SentimentSettings, steps_per_epoch: int, strategy: Single)
 
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
-    with start(s.device) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return finetune(s, world)
 
 
