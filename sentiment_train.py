@@ -400,7 +400,8 @@ def finetune(s: SentimentSettings, world: World) -> int:
             if step >= max_steps or run.out_of_patience(s.patience):
                 break
 
-            lr = set_lr(optimizers, lr_factor(step, max_steps, s.optim))
+            factor = lr_factor(step, max_steps, s.optim)
+            set_lr(optimizers, factor)
             strategy.seed(s.seed, step)  # of dropout
             batches = objective.micro_batches(step)
             strategy.forward_backward(batches, objective.loss_of, 1.0)
@@ -413,7 +414,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
                 "examples",
                 loss=loss,
                 accuracy=hits / objective.n_examples,
-                lr=lr,
+                lr=factor * s.optim.lr,  # of the head, which trains on the last stage
                 grad_norm=norm,
             )
         if run.status == 0:

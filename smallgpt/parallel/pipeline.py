@@ -153,11 +153,6 @@ class Pipeline(Mesh):
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def seed(self, seed: int, step: int) -> None:
-        """As in one process, but the stages draw different dropout."""
-        super().seed(seed, step)
-        torch.manual_seed(int(torch.randint(2**48, ())) + self.rank)
-
     def forward_backward(
         self, batches: Sequence[HasInputs], loss_of: LossOf, scale: float
     ) -> Tensor | float:
@@ -169,6 +164,8 @@ class Pipeline(Mesh):
             losses.append(loss.detach())
             return loss * (self.gradient_scale * scale)
 
+        # what was drawn before is the same on all stages; their dropout is not
+        torch.manual_seed(int(torch.randint(2**48, ())) + self.rank)
         self.run(batches, finish, training=True)
         self.sum_tied_gradient()
         return sum(losses)
@@ -213,7 +210,8 @@ class Pipeline(Mesh):
                 self.s.stages,
                 self.world.device,
                 input_args=(hidden[number],) if number else (),
-                output_args=(hidden[number + 1],),
+                # the last one may give two: scores, and a language-model loss
+                output_args=(hidden[number + 1],) * (2 if module.is_last else 1),
                 group=self.group,
             )
             stages.append(stage)
