@@ -232,7 +232,11 @@ class Pipeline(Mesh):
             return
         if copy.grad is None:
             copy.grad = torch.zeros_like(copy)
-        part = copy.grad.to_local() if isinstance(copy.grad, DTensor) else copy.grad
+        part = copy.grad
+        if isinstance(copy, DTensor):
+            # as a sum over tensor-parallel ranks it is cut in other ways than the matrix
+            copy.grad = copy.grad.redistribute(placements=copy.placements)
+            part = copy.grad.to_local()
         dist.all_reduce(part, group=self.ends)
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:

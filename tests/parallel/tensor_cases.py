@@ -217,13 +217,14 @@ def dropout(sequence: bool, mesh: DeviceMesh) -> dict:
         model.zero_grad()
     local = [x.to_local() if isinstance(x, DTensor) else x for x in (heads[0], *outputs[0])]
     attention, before, after = (gather(x, mesh) for x in local)
-    kept = [b.ne(0) for b in after]
+    present = before[0].ne(0) & before[1].ne(0)
+    dropped = [x[present] == 0 for x in after]
     return {
         "repeats": all(a.equal(b) for a, b in zip(runs[0], runs[1], strict=True)),
         "recomputes": all(a.equal(b) for a, b in zip(runs[0], runs[2], strict=True)),
         "one_model": all(a.equal(b) for x in runs[0] for a, b in [gather(x, mesh)]),
         "heads_alike": attention[0].equal(attention[1]),
-        "outputs_alike": kept[0].equal(kept[1]),
+        "outputs_alike": dropped[0].equal(dropped[1]),
     }
 
 

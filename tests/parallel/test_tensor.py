@@ -16,7 +16,7 @@ def found(start_ranks) -> dict[str, dict]:
     cases = {}
     for size in (2, 4):
         group = start_ranks(size, [], script="parallel.tensor_cases")
-        results = [process.wait(120) for process in group]
+        results = [process.wait(240) for process in group]
         for result in results:
             assert result.status == 0 and result.err == "", result.err[-3000:]
         for line in results[0].out.splitlines():
