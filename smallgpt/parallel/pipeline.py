@@ -210,8 +210,7 @@ class Pipeline(Mesh):
                 self.s.stages,
                 self.world.device,
                 input_args=(hidden[number],) if number else (),
-                # the last one may give two: scores, and a language-model loss
-                output_args=(hidden[number + 1],) * (2 if module.is_last else 1),
+                output_args=(hidden[number + 1],),
                 group=self.group,
             )
             stages.append(stage)
@@ -244,7 +243,7 @@ class Pipeline(Mesh):
         norm = super().gradient_norm([p for p in parameters if p is not copy])
         square = norm.to(self.world.device).double().square()
         dist.all_reduce(square, group=self.group)
-        return square.sqrt().to(norm.dtype)
+        return square.sqrt().to(next(self.model.parameters()).dtype)
 
     @torch.no_grad()
     def evaluate(self, *inputs: Any) -> Any:
