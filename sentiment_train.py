@@ -127,6 +127,11 @@ class SentimentSettings:
             )
         if self.adversarial and self.freeze != "none":
             problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none")
+        if self.adversarial and self.mesh.pp > 1:
+            problems.append(
+                f"adversarial={self.adversarial} must be 0, or mesh.pp=1: the second pass of a text "
+                "begins where its first has ended"
+            )
         return problems
 
 
@@ -293,8 +298,7 @@ class Objective:
         self.losses: list[Tensor] = []  # scalars, of the plain passes
         self.hits: list[Tensor] = []  # scalars: how many labels were found
         longest = self.train.width or int(self.buckets.lengths[rows].max())
-        rank, size = self.strategy.data_rank, self.strategy.data_size
-        parts = share_rows(rows, longest, rank, size, self.s.micro_tokens)
+        parts = share_rows(rows, longest, self.strategy, self.s.micro_tokens)
         batches = []
         for part in parts:
             batch = self.collate(part) if len(part) else self.collate(rows[:1], weight=0.0)
@@ -396,7 +400,8 @@ def finetune(s: SentimentSettings, world: World) -> int:
             if step >= max_steps or run.out_of_patience(s.patience):
                 break
 
-            lr = set_lr(optimizers, lr_factor(step, max_steps, s.optim))
+            factor = lr_factor(step, max_steps, s.optim)
+            set_lr(optimizers, factor)
             strategy.seed(s.seed, step)  # of dropout
             batches = objective.micro_batches(step)
             strategy.forward_backward(batches, objective.loss_of, 1.0)
@@ -409,7 +414,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
                 "examples",
                 loss=loss,
                 accuracy=hits / objective.n_examples,
-                lr=lr,
+                lr=factor * s.optim.lr,  # of the head, which trains on the last stage
                 grad_norm=norm,
             )
         if run.status == 0:

@@ -220,7 +220,7 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> float:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group["lr"] = group["peak_lr"] * factor
-    return max(group["lr"] for group in groups)
+    return max((group["lr"] for group in groups), default=0.0)  # a frozen stage has none
 
 
 def check_finite(

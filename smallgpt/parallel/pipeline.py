@@ -41,6 +41,9 @@ SCHEDULES = {
 }
 
 
+Finish = Callable[[Any, Any], Tensor | None]  # (what the model made of a batch, the batch) -> loss
+
+
 class Stage(nn.Module):
     """Some neighbouring blocks of a model, with what comes before the first or after the last one:
     FSDP gathers its parameters, and a schedule runs it."""
@@ -65,19 +68,24 @@ class Stage(nn.Module):
         # the model itself is no submodule: it may hold other stages, too
         self.forward_stage = model.forward_stage
         self.autocast = autocast
-        self.batches: Iterator[HasInputs] = iter(())  # micro-batches to come; they come in order
+        self.queue: Iterator[HasInputs] = iter(())  # the micro-batches to come, in order
         self.size = (0, 0)  # rows and positions of the hidden states that travel
+        self.finish: Finish | None = None  # what follows the last stage
 
-    def forward(self, x: Tensor | None = None) -> Any:
-        """The next micro-batch's part of the model's forward. Hidden states come in and go out
-        padded to `size`, which is the same for all micro-batches of a step."""
-        inputs = next(self.batches).inputs
-        rows, length = inputs[0].shape[:2]
+    def forward(self, x: Tensor | None = None) -> Tensor | None:
+        """The next micro-batch's part of the model's forward; of the last stage its loss.
+
+        Hidden states come in and go out padded to `size`, the same for all micro-batches of a
+        step."""
+        batch = next(self.queue)
+        rows, length = batch.inputs[0].shape[:2]
         if x is not None:
             x = x[:rows, :length]
         with self.autocast:
-            output = self.forward_stage(x, self.first, self.end, *inputs)
-        if self.is_last or (rows, length) == self.size:
+            output = self.forward_stage(x, self.first, self.end, *batch.inputs)
+            if self.is_last:
+                return self.finish(output, batch)
+        if (rows, length) == self.size:
             return output
         more_rows = self.size[0] - rows
         more_positions = self.size[1] - length
@@ -153,45 +161,34 @@ class Pipeline(Mesh):
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def seed(self, seed: int, step: int) -> None:
-        """As in one process, but the stages draw different dropout."""
-        super().seed(seed, step)
-        torch.manual_seed(int(torch.randint(2**48, ())) + self.rank)
-
     def forward_backward(
         self, batches: Sequence[HasInputs], loss_of: LossOf, scale: float
     ) -> Tensor | float:
         losses = []
 
         def finish(output: Any, batch: HasInputs) -> Tensor:
-            with self.autocast:
-                loss = loss_of(lambda *inputs: output, batch)
+            loss = loss_of(lambda *inputs: output, batch)
             losses.append(loss.detach())
             return loss * (self.gradient_scale * scale)
 
+        # what was drawn before is the same on all stages; their dropout is not
+        torch.manual_seed(int(torch.randint(2**48, ())) + self.rank)
         self.run(batches, finish, training=True)
         self.sum_tied_gradient()
         return sum(losses)
 
-    def run(
-        self,
-        batches: Sequence[HasInputs],
-        finish: Callable[[Any, Any], Tensor | None],
-        training: bool,
-    ) -> None:
-        """Take all micro-batches through the pipeline, and back in training. Behind the last stage
-        finish(output, batch) gives the loss."""
+    def run(self, batches: Sequence[HasInputs], finish: Finish, training: bool) -> None:
+        """Take all micro-batches through the pipeline, and in training back."""
         shapes = [batch.inputs[0].shape[:2] for batch in batches]
         rows = max(rows for rows, _ in shapes)
         length = max(length for _, length in shapes)
         for stage in self.stages.values():
-            stage.batches = iter(batches)
+            stage.queue = iter(batches)
             stage.size = (rows, length)
-        self.behind_last = lambda output, number: finish(output, batches[int(number)])
+            stage.finish = finish
         schedule = self.schedule(len(batches), rows, length, training)
-        numbers = torch.arange(len(batches))
         go = schedule.step if training else schedule.eval
-        go(target=numbers, return_outputs=False)
+        go(target=torch.zeros(len(batches)), return_outputs=False)
 
     def make_schedule(
         self, count: int, rows: int, length: int, training: bool
@@ -223,7 +220,7 @@ class Pipeline(Mesh):
         return make(
             stages if make is ScheduleInterleaved1F1B else stages[0],
             count,
-            loss_fn=lambda output, number: self.behind_last(output, number),
+            loss_fn=lambda loss, target: loss,  # which the last stage has computed
             scale_grads=False,
         )
 
@@ -246,7 +243,7 @@ class Pipeline(Mesh):
         norm = super().gradient_norm([p for p in parameters if p is not copy])
         square = norm.to(self.world.device).double().square()
         dist.all_reduce(square, group=self.group)
-        return square.sqrt().to(norm.dtype)
+        return square.sqrt().to(next(self.model.parameters()).dtype)
 
     @torch.no_grad()
     def evaluate(self, *inputs: Any) -> Any:
@@ -257,7 +254,7 @@ class Pipeline(Mesh):
             parts.append(x.chunk(self.depth) if is_cut else itertools.repeat(x))
         batches = [Rows(inputs) for inputs in zip(*parts, strict=False)]
         outputs = []
-        self.run(batches, lambda output, batch: outputs.append(output), training=False)
+        self.run(batches, lambda output, _: outputs.append(output), training=False)
         found = [join(outputs) if self.has_last else None]
         dist.broadcast_object_list(found, group=self.group, group_src=self.depth - 1)
         return found[0]

@@ -129,14 +129,16 @@ class Buckets:
 
 
 def share_rows(
-    rows: np.ndarray, longest: int, data_rank: int, data_size: int, max_tokens: int
+    rows: np.ndarray, longest: int, strategy: Single, max_tokens: int
 ) -> list[np.ndarray]:
     """This data rank's part of a global batch, cut into micro-batches of at most max_tokens
     (padding counted). Every rank gets the same number of micro-batches, if need be empty ones:
-    each of them is a collective."""
-    of_rank_0 = -(-len(rows) // data_size)
+    each of them is a collective. A pipeline needs a multiple of its depth."""
+    of_rank_0 = -(-len(rows) // strategy.data_size)
     fitting = max(1, max_tokens // longest)
-    return np.array_split(rows[data_rank::data_size], -(-of_rank_0 // fitting))
+    turns = -(-of_rank_0 // (fitting * strategy.depth))
+    mine = rows[strategy.data_rank :: strategy.data_size]
+    return np.array_split(mine, turns * strategy.depth)
 
 
 def collate(

@@ -83,6 +83,8 @@ def cache_frozen_states(strategy: Single, inputs: Inputs, max_tokens: int, gigab
     first_new = model.gpt.first_trained_row
     if not model.first_block or not gigabytes:
         return ""
+    if strategy.depth > 1:
+        return "the stages of a pipeline read tokens: it runs every time"
     if first_new and inputs.largest >= first_new:
         return "new tokens train below the frozen part, which therefore runs every time"
     size = cache_size(model, inputs) / 2**30
