@@ -235,7 +235,7 @@ class Saver:
         state = dcp.async_save(
             tensors, storage_writer=writer, process_group=self.group, no_dist=alone
         )
-        weights = copied(weights, strategy.names())
+        weights = copied(weights, strategy.model)
         executor = ThreadPoolExecutor(max_workers=1)
         self.thread = executor.submit(self.write, state.result, weights, meta)
         executor.shutdown(wait=False)  # it ends when the work is done
@@ -350,17 +350,16 @@ class StateWriter(dcp.HuggingFaceStorageWriter):
         return done
 
 
-def copied(
-    weights: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """The weights, copied where they lie in the memory of the parameters, which updates change."""
+def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, copied where they lie in the memory of the model, which updates change."""
     memory = set()
-    for p in parameters.values():
+    for p in model.parameters():
         part = p.to_local() if isinstance(p, DTensor) else p
-        memory.add(part.data_ptr())
+        memory.add(part.untyped_storage().data_ptr())
     copies = {}
     for name, weight in weights.items():
-        copies[name] = weight.clone() if weight.data_ptr() in memory else weight
+        is_shared = weight.untyped_storage().data_ptr() in memory
+        copies[name] = weight.clone() if is_shared else weight
     return copies
 
 
