@@ -224,7 +224,7 @@ class Saver:
         weights = strategy.gather_weights()
         tensors = optimizer_tensors(strategy.names(), optimizers)
         writer = StateWriter(str(self.temporary / "state"), save_distributed=True)
-        alone = self.world.size == 1
+        alone = not dist.is_initialized()
         if not self.in_background:
             write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
             self.write(write_state, weights, meta)
