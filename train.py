@@ -50,6 +50,7 @@ class TrainSettings:
     seed: int = 0  # of the weights, the order of the batches and dropout
     device: Free[Device] = "auto"  # auto = a GPU if there is one
     dtype: Free[Precision] = "auto"  # precision of matrix products
+    timeout: Free[Positive] = 600  # seconds that other processes may be waited for
     compile: Free[Switch] = "auto"  # torch.compile; auto = where it works and pays
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
@@ -279,7 +280,7 @@ def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
 
 def main() -> int:
     s = settings.load(TrainSettings, doc=__doc__)
-    with start(s.device) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return train(s, world, Spread(world))
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -170,12 +170,12 @@ class Role:
     decayed: bool
 
 
-def role_of(name: str, p: nn.Parameter, s: OptimSettings, scale: float) -> Role:
-    """Muon takes the matrices inside the blocks. Matrices and embeddings are decayed, norms, biases
-    and what has the attribute `no_decay` are not."""
+def role_of(name: str, p: nn.Parameter, s: OptimSettings, scale: float, decays: bool) -> Role:
+    """Muon takes the matrices inside the blocks. Matrices and embeddings are decayed where this one
+    `decays`, norms and biases never."""
     is_matrix = p.dim() >= 2
     by_muon = s.name == "muon" and p.dim() == 2 and "blocks." in name
-    decayed = is_matrix and not hasattr(p, "no_decay")
+    decayed = is_matrix and decays
     return Role("muon" if by_muon else "adamw", s.lr * scale, decayed)
 
 
@@ -183,17 +183,20 @@ def make_optimizers(
     parameters: dict[str, nn.Parameter],
     s: OptimSettings,
     scale: Callable[[str], float] = lambda name: 1.0,
+    undecayed: Collection[str] = (),
 ) -> list[Optimizer]:
     """AdamW for everything, or Muon for the matrices inside the blocks; parameters by their
     canonical names (Strategy.names).
 
     Every trainable parameter is in exactly one group; frozen ones are in none. Each group keeps
     its peak rate in `peak_lr`, which `set_lr` scales: s.lr times scale(name of the parameter).
+    undecayed: names of matrices without weight decay.
     """
     roles: dict[Role, list[nn.Parameter]] = {}
     for name, p in parameters.items():
         if p.requires_grad:
-            roles.setdefault(role_of(name, p, s, scale(name)), []).append(p)
+            role = role_of(name, p, s, scale(name), name not in undecayed)
+            roles.setdefault(role, []).append(p)
     groups: dict[str, list[dict]] = {"adamw": [], "muon": []}
     for role, members in roles.items():
         group = {

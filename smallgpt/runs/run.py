@@ -18,6 +18,7 @@ The loop calls the run, the run never calls the loop:
 """
 
 import math
+import os
 import platform
 import signal
 import time
@@ -39,6 +40,8 @@ from smallgpt.parallel.world import StopRequest, World
 from smallgpt.runs import checkpoint, metrics
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.tokenizer import Tokenizer
+
+RESTART_WAIT = 60  # seconds that a restart waits for what it replaces to end
 
 
 class RunSettings(Protocol):
@@ -420,9 +423,11 @@ def lock(run: Path, main: bool) -> Iterator[None]:
     new = [folder for folder in (run, run.parent) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     held = FileLock(run / ".lock")
+    # torchrun starts again before every process of before has ended, if some are on other machines
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     try:
         with suppress(NotImplementedError):  # a file system without locks
-            held.acquire(blocking=False)
+            held.acquire(timeout=RESTART_WAIT if is_restart else 0)
     except Timeout:
         raise UserError(
             f"another process trains {run} now: end it, wait for it, or choose another run=name"
