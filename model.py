@@ -296,6 +296,7 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.first_trained_row = 0  # token embeddings below it are frozen
         self.tie()
         self.init_weights()
 
@@ -360,6 +361,9 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
         x = self.wte(tokens)
+        if self.first_trained_row:
+            is_trained = tokens >= self.first_trained_row
+            x = torch.where(is_trained[..., None], x, x.detach())
         if self.config.pos == "learned":
             x = x + self.wpe(context.positions)
         return self.drop(x)
@@ -410,6 +414,10 @@ class GPT(nn.Module):
         The caller divides once by the valid targets of the whole step, so that padding, packing,
         accumulation and the number of processes cannot bias the mean."""
         weight = self.head_weight()
+        if self.first_trained_row and self.config.tie_weights:
+            rows = torch.arange(weight.size(0), device=h.device)
+            is_trained = rows >= self.first_trained_row
+            weight = torch.where(is_trained[:, None], weight, weight.detach())
         device = h.device.type
         dtype = weight.dtype
         if torch.is_autocast_enabled(device):
