@@ -26,6 +26,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+TOO_SHORT = "the run ended before the last kill: give it more --steps"
 GOES_ON = re.compile(r"continuing from step (\d+)")
 SETTINGS = {
     "device": "cpu",
@@ -130,12 +131,12 @@ def kill_often(words: list[str], run: Path, kills: int, span: float, draw: rando
     """Start the run, kill a process so many times, and let it end."""
     restarted = Restarted(words, run)
     made = []
-    for number in range(kills):
+    for number in range(1, kills + 1):
         killed = restarted.kill(draw, span)
         if killed is None:
-            restarted.problems.append(f"the run ended after {number} kills: give it more steps")
+            restarted.problems.append(TOO_SHORT)
             break
-        print(f"kill {number + 1:>2}: {killed}", file=sys.stderr)
+        print(f"kill {number:>2}: {killed}", file=sys.stderr)
         made.append(killed)
     status = restarted.agent.wait()
     restarted.reader.join()
