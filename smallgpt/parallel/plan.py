@@ -1,0 +1,487 @@
+"""What a run on a mesh takes, before anybody pays for it: memory, traffic, time, by arithmetic.
+
+The step is that of train_fsdp.py. docs/scaling.md has the formulas in words, and what each of them
+was checked against; `simulate.py` counts the same step, run without the machines.
+
+Shapes: N tokens of a micro-batch, C width, K width of keys or values, F width of the MLP, V
+vocabulary. Sizes are bytes, times are seconds, speeds are per second.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from model import GPT, GPTConfig
+from smallgpt.console import UserError
+from smallgpt.hardware import PEAK_FLOPS
+from smallgpt.parallel import tensor
+from smallgpt.parallel.layout import MeshSettings, sizes
+from smallgpt.parallel.strategy import share_batch
+
+GB = 1e9
+F32 = 4  # bytes of a float32, in which weights, gradients and the residual stream are
+
+
+# --- machines -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A data sheet. A link's speed is that of one direction."""
+
+    memory: float
+    bandwidth: float  # of its memory
+    nvlink: float  # to the GPUs of its node, all together; PCIe's where it has no NVLink
+    flops: float  # dense, bfloat16
+
+
+# vendors' data sheets: memory, memory bandwidth, link inside a node; hardware.PEAK_FLOPS has the rest
+SHEETS = {
+    "B200": (180 * GB, 8000 * GB, 900 * GB),
+    "H200": (141 * GB, 4800 * GB, 450 * GB),
+    "H100": (80 * GB, 3350 * GB, 450 * GB),
+    "H100 PCIe": (80 * GB, 2000 * GB, 64 * GB),
+    "H20": (96 * GB, 4000 * GB, 450 * GB),
+    "A100": (80 * GB, 2039 * GB, 300 * GB),
+    "A800": (80 * GB, 2039 * GB, 200 * GB),
+    "L40S": (48 * GB, 864 * GB, 32 * GB),
+    "L4": (24 * GB, 300 * GB, 32 * GB),
+    "A10": (24 * GB, 600 * GB, 32 * GB),
+    "4090": (24 * GB, 1008 * GB, 32 * GB),
+    "3090": (24 * GB, 936 * GB, 32 * GB),
+}
+GPUS = {name: Gpu(*sheet, PEAK_FLOPS[name]) for name, sheet in SHEETS.items()}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines of a plan, and how much of their data sheets a program reaches."""
+
+    gpu: Gpu
+    size: int  # processes, one a GPU
+    per_node: int  # GPUs of a node
+    link: float  # between nodes, of each GPU, one direction
+    efficiency: float = 0.6  # of the FLOP/s, in large matrix products
+    reached: float = 0.8  # of a link or of the memory's bandwidth
+    step_inside: float = 3.4e-6  # of a ring, from a GPU to the next (NCCL's tuning.cc, "Simple")
+    step_between: float = 9.6e-6  # the same from node to node
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that talk along an axis of the mesh."""
+
+    size: int
+    on_node: int  # of them on one node
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.size / self.on_node)
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is cut. `rows` sequences per micro-batch and process, `accum` of these a step."""
+
+    pp: int
+    replicate: int
+    shard: int
+    tp: int
+    rows: int
+    accum: int
+    recompute: int = 0  # every n-th block computes its activations again
+    sequence: bool = False
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    virtual: int = 1  # stages on each process
+    offload: bool = False
+    reduce: int = F32  # bytes of a gradient that is summed
+
+    @property
+    def data(self) -> int:
+        """Processes that read different rows."""
+        return self.replicate * self.shard
+
+    @property
+    def is_plain(self) -> bool:
+        """Every process holds a whole model: DDP, or a single process."""
+        return self.pp * self.shard * self.tp == 1 and not self.offload
+
+    @property
+    def is_ddp(self) -> bool:
+        return self.is_plain and self.replicate > 1
+
+    @property
+    def is_cut(self) -> bool:
+        """FSDP2 holds the weights."""
+        return not self.is_plain and (self.data > 1 or self.offload)
+
+    def group(self, axis: str, per_node: int) -> Group:
+        """The processes along an axis; tp's are neighbours, pp's are far apart."""
+        inner = {
+            "tp": 1,
+            "shard": self.tp,
+            "replicate": self.tp * self.shard,
+            "pp": self.tp * self.data,
+        }
+        size = getattr(self, axis)
+        on_node = min(size, max(1, per_node // inner[axis]))
+        return Group(size, on_node)
+
+    def describe(self) -> str:
+        """pp 2 (1f1b) x hsdp 4x8 x tp 2, recompute 1, 8 sequences x 4"""
+        parts = []
+        if self.pp > 1:
+            stages = f"{self.schedule} x{self.virtual}" if self.virtual > 1 else self.schedule
+            parts.append(f"pp {self.pp} ({stages})")
+        if self.replicate > 1:
+            copies = f"hsdp {self.replicate}x{self.shard}"
+            parts.append(f"ddp {self.replicate}" if self.shard == 1 else copies)
+        elif self.shard > 1:
+            parts.append(f"fsdp {self.shard}")
+        if self.tp > 1:
+            parts.append(f"tp {self.tp}" + (" (sequence)" if self.sequence else ""))
+        name = " x ".join(parts) or "one process"
+        recompute = f", recompute {self.recompute}" if self.recompute else ""
+        return f"{name}{recompute}, {self.rows} sequences x {self.accum}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and the way it is computed."""
+
+    config: GPTConfig
+    product: int = 2  # bytes of a number in matrix products
+    kernels: Literal["cpu", "cuda", "compiled"] = "compiled"  # who decides what backward needs
+    muon: bool = False
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters, by name; those of block 0 stand for every block."""
+        with torch.device("meta"):
+            model = GPT(replace(self.config, n_layer=1))
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    def root_of(self, stage: "Stage", tp: int = 1) -> dict[str, tuple[int, ...]]:
+        """What a stage holds that is in no block; both ends of a pipeline hold a tied matrix."""
+        mine = {}
+        for name, shape in self.parts(False, tp).items():
+            is_embedding = name.startswith("w")
+            at_both = name == "wte.weight" and self.config.tie_weights
+            at_end = stage.is_last and (at_both or not is_embedding)
+            if at_end or (stage.is_first and is_embedding):
+                mine[name] = shape
+        return mine
+
+    def parts(self, of_block: bool, tp: int = 1) -> dict[str, tuple[int, ...]]:
+        """Shapes of a block's parameters, or of all that is in no block, on one of tp ranks."""
+        mine = {}
+        for name, shape in self.shapes.items():
+            if name.startswith("blocks.") == of_block:
+                mine[name] = cut_shape(name, shape, tp)
+        return mine
+
+
+def cut_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    """The part of a parameter that a rank holds: see tensor.cut_matrices."""
+    first, *others = shape
+    layer, kind = name.split(".")[-2:]
+    if layer in ("q", "k", "v", "fc", "gate", "wte", "lm_head"):
+        return (first // tp, *others)
+    if layer == "proj" and kind == "weight":
+        return (first, others[0] // tp)
+    return shape
+
+
+def numbers(shapes: dict[str, tuple[int, ...]], parts: int = 1) -> int:
+    """How many numbers these parameters have, each padded to so many equal parts of its rows."""
+    total = 0
+    for first, *others in shapes.values():
+        rows = math.ceil(first / parts) * parts
+        total += rows * math.prod(others)
+    return total
+
+
+def kept_by_block(work: Work, tp: int = 1, sequence: bool = False) -> dict[str, float]:
+    """What one block keeps for its backward: bytes of each tensor for a token, on one of tp ranks.
+
+    Attention without dropout is a fused kernel (FlashAttention) and keeps no scores. Compiled, the
+    partitioner has what is cheap computed again; the list is what it was seen to keep."""
+    c = work.config
+    eager = work.kernels != "compiled"
+    share = tp if sequence else 1  # of the positions, where a block is not cut
+    stream = c.n_embd / share
+    C, heads = c.n_embd / tp, c.n_head / tp
+    kv_heads = max(1, c.kv_heads / tp)
+    K, F = kv_heads * c.head_size, c.mlp_size / tp
+    b = work.product
+    inputs = {"attention": 3, "mlp": 2 if c.mlp == "swiglu" else 1}  # matrices that read one
+    kept: dict[str, float] = {}
+    for part, readers in inputs.items():
+        first = part == "attention"
+        kept[f"{part}: stream"] = F32 * stream if eager or first else b * stream
+        kept[f"{part}: norm"] = norm_of(work) / share
+        if work.kernels == "cpu" and c.norm == "rmsnorm":
+            kept[f"{part}: normalised"] = F32 * stream
+        # autocast makes a copy for each matrix that reads it
+        copies = readers if eager and b < F32 else 1
+        kept[f"{part}: input"] = copies * b * c.n_embd
+    if c.qk_norm:
+        # a fused norm keeps its input in float32, the CPU's also its output
+        bytes_kept = {"cpu": 2 * F32, "cuda": F32, "compiled": b}[work.kernels]
+        kept["qk_norm"] = bytes_kept * (C + K) + F32 * (heads + kv_heads)
+    kept["q, k, v"] = b * (C + 2 * K)
+    kept["attended"] = b * C + F32 * heads
+    if c.qk_norm:  # whose output has its heads before its positions
+        kept["attended, in order of positions"] = b * C
+    if c.mlp == "swiglu":
+        kept["hidden"] = (4 if eager else 3) * b * F
+    elif c.mlp == "relu2" and work.kernels == "cuda" and b < F32:
+        kept["hidden"] = (2 * b + F32) * F  # CUDA's autocast squares in float32
+    else:
+        kept["hidden"] = 2 * b * F
+    if c.dropout:
+        kept["dropout"] = 2 * stream * (1 if work.kernels != "cpu" else b)
+    return kept
+
+
+def norm_of(work: Work) -> int:
+    """What a norm keeps of a token beside its input: the scale, and LayerNorm's mean."""
+    return F32 if work.config.norm == "rmsnorm" else 2 * F32
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one process of the pipeline holds; without one, everything."""
+
+    layers: list[int]  # its blocks
+    is_first: bool  # it has the embedding
+    is_last: bool  # it has the final norm, the LM head and the loss
+    in_flight: float  # micro-batches whose activations it holds at once
+
+    @property
+    def blocks(self) -> int:
+        return len(self.layers)
+
+
+def stages(work: Work, layout: Layout) -> list[Stage]:
+    """The processes along the pipeline, in order."""
+    pp, virtual, accum = layout.pp, layout.virtual, layout.accum
+    parts = split_layers(work.config.n_layer, pp * virtual)
+    found = []
+    for rank in range(pp):
+        layers = list(itertools.chain(*parts[rank::pp]))
+        if layout.schedule == "gpipe" or pp == 1:
+            in_flight = accum if pp > 1 else 1
+        elif layout.schedule == "1f1b":
+            in_flight = min(accum, pp - rank)
+        else:  # warm-up of the interleaved schedule (Narayanan et al. 2021), in whole micro-batches
+            warm_up = (virtual - 1) * pp + 2 * (pp - rank - 1) + 1
+            in_flight = min(accum, warm_up / virtual)
+        found.append(Stage(layers, rank == 0, rank == pp - 1, in_flight))
+    return found
+
+
+def split_layers(n_layer: int, parts: int) -> list[range]:
+    """Blocks of each stage of a pipeline, as equal as they can be, the first ones larger."""
+    whole, rest = divmod(n_layer, parts)
+    first = 0
+    found = []
+    for part in range(parts):
+        end = first + whole + (part < rest)
+        found.append(range(first, end))
+        first = end
+    return found
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What lies in memory at one moment of a step, beside weights and optimizer."""
+
+    name: str
+    activations: float  # that backward needs
+    gradients: float
+    temporary: float  # gathered weights, the loss, gradients on their way
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one process, in bytes, at the fullest moment of a step."""
+
+    weights: float
+    optimizer: float
+    moment: Moment
+
+    @property
+    def total(self) -> float:
+        moment = self.moment
+        changing = moment.gradients + moment.activations + moment.temporary
+        return self.weights + self.optimizer + changing
+
+
+def memory(work: Work, layout: Layout) -> Memory:
+    """Of the process that needs most."""
+    needs = []
+    for stage in stages(work, layout):
+        local = Local(work, layout, stage)
+        fullest = max(
+            local.moments(), key=lambda moment: moment.gradients + moment.activations + moment.temporary
+        )
+        needs.append(Memory(local.weights, local.optimizer, fullest))
+    return max(needs, key=lambda need: need.total)
+
+
+class Local:
+    """One process's part of a step, in bytes."""
+
+    def __init__(self, work: Work, layout: Layout, stage: Stage):
+        self.work = work
+        self.layout = layout
+        self.stage = stage
+        self.parts = layout.shard if layout.is_cut else 1
+        self.block = numbers(work.parts(True, layout.tp), self.parts)
+        self.root = numbers(work.root_of(stage, layout.tp), self.parts)
+        self.tokens = layout.rows * work.config.block_size
+
+    @property
+    def of_weights(self) -> float:
+        """Numbers of the weights that this process holds."""
+        return (self.stage.blocks * self.block + self.root) / self.parts
+
+    @property
+    def weights(self) -> float:
+        return 0.0 if self.layout.offload else F32 * self.of_weights
+
+    @property
+    def optimizer(self) -> float:
+        """AdamW has two numbers for each weight, Muon one."""
+        if self.layout.offload:
+            return 0.0
+        of_blocks = self.stage.blocks * self.block / self.parts
+        return 2 * self.weights - (F32 * of_blocks if self.work.muon else 0.0)
+
+    @property
+    def gathered_root(self) -> float:
+        """The root's weights stay gathered from forward to backward."""
+        return F32 * self.root if self.layout.is_cut else 0.0
+
+    @property
+    def gathered_block(self) -> float:
+        return self.work.product * self.block if self.layout.is_cut else 0.0
+
+    @property
+    def stream(self) -> float:
+        """The residual stream, where it is whole."""
+        return F32 * self.work.config.n_embd * self.tokens
+
+    @property
+    def kept(self) -> float:
+        """A block's activations."""
+        each = kept_by_block(self.work, self.layout.tp, self.layout.sequence)
+        return self.tokens * sum(each.values())
+
+    def is_recomputed(self, layer: int) -> bool:
+        """Does a block keep its input only?"""
+        every = self.layout.recompute
+        return bool(every) and layer % every == 0
+
+    @property
+    def recomputed(self) -> int:
+        return sum(map(self.is_recomputed, self.stage.layers))
+
+    @property
+    def activations(self) -> float:
+        """Of all blocks and micro-batches, when the first backward begins."""
+        inputs = self.stream / (self.layout.tp if self.layout.sequence else 1)
+        blocks = (self.stage.blocks - self.recomputed) * self.kept + self.recomputed * inputs
+        total = self.stage.in_flight * blocks
+        if self.work.product < F32 and not self.layout.is_cut:
+            # autocast's copies of the weights
+            total += self.work.product * self.stage.blocks * self.block
+        if self.stage.is_last:
+            c = self.work.config
+            in_float32 = 2 if self.work.kernels == "cpu" and c.norm == "rmsnorm" else 1
+            total += in_float32 * self.stream + norm_of(self.work) * self.tokens
+        return total
+
+    @property
+    def gradients(self) -> float:
+        """That stay from micro-batch to micro-batch."""
+        return F32 * self.of_weights
+
+    def moments(self) -> Iterator[Moment]:
+        """Those that may be the fullest, of the last micro-batch."""
+        before = self.gradients if self.layout.accum > 1 or self.layout.is_ddp else 0.0
+        yield from self.at_the_loss(before) if self.stage.is_last else ()
+        yield from self.in_the_blocks(before)
+        yield self.at_the_embedding()
+
+    def at_the_loss(self, gradients: float) -> Iterator[Moment]:
+        c = self.work.config
+        low = self.work.product < F32
+        head = c.vocab_size * c.n_embd
+        mine = self.tokens / self.layout.tp  # tensor-parallel ranks share the tokens
+        whole = F32 * head if self.layout.tp > 1 else 0.0  # the gathered matrix
+        hidden = self.stream + (self.work.product * c.n_embd * mine if low else 0.0)
+        matrix = self.work.product * head if low else 0.0
+        results = F32 * (head + c.n_embd * mine)  # the gradients, that forward computes already
+        forward = whole + hidden + matrix + results + self.slice_of_logits(mine)
+        yield Moment("loss", self.activations, gradients, self.gathered_root + forward)
+        yield Moment("loss", self.activations, gradients, self.gathered_root + 2 * results)
+
+    def slice_of_logits(self, tokens: float) -> float:
+        """cross_entropy_slice: the logits, and numbers in float32 for each of them."""
+        vocabulary = self.work.config.vocab_size
+        most = 2**22 if self.work.kernels == "cpu" else 2**25
+        rows = min(tokens, max(64, most // vocabulary))
+        low = self.work.product < F32
+        each = 13 + (F32 + self.work.product if low else F32)
+        if self.work.kernels == "compiled":
+            each = 2 * self.work.product
+        one_of_several = self.work.product if rows < tokens else 0  # that of the slice before
+        return rows * vocabulary * (each + one_of_several)
+
+    def in_the_blocks(self, gradients: float) -> Iterator[Moment]:
+        """Backward begins the last block, and has ended it."""
+        last_again = self.is_recomputed(self.stage.layers[-1])
+        again = self.kept if last_again else 0.0
+        # two blocks, as the next one is gathered early
+        whole = 2 * self.gathered_block + self.gathered_root + self.stream
+        if self.stage.is_last:
+            whole += F32 * self.root  # the head's gradient
+        yield Moment(
+            "last block", self.activations + again, gradients, whole + self.backward_of_mlp()
+        )
+        left = self.activations - (0.0 if last_again else self.kept)
+        size = self.work.product + self.layout.reduce if self.layout.is_cut else F32
+        yield Moment("last block", left, gradients, whole + self.stream + size * self.block)
+
+    def backward_of_mlp(self) -> float:
+        """The largest temporary tensors of a block: its activation function's, and the gradient
+        of the matrix behind it."""
+        work = self.work
+        c = work.config
+        width = c.mlp_size / self.layout.tp
+        tensors = {"relu2": 3, "gelu": 1, "swiglu": 2}[c.mlp]
+        if work.kernels == "compiled":
+            tensors = 1
+        size = F32 if work.kernels == "cuda" and c.mlp == "relu2" else work.product
+        return tensors * size * width * self.tokens + work.product * width * c.n_embd
+
+    def at_the_embedding(self) -> Moment:
+        """Backward ends: all gradients, and the embedding's before they are summed."""
+        whole = F32 * self.root if self.stage.is_first else 0.0
+        on_their_way = 2 * whole
+        if self.layout.is_cut:
+            on_their_way += self.gathered_root + self.layout.reduce * self.root
+        return Moment("embedding", 0.0, self.gradients, on_their_way)
