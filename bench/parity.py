@@ -230,12 +230,16 @@ def loss_difference(a: Path, b: Path) -> float:
     return max(abs(x[key] - y[key]) / abs(y[key]) for key in y)
 
 
+def last_step(run_folder: Path) -> Path:
+    """Its newest step folder."""
+    return run_folder / (run_folder / "latest").read_text(encoding="utf-8").strip()
+
+
 def weight_difference(a: Path, b: Path) -> float:
     """||a - b|| / ||b|| of the tensor where it is largest."""
     from safetensors.torch import load_file
 
-    step = f"step-{STEPS:08d}/model.safetensors"
-    x, y = load_file(a / step), load_file(b / step)
+    x, y = (load_file(last_step(run) / "model.safetensors") for run in (a, b))
     if x.keys() != y.keys():
         sys.exit(f"{a.name} has other weights than {b.name}")
     kept = [name for name in y if not name.endswith("attn.k.bias")]

@@ -29,6 +29,7 @@ from model import GPT, GPTClassifier
 from smallgpt.hardware import DTYPES
 from smallgpt.parallel.layout import MeshSettings
 from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.tensor import cut_matrices
 from smallgpt.parallel.world import World
 
 
@@ -61,6 +62,8 @@ class Mesh(Single):
 
     def cut(self) -> None:
         """Cut the model, which lies on the meta device, in place."""
+        if self.mesh["tp"].size() > 1:
+            cut_matrices(self.model, self.mesh["tp"], self.s.sequence)
         self.shard(self.model, gpt_of(self.model).blocks)
 
     def shard(self, root: nn.Module, blocks: nn.ModuleList) -> None:
