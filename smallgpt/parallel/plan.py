@@ -485,3 +485,127 @@ class Local:
         if self.layout.is_cut:
             on_their_way += self.gathered_root + self.layout.reduce * self.root
         return Moment("embedding", 0.0, self.gradients, on_their_way)
+
+
+# --- traffic --------------------------------------------------------------------------------------
+
+Operation = Literal["all_gather", "reduce_scatter", "all_reduce", "send"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What a process does so often in a step. `size` is that of the whole: what an all-gather
+    gives, what a reduce-scatter takes."""
+
+    axis: str  # of the mesh, "all" = all processes
+    operation: Operation
+    what: str
+    count: int
+    size: float
+
+    @property
+    def bytes(self) -> float:
+        return self.count * self.size
+
+
+def traffic(work: Work, layout: Layout) -> list[Collective]:
+    """Of the process that has most of it. Each collective once, with its number in a step."""
+    busiest: list[Collective] = []
+    for stage in stages(work, layout):
+        local = Local(work, layout, stage)
+        found = [*of_shard(local), *of_replicate(local), *of_tp(local), *of_step(local)]
+        found = [collective for collective in found if collective.count]
+        if total(found) > total(busiest):
+            busiest = found
+    return busiest
+
+
+def total(collectives: list[Collective]) -> float:
+    """Bytes of a step."""
+    return sum(collective.bytes for collective in collectives)
+
+
+def of_shard(local: Local) -> Iterator[Collective]:
+    """FSDP2: a block's weights are gathered for its forward and again for its backward, the root's
+    once; every micro-batch's gradients are summed where their parts live."""
+    layout = local.layout
+    if not layout.is_cut or layout.shard == 1:
+        return
+    blocks = layout.accum * local.stage.blocks
+    block = local.block
+    yield Collective("shard", "all_gather", "blocks", 2 * blocks, local.work.product * block)
+    yield Collective("shard", "all_gather", "root", layout.accum, F32 * local.root)
+    yield Collective("shard", "reduce_scatter", "blocks", blocks, layout.reduce * block)
+    yield Collective("shard", "reduce_scatter", "root", layout.accum, layout.reduce * local.root)
+
+
+def of_replicate(local: Local) -> Iterator[Collective]:
+    """Copies: what each has summed is summed once a step."""
+    layout = local.layout
+    if layout.replicate == 1:
+        return
+    if layout.is_ddp:
+        yield Collective("replicate", "all_reduce", "gradients", 1, F32 * local.of_weights)
+        return
+    block = layout.reduce * local.block / local.parts
+    root = layout.reduce * local.root / local.parts
+    yield Collective("replicate", "all_reduce", "blocks", local.stage.blocks, block)
+    yield Collective("replicate", "all_reduce", "root", 1, root)
+
+
+def of_tp(local: Local) -> Iterator[Collective]:
+    """Tensor parallel: partial sums of each half block, forward in the precision of products,
+    backward in float32; with `sequence` each is a reduce-scatter and an all-gather."""
+    layout = local.layout
+    if layout.tp == 1:
+        return
+    c = local.work.config
+    halves = 2 * layout.accum * local.stage.blocks
+    # recomputing a block ends before its last product
+    again = layout.accum * local.recomputed
+    stream = local.stream
+    low = stream * local.work.product / F32
+    if layout.sequence:
+        yield Collective("tp", "all_gather", "blocks, forward", halves + 2 * again, stream)
+        yield Collective("tp", "reduce_scatter", "blocks, forward", halves + again, low)
+        yield Collective("tp", "all_gather", "blocks, backward", halves, low)
+        yield Collective("tp", "reduce_scatter", "blocks, backward", halves, stream)
+        yield Collective("tp", "all_gather", "stream", 2 * layout.accum, stream)
+    else:
+        yield Collective("tp", "all_reduce", "blocks, forward", halves + again, low)
+        yield Collective("tp", "all_reduce", "blocks, backward", halves, stream)
+    if c.kv_heads < layout.tp:
+        keys = local.work.product * c.kv_heads * c.head_size * local.tokens
+        yield Collective("tp", "all_gather", "keys, values", halves + 2 * again, keys)
+        yield Collective("tp", "reduce_scatter", "keys, values", halves, keys)
+    if local.stage.is_first:
+        yield Collective("tp", "all_reduce", "embedding", layout.accum, stream)
+    if local.stage.is_last:
+        head = F32 * c.vocab_size * c.n_embd
+        yield Collective("tp", "all_gather", "head", layout.accum, head)
+        yield Collective("tp", "reduce_scatter", "head", layout.accum, head)
+        yield Collective("tp", "all_gather", "gradient of the loss", layout.accum, stream)
+        yield Collective("tp", "all_reduce", "loss", layout.accum, F32)
+    # whole weights of which each rank has a partial gradient: FSDP wants it summed each time
+    times = layout.accum if layout.is_cut else 1
+    size = local.work.product if layout.is_cut else F32
+    if c.qk_norm:
+        heads = 2 * local.stage.blocks * times
+        yield Collective("tp", "all_reduce", "qk_norm", heads, size * c.head_size)
+    if layout.sequence:
+        tensors = 2 if c.norm == "layernorm" and c.bias else 1
+        norms = 2 * local.stage.blocks * tensors * times
+        yield Collective("tp", "all_reduce", "norms", norms, size * c.n_embd)
+
+
+def of_step(local: Local) -> Iterator[Collective]:
+    """Once a step: the norm of the gradient, from each parameter's part of it; the number of
+    targets, and the loss."""
+    layout = local.layout
+    parameters = local.stage.blocks * len(local.work.parts(True))
+    parameters += len(local.work.root_of(local.stage))
+    for axis in ("shard", "tp"):
+        if getattr(layout, axis) > 1:
+            yield Collective(axis, "all_reduce", "norm", 1, F32 * parameters)
+    if layout.pp * layout.data * layout.tp > 1:
+        yield Collective("all", "all_reduce", "targets and loss", 2, 8)
