@@ -24,6 +24,7 @@ from smallgpt.parallel.layout import MeshSettings, sizes
 from smallgpt.parallel.strategy import share_batch
 
 GB = 1e9
+BUCKET = 25 * 2**20  # bytes of gradients that DDP sums at a time, about
 F32 = 4  # bytes of a float32, in which weights, gradients and the residual stream are
 
 
@@ -40,7 +41,7 @@ class Gpu:
     flops: float  # dense, bfloat16
 
 
-# vendors' data sheets: memory, memory bandwidth, link inside a node; hardware.PEAK_FLOPS has the rest
+# vendors' data sheets: memory, its bandwidth, link inside a node; hardware.PEAK_FLOPS has FLOP/s
 SHEETS = {
     "B200": (180 * GB, 8000 * GB, 900 * GB),
     "H200": (141 * GB, 4800 * GB, 450 * GB),
@@ -67,6 +68,7 @@ class Cluster:
     per_node: int  # GPUs of a node
     link: float  # between nodes, of each GPU, one direction
     efficiency: float = 0.6  # of the FLOP/s, in large matrix products
+    usable: float = 0.9  # of the memory; the rest is CUDA's, NCCL's and lost between blocks
     reached: float = 0.8  # of a link or of the memory's bandwidth
     step_inside: float = 3.4e-6  # of a ring, from a GPU to the next (NCCL's tuning.cc, "Simple")
     step_between: float = 9.6e-6  # the same from node to node
@@ -110,6 +112,11 @@ class Layout:
         return self.replicate * self.shard
 
     @property
+    def size(self) -> int:
+        """Processes."""
+        return self.pp * self.data * self.tp
+
+    @property
     def is_plain(self) -> bool:
         """Every process holds a whole model: DDP, or a single process."""
         return self.pp * self.shard * self.tp == 1 and not self.offload
@@ -124,14 +131,15 @@ class Layout:
         return not self.is_plain and (self.data > 1 or self.offload)
 
     def group(self, axis: str, per_node: int) -> Group:
-        """The processes along an axis; tp's are neighbours, pp's are far apart."""
+        """The processes along an axis, or all; tp's are neighbours, pp's are far apart."""
         inner = {
+            "all": 1,
             "tp": 1,
             "shard": self.tp,
             "replicate": self.tp * self.shard,
             "pp": self.tp * self.data,
         }
-        size = getattr(self, axis)
+        size = self.size if axis == "all" else getattr(self, axis)
         on_node = min(size, max(1, per_node // inner[axis]))
         return Group(size, on_node)
 
@@ -168,6 +176,17 @@ class Work:
         with torch.device("meta"):
             model = GPT(replace(self.config, n_layer=1))
         return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+    @property
+    def parameters(self) -> int:
+        return self.config.n_layer * numbers(self.parts(True)) + numbers(self.parts(False))
+
+    @property
+    def flops_per_token(self) -> float:
+        """As runs.metrics counts them for MFU: without recomputation, with all of the scores."""
+        c = self.config
+        weights = c.n_layer * matrices(self.parts(True)) + c.vocab_size * c.n_embd
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
 
     def root_of(self, stage: "Stage", tp: int = 1) -> dict[str, tuple[int, ...]]:
         """What a stage holds that is in no block; both ends of a pipeline hold a tied matrix."""
@@ -335,7 +354,8 @@ def memory(work: Work, layout: Layout) -> Memory:
     for stage in stages(work, layout):
         local = Local(work, layout, stage)
         fullest = max(
-            local.moments(), key=lambda moment: moment.gradients + moment.activations + moment.temporary
+            local.moments(),
+            key=lambda moment: moment.gradients + moment.activations + moment.temporary,
         )
         needs.append(Memory(local.weights, local.optimizer, fullest))
     return max(needs, key=lambda need: need.total)
@@ -545,7 +565,9 @@ def of_replicate(local: Local) -> Iterator[Collective]:
     if layout.replicate == 1:
         return
     if layout.is_ddp:
-        yield Collective("replicate", "all_reduce", "gradients", 1, F32 * local.of_weights)
+        size = F32 * local.of_weights
+        buckets = math.ceil(size / BUCKET)
+        yield Collective("replicate", "all_reduce", "gradients", buckets, size / buckets)
         return
     block = layout.reduce * local.block / local.parts
     root = layout.reduce * local.root / local.parts
@@ -607,5 +629,269 @@ def of_step(local: Local) -> Iterator[Collective]:
     for axis in ("shard", "tp"):
         if getattr(layout, axis) > 1:
             yield Collective(axis, "all_reduce", "norm", 1, F32 * parameters)
-    if layout.pp * layout.data * layout.tp > 1:
+    if layout.size > 1:
         yield Collective("all", "all_reduce", "targets and loss", 2, 8)
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def seconds(cluster: Cluster, group: Group, collective: Collective) -> float:
+    """Time of one call: a ring through all processes, cut into as many rings as a node has members,
+    each with a network card of its own. It takes its steps, and its bytes through the slower link.
+    """
+    if group.size == 1:
+        return 0.0
+    if collective.operation == "send":
+        speed = cluster.gpu.nvlink if group.nodes == 1 else cluster.link
+        step = cluster.step_inside if group.nodes == 1 else cluster.step_between
+        return step + collective.size / (cluster.reached * speed)
+    passes = 2 if collective.operation == "all_reduce" else 1
+    between = group.nodes - 1
+    inside = group.size - 1 - between
+    steps = inside * cluster.step_inside + between * cluster.step_between
+    inside_bytes = collective.size * (group.size - 1) / group.size if group.on_node > 1 else 0.0
+    between_bytes = collective.size * between / group.nodes
+    slowest = max(inside_bytes / cluster.gpu.nvlink, between_bytes / (group.on_node * cluster.link))
+    return passes * (steps + slowest / cluster.reached)
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step. The bounds: all communication behind computation, and none of it."""
+
+    expected: float
+    optimistic: float
+    pessimistic: float
+    compute: float  # of a process that never waits
+    bubble: float  # part of the step in which a process of a pipeline waits for others
+
+
+class Clock:
+    """How long the parts of a step take on one process."""
+
+    def __init__(self, local: Local, cluster: Cluster):
+        self.local = local
+        self.cluster = cluster
+        gpu = cluster.gpu
+        self.flops = cluster.efficiency * gpu.flops
+        self.bandwidth = cluster.reached * gpu.bandwidth
+
+    @property
+    def block_flops(self) -> float:
+        """Of a block's forward, for one micro-batch. The fused kernel skips what is masked."""
+        work, layout = self.local.work, self.local.layout
+        c = work.config
+        scores = 2 * c.block_size * c.n_embd / layout.tp
+        return self.local.tokens * (2 * matrices(work.parts(True, layout.tp)) + scores)
+
+    @property
+    def head_flops(self) -> float:
+        """Of the LM head, in forward."""
+        local = self.local
+        c = local.work.config
+        tokens = local.tokens / local.layout.tp
+        return 2 * tokens * c.vocab_size * c.n_embd if local.stage.is_last else 0.0
+
+    def forward(self) -> float:
+        """Products, and twice the activations to and from memory. The loss computes its gradient,
+        too."""
+        local = self.local
+        blocks = local.stage.blocks
+        of_logits = local.tokens / local.layout.tp * local.work.config.vocab_size
+        passes = 5 * local.work.product if local.work.kernels == "compiled" else 60
+        moved = 2 * blocks * local.kept + (of_logits * passes if local.stage.is_last else 0.0)
+        products = blocks * self.block_flops + 3 * self.head_flops
+        return products / self.flops + moved / self.bandwidth
+
+    def backward(self) -> float:
+        """Twice the products, and thrice the activations: read, their gradients written and
+        read."""
+        local = self.local
+        blocks = 2 * local.stage.blocks + local.recomputed
+        moved = (3 * local.stage.blocks + 2 * local.recomputed) * local.kept
+        return blocks * self.block_flops / self.flops + moved / self.bandwidth
+
+    def update(self) -> float:
+        """Norm, clipping and AdamW pass ten times over float32 numbers."""
+        return 10 * F32 * self.local.of_weights / self.bandwidth
+
+    def talk(self, collectives: Iterator[Collective]) -> dict[str, float]:
+        """Time of all calls of a step, by what they carry: "all_gather root"."""
+        times: dict[str, float] = {}
+        for collective in collectives:
+            group = self.local.layout.group(collective.axis, self.cluster.per_node)
+            time = collective.count * seconds(self.cluster, group, collective)
+            name = f"{collective.operation} {collective.what}"
+            times[name] = times.get(name, 0.0) + time
+        return times
+
+    def time(self) -> Time:
+        """Of a step, if every stage were like this one.
+
+        FSDP2 gathers the next block while one computes, and sums gradients behind it; the first
+        gather and the last sum have nothing to hide behind. Tensor parallel waits for each sum."""
+        local = self.local
+        layout = local.layout
+        shard = self.talk(of_shard(local))
+        gathers = sum(time for name, time in shard.items() if name.startswith("all_gather"))
+        scatters = sum(time for name, time in shard.items() if name.startswith("reduce_scatter"))
+        gathers, scatters = gathers / layout.accum, scatters / layout.accum  # a micro-batch's
+        first_and_last = 0.0
+        for name, time in shard.items():
+            calls = layout.accum if "root" in name else layout.accum * local.stage.blocks
+            first_and_last += 0.0 if name == "reduce_scatter blocks" else time / calls
+        tp = sum(self.talk(of_tp(local)).values()) / layout.accum
+        send = sum(self.talk(of_pp(local)).values()) / layout.accum
+        copies = sum(self.talk(of_replicate(local)).values())
+        end = sum(self.talk(of_step(local)).values()) + self.update()
+
+        forward, backward = self.forward(), self.backward()
+        compute = forward + backward
+        ahead = max(forward + tp / 2, gathers / 2)
+        back = max(backward + tp / 2, gathers / 2 + scatters)
+        last_back = max(backward + tp / 2, gathers / 2 + scatters + copies)
+        times = layout.accum + (layout.pp - 1) / layout.virtual  # of a micro-batch, in a step
+        waiting = times - layout.accum
+        spoken = tp + gathers + scatters + send
+        return Time(
+            expected=times * (ahead + back + first_and_last)
+            + 2 * waiting * send
+            + (last_back - back)
+            + end,
+            optimistic=times * max(compute, spoken + copies / layout.accum) + self.update(),
+            pessimistic=times * (compute + spoken) + copies + end,
+            compute=layout.accum * compute + self.update(),
+            bubble=waiting / times,
+        )
+
+
+def of_pp(local: Local) -> Iterator[Collective]:
+    """Between two stages: the stream forward, its gradient back."""
+    layout = local.layout
+    if layout.pp == 1:
+        return
+    times = layout.accum * layout.virtual
+    neighbours = (not local.stage.is_first) + (not local.stage.is_last)
+    yield Collective("pp", "send", "stream and its gradient", times * neighbours, local.stream)
+
+
+def matrices(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Numbers of the matrices among these."""
+    return sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layout takes on a cluster."""
+
+    layout: Layout
+    memory: Memory
+    traffic: list[Collective]
+    time: Time
+    tokens_per_second: float
+    mfu: float
+    fits: bool
+
+
+def plan(work: Work, layout: Layout, cluster: Cluster) -> Plan:
+    """All of it, for one layout."""
+    need = memory(work, layout)
+    clocks = [Clock(Local(work, layout, stage), cluster) for stage in stages(work, layout)]
+    time = max((clock.time() for clock in clocks), key=lambda time: time.expected)
+    tokens = layout.data * layout.accum * layout.rows * work.config.block_size
+    speed = tokens / time.expected
+    peak = cluster.size * cluster.gpu.flops
+    return Plan(
+        layout=layout,
+        memory=need,
+        traffic=traffic(work, layout),
+        time=time,
+        tokens_per_second=speed,
+        mfu=work.flops_per_token * speed / peak,
+        fits=need.total <= cluster.usable * cluster.gpu.memory,
+    )
+
+
+def layout_of(
+    mesh: MeshSettings,
+    world_size: int,
+    work: Work,
+    batch_tokens: int,
+    micro_batch: int,
+    recompute: int,
+) -> Layout:
+    """The layout that settings of train_fsdp.py describe. UserError if there is none."""
+    axes = sizes(mesh, world_size)
+    problems = tensor.problems(work.config, mesh.tp, mesh.sequence)
+    if problems:
+        raise UserError(problems[0])
+    if work.config.n_layer < mesh.stages:
+        raise UserError(
+            f"{mesh.stages} stages need as many blocks; there are {work.config.n_layer}"
+        )
+    data = axes["replicate"] * axes["shard"]
+    shares = share_batch(batch_tokens, work.config.block_size, micro_batch, data)
+    is_interleaved = mesh.schedule == "interleaved" and mesh.pp > 1
+    return Layout(
+        **axes,
+        rows=shares.micro,
+        accum=shares.accum,
+        recompute=recompute,
+        sequence=mesh.sequence,
+        schedule=mesh.schedule,
+        virtual=mesh.virtual if is_interleaved else 1,
+        offload=mesh.offload,
+        reduce=2 if mesh.reduce == "bfloat16" and work.product < F32 else F32,
+    )
+
+
+def search(work: Work, cluster: Cluster, batch_tokens: int, reduce: int, best: int) -> list[Plan]:
+    """The fastest layouts that fit into memory, at most one for each mesh."""
+    fastest: dict[tuple[int, ...], Plan] = {}
+    for layout in candidates(work, cluster, batch_tokens, reduce):
+        if memory(work, layout).total > cluster.usable * cluster.gpu.memory:
+            continue
+        found = plan(work, layout, cluster)
+        mesh = (layout.pp, layout.replicate, layout.shard, layout.tp)
+        if mesh not in fastest or found.tokens_per_second > fastest[mesh].tokens_per_second:
+            fastest[mesh] = found
+    ranked = sorted(fastest.values(), key=lambda plan: -plan.tokens_per_second)
+    return ranked[:best]
+
+
+def candidates(work: Work, cluster: Cluster, batch_tokens: int, reduce: int) -> Iterator[Layout]:
+    """All layouts of a global batch that the model and the machines allow."""
+    c = work.config
+    for tp in divisors(cluster.per_node):
+        if cluster.size % tp or tensor.problems(c, tp, tp > 1):
+            continue
+        for pp in divisors(cluster.size // tp):
+            data = cluster.size // tp // pp
+            rows_of_each, rest = divmod(batch_tokens, c.block_size * data)
+            if pp > c.n_layer or rest:
+                continue
+            cuts = itertools.product(
+                divisors(data), divisors(rows_of_each), (0, 2, 1), {False, tp > 1}
+            )
+            for shard, rows, recompute, sequence in cuts:
+                layout = Layout(
+                    pp=pp,
+                    replicate=data // shard,
+                    shard=shard,
+                    tp=tp,
+                    rows=rows,
+                    accum=rows_of_each // rows,
+                    recompute=recompute,
+                    sequence=sequence,
+                    reduce=reduce,
+                )
+                if layout.accum >= pp:
+                    yield layout
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
