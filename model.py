@@ -296,6 +296,7 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.first_trained_row = 0  # token embeddings below it are frozen
         self.tie()
         self.init_weights()
 
@@ -360,6 +361,9 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
         x = self.wte(tokens)
+        if self.first_trained_row:
+            is_trained = tokens >= self.first_trained_row
+            x = torch.where(is_trained[..., None], x, x.detach())
         if self.config.pos == "learned":
             x = x + self.wpe(context.positions)
         return self.drop(x)
@@ -410,6 +414,10 @@ class GPT(nn.Module):
         The caller divides once by the valid targets of the whole step, so that padding, packing,
         accumulation and the number of processes cannot bias the mean."""
         weight = self.head_weight()
+        if self.first_trained_row and self.config.tie_weights:
+            rows = torch.arange(weight.size(0), device=h.device)
+            is_trained = rows >= self.first_trained_row
+            weight = torch.where(is_trained[:, None], weight, weight.detach())
         device = h.device.type
         dtype = weight.dtype
         if torch.is_autocast_enabled(device):
@@ -421,7 +429,28 @@ class GPT(nn.Module):
         self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
     ) -> Tensor:
         """Logits (B, T, V); or, given targets (B, T), their summed loss."""
-        h = self.trunk(tokens, segments)
+        return self.forward_stage(None, 0, self.config.n_layer, tokens, targets, segments)
+
+    def forward_stage(
+        self,
+        x: Tensor | None,
+        first: int,
+        end: int,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """The part of `forward` that lies in blocks first..end, a stage of a pipeline; the first
+        one embeds, the last one gives what `forward` does, the others hidden states.
+
+        x (B, T, C): those that go into block `first`; None for the first stage."""
+        context = self.context(tokens.size(1), tokens.device, segments)
+        if first == 0:
+            x = self.embed(tokens, context)
+        x = self.run_blocks(x, context, first, end)
+        if end < self.config.n_layer:
+            return x
+        h = self.norm(x)
         return self.lm_head(h) if targets is None else self.loss(h, targets)
 
     def compile_parts(self) -> None:
@@ -468,28 +497,34 @@ class GPTClassifier(nn.Module):
         if reads == "pooled":
             return self.head(x)
         if reads == "states":
-            return self.score_states(x, lengths, targets)
-        return self.score_tokens(x, lengths, targets)
+            context = self.gpt.context(x.size(1), x.device)
+            return self.score_states(self.first_block, x, context, lengths, targets)
+        return self.forward_stage(None, 0, self.gpt.config.n_layer, x, lengths, targets)
 
-    def score_tokens(
-        self, tokens: Tensor, lengths: Tensor, targets: Tensor | None
+    def forward_stage(
+        self,
+        x: Tensor | None,
+        first: int,
+        end: int,
+        tokens: Tensor,
+        lengths: Tensor,
+        targets: Tensor | None = None,
+        reads: Reads = "tokens",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The scores of tokens (B, T), and their loss where there are targets."""
+        """The part of `forward` that lies in blocks first..end, as in GPT. It reads tokens."""
+        assert reads == "tokens", "a stage of a pipeline has no cached states"
         context = self.gpt.context(tokens.size(1), tokens.device)
-        x = self.gpt.embed(tokens, context)
-        return self.score_from(0, x, context, lengths, targets)
+        if first == 0:
+            x = self.gpt.embed(tokens, context)
+        if end < self.gpt.config.n_layer:
+            return self.gpt.run_blocks(x, context, first, end)
+        return self.score_states(first, x, context, lengths, targets)
 
     def score_states(
-        self, states: Tensor, lengths: Tensor, targets: Tensor | None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The same of hidden states (B, T, C) that go into the first trained block."""
-        context = self.gpt.context(states.size(1), states.device)
-        return self.score_from(self.first_block, states, context, lengths, targets)
-
-    def score_from(
         self, first: int, x: Tensor, context: Context, lengths: Tensor, targets: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The same of hidden states x (B, T, C) that go into block `first`."""
+        """The scores of hidden states x (B, T, C) that go into block `first`, and the loss of
+        their targets where there are any."""
         if targets is None:
             return self.head(self.pool_states(first, x, context, lengths))
         h = self.gpt.norm(self.gpt.run_blocks(x, context, first))

@@ -12,7 +12,7 @@ optim.lr=3e-4.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class TrainSettings:
     seed: int = 0  # of the weights, the order of the batches and dropout
     device: Free[Device] = "auto"  # auto = a GPU if there is one
     dtype: Free[Precision] = "auto"  # precision of matrix products
+    timeout: Free[Positive] = 600  # seconds that other processes may be waited for
     compile: Free[Switch] = "auto"  # torch.compile; auto = where it works and pays
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
@@ -57,6 +58,7 @@ class TrainSettings:
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Positive] = 100  # steps between evaluations (and sample replies)
     save_every: Free[Positive] = 100  # steps between checkpoints
+    save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
     keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
@@ -187,7 +189,13 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         strategy = spread.build(model, dtype)
         if parent and not run.found:
             strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
-        shares = share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, strategy.data_size)
+        shares = share_batch(
+            s.batch_tokens,
+            s.model.block_size,
+            s.micro_batch,
+            strategy.data_size,
+            strategy.depth,
+        )
         optimizers = make_optimizers(strategy.names(), s.optim)
         run.resume(strategy, optimizers)
         device_line = (
@@ -278,7 +286,7 @@ def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
 
 def main() -> int:
     s = settings.load(TrainSettings, doc=__doc__)
-    with start(s.device) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return train(s, world, Spread(world))
 
 

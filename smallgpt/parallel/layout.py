@@ -53,11 +53,6 @@ class MeshSettings:
         """Stages of the pipeline, over all its processes."""
         return self.pp * self.virtual if self.schedule == "interleaved" and self.pp > 1 else self.pp
 
-    @property
-    def micro_batches(self) -> int:
-        """A step has at least so many, or the pipeline has nothing to fill it."""
-        return self.stages
-
 
 def sizes(s: MeshSettings, world_size: int) -> dict[str, int]:
     """Axis -> its size. UserError unless they multiply to the number of processes."""
@@ -98,11 +93,9 @@ class MeshSpread(Spread):
         if self.s.offload and self.world.size == 1:
             raise UserError("mesh.offload needs several processes: start with torchrun")
         if self.s.tp > 1:
-            from smallgpt.parallel.tensor import problems  # half a second of imports
+            from smallgpt.parallel.tensor import check_cut  # half a second of imports
 
-            found = problems(config, self.s.tp, self.s.sequence)
-            if found:
-                raise UserError(f"the model cannot be cut in {self.s.tp}: {'; '.join(found)}")
+            check_cut(config, self.s.tp)
 
     @property
     def birthplace(self) -> torch.device:
@@ -117,9 +110,12 @@ class MeshSpread(Spread):
                 "dtype=float16 needs a whole model on each process (mesh.shard=1, tp=1, pp=1): "
                 "use dtype=bfloat16 or float32"
             )
-        from smallgpt.parallel.mesh import Mesh  # half a second of imports, for those who need it
-
-        return Mesh(model, self.world, dtype, self.make_mesh(), self.s)
+        # half a second of imports, for those who need it
+        if self.sizes["pp"] > 1:
+            from smallgpt.parallel.pipeline import Pipeline as Strategy
+        else:
+            from smallgpt.parallel.mesh import Mesh as Strategy
+        return Strategy(model, self.world, dtype, self.make_mesh(), self.s)
 
     def make_mesh(self) -> DeviceMesh:
         """The processes as a mesh. A collective."""

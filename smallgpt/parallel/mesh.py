@@ -57,13 +57,18 @@ class Mesh(Single):
         self.dtype = dtype
         self.cut()
         self.model.to_empty(device="cpu" if s.offload else world.device)
-        gpt_of(self.model).tie()
+        if gpt_of(self.model).lm_head is not None:  # a stage of a pipeline may have none
+            gpt_of(self.model).tie()
         self.hand_out(weights)
 
     def cut(self) -> None:
         """Cut the model, which lies on the meta device, in place."""
         if self.mesh["tp"].size() > 1:
             cut_matrices(self.model, self.mesh["tp"], self.s.sequence)
+        self.cut_layers()
+
+    def cut_layers(self) -> None:
+        """Cut what every process of a replica has alike, block by block."""
         self.shard(self.model, gpt_of(self.model).blocks)
 
     def shard(self, root: nn.Module, blocks: nn.ModuleList) -> None:
@@ -82,8 +87,16 @@ class Mesh(Single):
         # keep: the whole model, on each process.
         low = self.dtype if self.dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(low, reduce, cast_forward_inputs=False)
+        # the micro-batches in a pipeline take turns: the weights would be gathered for each anew
+        frees = self.s.pp == 1
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            fully_shard(
+                block,
+                mesh=mesh,
+                reshard_after_forward=frees,
+                mp_policy=policy,
+                offload_policy=offload,
+            )
         # the residual stream begins in the precision of the embedding, which stays float32
         policy = MixedPrecisionPolicy(None, reduce, cast_forward_inputs=False)
         fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload)
@@ -112,12 +125,18 @@ class Mesh(Single):
                 set_parameter(mine[name], whole)
 
     def gather_weights(self) -> dict[str, Tensor]:
+        mine = self.names()
         weights = {}
-        for name, parameter in self.names().items():
-            whole = whole_of(parameter)
+        for name in self.shapes:
+            whole = self.gather(name, mine.get(name))
             if self.world.main:
                 weights[name] = whole.cpu()
         return weights
+
+    def gather(self, name: str, parameter: nn.Parameter | None) -> Tensor:
+        """A parameter, of which this process has this part, whole: at least on the main process. A
+        collective."""
+        return whole_of(parameter)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.names().items():
@@ -154,10 +173,13 @@ class Mesh(Single):
 
     def clip(self, optimizers: list[Optimizer], max_norm: float) -> float:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = whole_of(norm)
+        norm = self.gradient_norm(parameters)
         nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
         return float(norm)
+
+    def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Norm of the whole gradient, of which these parameters have a part. A collective."""
+        return whole_of(nn.utils.get_total_norm([p.grad for p in parameters]))
 
 
 def gpt_of(model: nn.Module) -> GPT:

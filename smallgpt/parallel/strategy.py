@@ -15,7 +15,7 @@ loops call it in this order:
 class, which overrides what is different there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    set_model_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -63,23 +62,27 @@ class Shares:
         return [range(row, row + self.micro) for row in range(first, first + mine, self.micro)]
 
 
-def share_batch(batch_tokens: int, block_size: int, micro_batch: int, data_size: int) -> Shares:
+def share_batch(
+    batch_tokens: int, block_size: int, micro_batch: int, data_size: int, depth: int = 1
+) -> Shares:
     """Derive accumulation and micro-batch (at most micro_batch sequences) from the global batch.
 
-    UserError if batch_tokens is not a multiple of block_size times the number of data ranks.
-    """
-    unit = block_size * data_size
+    depth: the accumulation is a multiple of it, so that a pipeline of that depth is filled.
+    UserError if batch_tokens is not a multiple of block_size times the data ranks times depth."""
+    unit = block_size * data_size * depth
     if batch_tokens % unit:
         nearest = max(1, round(batch_tokens / unit)) * unit
+        stages = f" x {depth} micro-batches (mesh.pp)" if depth > 1 else ""
+        readers = f"{data_size} {'replica(s)' if depth > 1 else 'process(es)'}"
         raise UserError(
             f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of "
-            f"model.block_size={block_size} x {data_size} process(es) = {unit}, for example "
-            f"{nearest}"
+            f"model.block_size={block_size} x {readers}{stages} = {unit}, for example {nearest}"
         )
-    mine = batch_tokens // unit
-    micro = min(micro_batch, mine)
-    while mine % micro:
+    turns = batch_tokens // unit  # sequences of each of `depth` equal parts
+    micro = min(micro_batch, turns)
+    while turns % micro:
         micro -= 1
+    mine = turns * depth
     return Shares(rows=mine * data_size, accum=mine // micro, micro=micro)
 
 
@@ -92,6 +95,7 @@ class Single:
     """
 
     name = "single"
+    depth = 1  # processes in a pipeline: a step's micro-batches must be a multiple of it
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -109,19 +113,19 @@ class Single:
         return dict(self.model.named_parameters())
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """All weights, whole, on the CPU, by canonical name: at least on the main process. A
-        collective."""
+        """All weights, whole, on the CPU, by canonical name, on the main process; nothing on the
+        others. They may share the parameters' memory. A collective."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=whole)
-        # names() lists a tied matrix once; processes other than the main one may have got nothing
+        # names() lists a tied matrix once; processes other than the main one have got nothing
         return {name: weights[name] for name in self.names() if name in weights}
 
-    def set_weights(self, weights: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put all weights, whole, by canonical name, into the model. A collective; every process
-        has them."""
-        # strict=False only for the second name of a tied matrix
-        whole = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.model, weights, options=whole)
+        can read them."""
+        for name, p in self.names().items():
+            p.copy_(weights[name])
 
     def whole(self) -> GPT | None:
         """The whole GPT for what only the main process does, such as replies; None elsewhere. A

@@ -245,7 +245,8 @@ def score(strategy: Single, inputs: Inputs, max_tokens: int) -> np.ndarray:
     Each makes the same number of passes (one without a batch left reads the first again, for
     nothing), so that a layout whose forward communicates works here, too."""
     batches = length_batches(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
-    scores = np.zeros((len(inputs.data.ids), strategy.model.head.out_features))
+    n_classes, _ = strategy.shapes["head.weight"]
+    scores = np.zeros((len(inputs.data.ids), n_classes))
     for first in range(0, len(batches), strategy.data_size):
         mine = first + strategy.data_rank
         rows = batches[mine] if mine < len(batches) else batches[0]

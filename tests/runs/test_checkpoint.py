@@ -36,7 +36,7 @@ def tiny_module(width: int = 8) -> tuple[nn.Module, list[torch.optim.Optimizer]]
 
 def save(run: Path, step: int, keep: int = 2) -> None:
     module, optimizers = tiny_module()
-    checkpoint.save(run, strategy_of(module), optimizers, {"step": step}, keep)
+    checkpoint.Saver(run, ONE, keep).save(strategy_of(module), optimizers, {"step": step})
 
 
 @pytest.fixture

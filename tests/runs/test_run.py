@@ -17,7 +17,9 @@ ONE = World(0, 1, torch.device("cpu"))
 
 
 def settings_of(out_dir: Path) -> SimpleNamespace:
-    return SimpleNamespace(run="r", out_dir=str(out_dir), resume="auto", log_every=1, keep=1)
+    return SimpleNamespace(
+        run="r", out_dir=str(out_dir), resume="auto", save="sync", log_every=1, keep=1
+    )
 
 
 def test_a_setting_that_an_older_version_lacked_was_off():

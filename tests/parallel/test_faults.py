@@ -1,0 +1,95 @@
+"""One of several processes fails, dies or hangs: the others end soon, and one sentence says why."""
+
+import socket
+
+import pytest
+
+from helpers import Result
+
+TIMEOUT = 4  # seconds
+CASES = [
+    ("raise", 1),
+    ("raise", 0),
+    ("mistake", 1),
+    ("kill", 1),
+    ("kill", 0),
+    ("stop", 1),
+    ("hang", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def ends(start_ranks) -> dict[tuple[str, int], list[Result]]:
+    """(how, rank) -> how three processes ended, of which that rank misbehaved in that way. All
+    groups run at the same time: they mostly wait."""
+    groups = {}
+    for how, rank in CASES:
+        argv = [f"how={how}", f"rank={rank}", f"timeout={TIMEOUT}"]
+        groups[how, rank] = start_ranks(3, argv, script="misbehaving")
+    results = {}
+    for (how, rank), processes in groups.items():
+        others = [process for process in processes if process is not processes[rank]]
+        for process in others:
+            process.wait()
+        if how == "stop":
+            processes[rank].kill()
+        results[how, rank] = [process.wait() for process in processes]
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_traceback_of_the_first_is_the_only_one(ends, rank):
+    """Regression: every other process printed a traceback about a closed connection before it."""
+    results = ends["raise", rank]
+    assert [r.status for r in results] == [1, 1, 1]
+    for other, result in enumerate(results):
+        if other == rank:
+            assert result.err.rstrip().endswith("ZeroDivisionError: a bug of this process only")
+        else:
+            assert without_host(result) == (
+                f"(process {other}: process {rank} failed first: ZeroDivisionError: a bug of this "
+                "process only)"
+            )
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_machine_is_said_by_process_0(ends):
+    """Regression: process 0 showed a traceback, and process 1 was ended before it could speak."""
+    results = ends["mistake", 1]
+    assert [r.status for r in results] == [2, 2, 2]
+    assert without_host(results[0]) == "error: process 1: its disk is full; make room"
+    assert one_line(results[1]) == "(process 1: its disk is full; make room)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, rank", [("kill", 1), ("kill", 0), ("stop", 1)])
+def test_who_is_killed_or_stopped_is_named(ends, how, rank):
+    """The others would wait for half an hour, or say that some connection was closed."""
+    for other, result in enumerate(ends[how, rank]):
+        if other != rank:
+            assert result.status == 1
+            assert f"no answer from process {rank}: killed" in without_host(result)
+            assert ("error: " in result.err) == (other == 0)
+
+
+@pytest.mark.slow
+def test_who_hangs_is_named_with_the_line_where(ends):
+    """It must end, too: it may hold a GPU and the lock of the run."""
+    results = ends["hang", 1]
+    assert [r.status for r in results] == [1, 1, 1]
+    for result in results:
+        assert "the others waited in vain for process 1 (at misbehaving.py:" in without_host(result)
+        assert "in misbehave)" in result.err
+
+
+def one_line(result: Result) -> str:
+    """What a process said, which must be one line."""
+    text = result.err.strip()
+    assert text.count("\n") == 0, text
+    return text
+
+
+def without_host(result: Result) -> str:
+    """The line without this machine's name."""
+    return one_line(result).replace(f" on {socket.gethostname()}", "")
