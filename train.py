@@ -182,11 +182,10 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         with spread.birthplace:
             model = GPT(s.model).to(hardware.weights_dtype(dtype))
         model.recompute = s.recompute
-        if compiled:
-            model.compile_parts()
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
         strategy = spread.build(model, dtype)
+        parts_compiled = strategy.model.compile_parts() if compiled else "off"
         if parent and not run.found:
             strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
         shares = share_batch(
@@ -200,7 +199,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         run.resume(strategy, optimizers)
         device_line = (
             f"{device.type}, {strategy.name}; {hardware.name_of(dtype)}: {why_dtype}; "
-            f"torch.compile {'on' if compiled else 'off'}: {why_compiled}"
+            f"torch.compile {parts_compiled}: {why_compiled}"
         )
         run.begin(
             s.max_steps,

@@ -62,10 +62,14 @@ def meet(rank: int, size: int, timeout: int, facts: dict) -> "Peers":
     address = source_address(where)
     store = PrefixStore("smallgpt", open_store(where, rank, timeout, deadline))
     me = Peer(rank, socket.gethostname(), address, uuid.uuid4().hex)
-    if rank == 0:
-        roster = call_the_roll(store, me, size, facts, deadline)
-    else:
-        roster = answer_the_roll(store, me, facts, deadline)
+    try:
+        if rank == 0:
+            roster = call_the_roll(store, me, size, facts, deadline)
+        else:
+            roster = answer_the_roll(store, me, facts, deadline)
+    except DistError as error:
+        reason = "who listens there has ended: look at its messages"
+        raise UserError(why_not_met(where, reason)) from error
     everyone = [Peer(**answer) for answer in roster["peers"]]
     if len(everyone) < size:
         missing = sorted({*range(size)} - {peer.rank for peer in everyone})
@@ -106,7 +110,8 @@ def open_store(where: tuple[str, int], rank: int, timeout: int, deadline: float)
         )
     except (RuntimeError, ValueError) as error:
         _, _, reason = str(error).rpartition("message: ")  # of the socket, where it is one's
-        raise UserError(why_not_met(where, reason.partition("\n")[0].rstrip("."))) from error
+        first_line = reason.partition("\n")[0]
+        raise UserError(why_not_met(where, first_line.partition(". ")[0].rstrip("."))) from error
 
 
 def wait_for_port(where: tuple[str, int], deadline: float) -> None:
@@ -140,15 +145,19 @@ def call_the_roll(store: Store, me: Peer, size: int, facts: dict, deadline: floa
     keys = [f"{me.token}/{rank}" for rank in range(1, size)]
     while keys and not store.check(keys) and time.monotonic() < deadline:
         time.sleep(POLL)
+    here = [key for key in keys if store.check([key])]
     peers = [asdict(me)]
     difference = ""
-    for key in keys:
-        if store.check([key]):
-            answer = json.loads(store.get(key))
-            peers.append(answer["peer"])
-            difference = difference or difference_of(me, facts, **answer)
+    for key in here:
+        answer = json.loads(store.get(key))
+        peers.append(answer["peer"])
+        difference = difference or difference_of(me, facts, **answer)
     roster = {"peers": peers, "difference": difference}
     store.set(f"{me.token}/roster", json.dumps(roster))
+    end = time.monotonic() + 3 * GRACE
+    has_read = [f"{key}/read" for key in here]  # the store may end with this process
+    while has_read and not store.check(has_read) and time.monotonic() < end:
+        time.sleep(POLL)
     return roster
 
 
@@ -173,6 +182,7 @@ def answer_the_roll(store: Store, me: Peer, facts: dict, deadline: float) -> dic
         if store.check([f"{call}/roster"]):
             roster = json.loads(store.get(f"{call}/roster"))
             if asdict(me) in roster["peers"]:
+                store.set(f"{call}/{me.rank}/read", "")
                 return roster
     raise UserError(
         f"process 0 did not answer, though {os.environ['MASTER_ADDR']} does: look at its messages"
@@ -340,6 +350,7 @@ class Peers:
         is_first = self.store.compare_set("cause", "", text).decode() == text
         self.store.set("alarm", "")
         if not is_first:
+            self.store.set(f"heard/{self.me.rank}", "")
             return False
         end = time.monotonic() + 3 * GRACE
         for peer in listeners:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed import distributed_c10d
 
 from smallgpt.console import UserError
 from smallgpt.hardware import choose_device
@@ -125,6 +126,10 @@ def join_group(world: World, peers: Peers, timeout: int) -> None:
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
+    limit = timedelta(seconds=timeout)
+    # of the groups that a mesh or an asynchronous save makes later: torch's own is 30 minutes
+    distributed_c10d.default_pg_timeout = limit
+    distributed_c10d.default_pg_nccl_timeout = limit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a device id was set on the line above
         torch.distributed.init_process_group(
@@ -132,7 +137,7 @@ def join_group(world: World, peers: Peers, timeout: int) -> None:
             store=peers.store,
             rank=world.rank,
             world_size=world.size,
-            timeout=timedelta(seconds=timeout),
+            timeout=limit,
             device_id=world.device if on_gpu else None,
         )
     world.sum(1.0)  # a wrong network set-up shows here, not in the middle

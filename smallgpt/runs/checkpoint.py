@@ -43,10 +43,10 @@ from smallgpt.parallel.world import World
 from smallgpt.tokenizer import Tokenizer
 
 FORMAT = 2  # of meta.json
-# that one process alone is meant is no surprise (a filter for a while would not reach the threads)
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
 READABLE = (1, 2)  # 1 had no sources and no settings: its runs can be used, but not continued
+
+# One process alone is meant. (A filter for the time of a save would not reach its threads.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,7 @@ class Saver:
         self.group: dist.ProcessGroup | None = None  # of the threads
         self.step = 0  # that is being saved; 0 = none
         self.is_best = False  # whether `best` is to name it
+        self.executor = ThreadPoolExecutor(max_workers=1)
         self.thread: Future[None] | None = None  # writes it
         self.error = ""  # what went wrong in this process, in words
 
@@ -224,7 +225,7 @@ class Saver:
         weights = strategy.gather_weights()
         tensors = optimizer_tensors(strategy.names(), optimizers)
         writer = StateWriter(str(self.temporary / "state"), save_distributed=True)
-        alone = self.world.size == 1
+        alone = not dist.is_initialized()
         if not self.in_background:
             write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
             self.write(write_state, weights, meta)
@@ -235,10 +236,8 @@ class Saver:
         state = dcp.async_save(
             tensors, storage_writer=writer, process_group=self.group, no_dist=alone
         )
-        weights = copied(weights, strategy.names())
-        executor = ThreadPoolExecutor(max_workers=1)
-        self.thread = executor.submit(self.write, state.result, weights, meta)
-        executor.shutdown(wait=False)  # it ends when the work is done
+        weights = copied(weights, strategy.model)
+        self.thread = self.executor.submit(self.write, state.result, weights, meta)
 
     def make_folder(self) -> str:
         """An empty folder to write into, for every process; returns what went wrong, in words. A
@@ -296,12 +295,15 @@ class Saver:
 
     def check(self, failed: float) -> None:
         """UserError if so many processes failed to save."""
-        if not failed:
-            return
+        if failed:
+            raise UserError(self.give_up())
+
+    def give_up(self) -> str:
+        """Leave nothing of this checkpoint; returns why, in words."""
         final = self.final
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.step = 0
-        raise UserError(
+        return (
             f"could not save {final} ({self.error or 'another process failed'}); is the disk full? "
             "The older checkpoints are intact: make room, then the same command continues from the "
             "last"
@@ -313,11 +315,11 @@ class Saver:
             self.wait()
             self.settle(0, self.world.sum(bool(self.error))[0])
 
-    def close(self) -> None:
-        """Wait for this process's files, and for no other process: the run ends by an error."""
+    def close(self) -> str:
+        """Wait for this process's files and for no other process, since the run ends by an error;
+        returns what went wrong with them, in words."""
         self.wait()
-        if self.step:
-            self.check(bool(self.error))
+        return self.give_up() if self.step and self.error else ""
 
     def name_best(self, step: int) -> None:
         """Make `best` name this step, whose folder is there or being written."""
@@ -350,17 +352,16 @@ class StateWriter(dcp.HuggingFaceStorageWriter):
         return done
 
 
-def copied(
-    weights: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
-    """The weights, copied where they lie in the memory of the parameters, which updates change."""
+def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, copied where they lie in the memory of the model, which updates change."""
     memory = set()
-    for p in parameters.values():
+    for p in model.parameters():
         part = p.to_local() if isinstance(p, DTensor) else p
-        memory.add(part.data_ptr())
+        memory.add(part.untyped_storage().data_ptr())
     copies = {}
     for name, weight in weights.items():
-        copies[name] = weight.clone() if weight.data_ptr() in memory else weight
+        is_shared = weight.untyped_storage().data_ptr() in memory
+        copies[name] = weight.clone() if is_shared else weight
     return copies
 
 
@@ -421,7 +422,8 @@ class Weights(Mapping[str, torch.Tensor]):
     def __init__(self, file: Path):
         self.file = safe_open(file, framework="pt")
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in self.file.keys():  # noqa: SIM118, it is no dict
+        names = self.file.keys()
+        for name in names:
             self.shapes[name] = tuple(self.file.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -103,8 +103,10 @@ class Run:
         try:
             if kind is None:
                 self.saver.finish()
-            else:  # the other ranks may be elsewhere
-                self.saver.close()
+            else:
+                problem = self.saver.close()
+                if problem:
+                    self.say(problem)
         finally:
             self.stack.close()
 

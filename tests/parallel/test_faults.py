@@ -1,12 +1,15 @@
 """One of several processes fails, dies or hangs: the others end soon, and one sentence says why."""
 
+import signal
 import socket
+from pathlib import Path
 
 import pytest
 
-from helpers import Result
+from bench import faults
+from helpers import Result, command, drawn_seed, mistake, wait_for
 
-TIMEOUT = 4  # seconds
+TIMEOUT = 10  # seconds, in which all must have started on a busy machine, too
 CASES = [
     ("raise", 1),
     ("raise", 0),
@@ -16,6 +19,11 @@ CASES = [
     ("stop", 1),
     ("hang", 1),
 ]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +101,29 @@ def one_line(result: Result) -> str:
 def without_host(result: Result) -> str:
     """The line without this machine's name."""
     return one_line(result).replace(f" on {socket.gethostname()}", "")
+
+
+@pytest.mark.slow
+def test_torchrun_brings_back_what_is_killed(out, tiny, run_ranks):
+    """The losses and weights are those of a run that nobody touched, whenever the kills come."""
+    few = {"max_steps": 300, "save_every": 10, "eval_every": 100, "prompts": "[]"}
+    for result in run_ranks(2, tiny(out, run="whole", **few)):
+        assert result.status == 0, result.err
+    words = ["--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    words = command(tiny(out, run="killed", **few), *words)
+    killed = faults.kill_often(words, out / "killed", 2, span=6, draw=drawn_seed())
+    assert killed["kills"] and killed["problems"] in ([], [faults.TOO_SHORT])
+    assert faults.differences(out / "whole", out / "killed") == []
+
+
+@pytest.mark.slow
+def test_a_second_job_on_a_run_is_refused(out, tiny, start_ranks):
+    """Two rendezvous know nothing of each other: both would write the same checkpoints."""
+    args = tiny(out, run="busy", max_steps=5000, eval_every=5000, save_every=5000)
+    first = start_ranks(2, args)
+    wait_for((out / "busy" / "metrics.jsonl").exists, "the first job")
+    second = [process.wait() for process in start_ranks(2, args)]
+    assert f"another process trains {out / 'busy'} now" in mistake(second[0])
+    assert [r.status for r in second] == [2, 2]
+    first[1].kill(signal.SIGTERM)
+    assert [process.wait().status for process in first] == [143, 143]

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ import torch
 
 from smallgpt.console import UserError
 from smallgpt.parallel.world import World
+from smallgpt.runs import run
 from smallgpt.runs.checkpoint import Checkpoint
-from smallgpt.runs.run import Run, check_same, merge_sources
+from smallgpt.runs.run import Run, check_same, lock, merge_sources
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -59,6 +61,20 @@ def test_after_the_loop_the_bar_is_closed_and_signals_are_as_before(tmp_path, mo
             break
         assert run.metrics.bar.disable  # tqdm's word for closed
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_restart_waits_for_what_it_replaces(tmp_path, monkeypatch):
+    """torchrun starts a lost machine's processes elsewhere while the old ones may still be ending;
+    any other second job is refused at once."""
+    with lock(tmp_path / "r", main=True):
+        with pytest.raises(UserError, match="another process trains"), lock(tmp_path / "r", True):
+            pass
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        monkeypatch.setattr(run, "RESTART_WAIT", 0.3)
+        began = time.monotonic()
+        with pytest.raises(UserError, match="another process trains"), lock(tmp_path / "r", True):
+            pass
+        assert time.monotonic() - began >= 0.3
 
 
 def test_patience_counts_the_evaluations_since_the_best(tmp_path, capsys):
