@@ -129,7 +129,7 @@ class SentimentSettings:
             problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none")
         if self.adversarial and self.mesh.pp > 1:
             problems.append(
-                f"adversarial={self.adversarial} must be 0, or mesh.pp=1: the second pass of a text "
+                f"adversarial={self.adversarial} must be 0, or mesh.pp=1: a text's second pass "
                 "begins where its first has ended"
             )
         return problems

@@ -17,7 +17,7 @@ from smallgpt.runs.metrics import read
 
 # 33 examples in batches of 16: one batch of an epoch has a single example, so that of several data
 # ranks some have none
-COMMON = dict(dtype="float64", data__train_size=33, max_steps=4, eval_every=3, dropout=0.0)
+COMMON = dict(dtype="float64", data__train_size=33, max_steps=3, eval_every=3, dropout=0.0)
 FEATURES = {
     "losses": dict(
         pool="mean",
@@ -34,21 +34,24 @@ FEATURES = {
     "frozen_trunk": dict(freeze="trunk"),
     "last_block": dict(freeze="all_but_last:1"),
     "new_tokens": dict(freeze="all_but_last:1", mask=False, trunk="gpt2", lm_weight=0.3),
-    "token_dropout": dict(token_dropout=0.3, micro_tokens=1),  # the draws of one example at a time
+    # eight examples a micro-batch, with a pipeline and without: the draws are the same
+    "token_dropout": dict(token_dropout=0.3, mask=False, micro_tokens=8 * 48),
 }
-ALL = [feature for feature in FEATURES if feature != "token_dropout"]  # drawn per data rank
 LAYOUTS = {
-    "fsdp": (dict(mesh__shard=4), ALL),
+    "fsdp": (
+        dict(mesh__shard=4),
+        ["losses", "adversarial", "no_mask", "frozen_trunk", "last_block", "new_tokens"],
+    ),
     "hsdp": (dict(mesh__shard=2, mesh__offload=True), ["losses"]),
-    "tp": (dict(mesh__tp=2), ALL),
-    "tp_fsdp": (dict(mesh__tp=2, mesh__shard=2), ["losses", "new_tokens"]),
+    "tp": (dict(mesh__tp=2), ["losses", "adversarial", "last_block", "new_tokens"]),
+    "tp_fsdp": (dict(mesh__tp=2, mesh__shard=2), ["losses"]),
+    "sequence": (dict(mesh__tp=2, mesh__sequence=True), ["losses", "adversarial"]),
     "pp": (dict(mesh__pp=2, mesh__schedule="gpipe"), ["losses", "frozen_trunk", "new_tokens"]),
     "pp_fsdp": (dict(mesh__pp=2, mesh__shard=2), ["losses", "last_block"]),
-    "pp_tp": (dict(mesh__pp=2, mesh__tp=2), ["losses", "no_mask", "token_dropout"]),
-    "sequence": (dict(mesh__tp=2, mesh__sequence=True), ["losses", "adversarial"]),
+    "pp_tp": (dict(mesh__pp=2, mesh__tp=2), ["losses", "token_dropout"]),
 }
 # saved by the run of "losses" on the first, resumed on the second
-MOVES = [("fsdp", "tp"), ("tp_fsdp", "fsdp")]
+MOVES = [("fsdp", "pp_tp"), ("pp_tp", "tp_fsdp")]
 CASES = [(layout, feature) for layout, (_, features) in LAYOUTS.items() for feature in features]
 
 
@@ -77,7 +80,7 @@ def cut(tmp_path_factory, fine, case, start_ranks) -> Path:
         jobs.append(fine(out, run=f"{before}-{after}", resume=saved, **case("losses"), **mesh))
     (out / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     processes = start_ranks(4, [out / "jobs.json"], script="fine_tuning")
-    results = [process.wait(timeout=170) for process in processes]
+    results = [process.wait(timeout=400) for process in processes]
     failed = [result.err[-2000:] for result in results if result.status]
     assert not failed, "\n".join(failed)
     (out / "console.txt").write_text(results[0].out, encoding="utf-8")
@@ -124,13 +127,13 @@ def test_a_run_goes_on_on_another_layout(cut, case, fit):
     """Weights or optimizer state that were saved in parts would come back in the wrong places, or
     the order of the examples would depend on who reads them."""
     truth = losses(fit(**case("losses")), "train")
-    saved = cut / "losses-tp_fsdp" / "step-00000002"
+    saved = cut / "losses-pp" / "step-00000002"
     moved = [cut / f"{before}-{after}" for before, after in MOVES]
     moved.append(fit(run="alone", resume=saved, **case("losses")))
     for folder in moved:
         found = losses(folder, "train")
-        assert list(found) == [3, 4]
-        assert [found[step] for step in found] == pytest.approx([truth[3], truth[4]], rel=1e-12)
+        assert list(found) == [3]
+        assert found[3] == pytest.approx(truth[3], rel=1e-12)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -156,3 +159,5 @@ def test_the_console_says_how_the_batch_and_the_model_are_cut(cut):
     said = (cut / "console.txt").read_text(encoding="utf-8")
     assert "steps an epoch, 4 process(es)" in said and "cpu, fsdp 4; float64" in said
     assert "steps an epoch, 2 replica(s)" in said and "cpu, hsdp 2x1 x tp 2; float64" in said
+    assert "steps an epoch, 1 replica(s)" in said and "cpu, pp 2 (1f1b) x tp 2; float64" in said
+    assert "frozen   train: the stages of a pipeline read tokens: it runs every time" in said
