@@ -36,6 +36,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: int = 600  # seconds that another process may be waited for
 
     @property
     def main(self) -> bool:
@@ -82,7 +83,8 @@ def start(
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name}={os.environ[name]} is no number: start it with torchrun")
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(device))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World(rank, size, device_of_rank(device), timeout)
     peers = meet(world.rank, world.size, timeout, facts_of(settings or {}))
     try:
         said = choose_interface(peers.me, peers.everyone)
