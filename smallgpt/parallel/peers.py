@@ -25,7 +25,9 @@ import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from smallgpt import console
@@ -396,9 +398,12 @@ def place_of(thread: threading.Thread) -> str:
     if frame is None:
         return "at its end"
     place = traceback.extract_stack(frame)[-1]
-    if f"{os.sep}torch{os.sep}" in place.filename:
+    file = Path(place.filename)
+    if file.is_relative_to(Path(torch.__file__).parent):
         return WAITING
-    return f"at {os.path.basename(place.filename)}:{place.lineno} in {place.name}"
+    root = Path(__file__).parents[2]
+    shown = file.relative_to(root) if file.is_relative_to(root) else file
+    return f"at {shown}:{place.lineno} in {place.name}"
 
 
 def network_error(error: BaseException | None) -> str:
