@@ -7,6 +7,7 @@ sampled; LOCAL_RANK only chooses the GPU.
 import hashlib
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -93,7 +94,6 @@ def start(
         join_group(world, peers, timeout)
         yield world
         peers.leave()
-        world.sum(0.0)  # the store may end with this process: all have left it now
     except Exception as error:
         cause = peers.explain(error)
         if cause is error:
@@ -104,10 +104,11 @@ def start(
 
 def facts_of(settings: dict[str, Any]) -> dict[str, Any]:
     """What must be alike in all processes: they would train something else, or wait for ever."""
-    root = Path(__file__).parents[2]
     program = hashlib.sha256()
-    for file in sorted([*root.glob("*.py"), *root.glob("smallgpt/**/*.py")]):
-        program.update(file.read_bytes())
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name.partition(".")[0] in ("smallgpt", "model", "train", "__main__"):
+            program.update(Path(file).read_bytes())
     facts = {"torch": torch.__version__, "the program": program.hexdigest()[:8]}
     return facts | {name: value for name, value in settings.items() if name not in PATHS}
 
