@@ -159,7 +159,7 @@ def peak_memory(work: Callable[[], None]) -> int:
     live: dict[int, int] = {}  # by address
     now = peak = 0
     for _, address, size in sorted(allocations):
-        # a tensor that another thread has freed is known by its address's next tensor
+        # what a thread of gloo has freed is not reported: it shows when its address is used again
         now -= live.pop(address, 0)
         if size > 0:
             live[address] = size

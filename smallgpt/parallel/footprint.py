@@ -604,17 +604,21 @@ def of_tp(process: Process) -> Iterator[Collective]:
 
 def of_whole_weights(process: Process) -> Iterator[Collective]:
     """Weights that every tensor-parallel rank holds, but has only a part of the gradient of. FSDP
-    takes a sum from each micro-batch, AdamW one from each step."""
+    takes a sum from each micro-batch, in a pipeline one from each step; without FSDP the norm and
+    AdamW take one each."""
     layout = process.layout
     c = process.work.config
-    summed_often = layout.has_fsdp and layout.pp == 1
-    times = 2 * process.blocks * (layout.accum if summed_often else 1)
-    size = process.work.product if layout.has_fsdp else F32
+    sums, size = 2, F32
+    if layout.has_fsdp and layout.pp == 1:
+        sums, size = layout.accum, process.work.product
+    elif layout.has_fsdp:
+        sums, size = 1, layout.reduce
+    of_blocks = 2 * process.blocks * sums
     if c.qk_norm:
-        yield Collective("tp", "all_reduce", "qk_norm", times, size * c.head_size)
+        yield Collective("tp", "all_reduce", "qk_norm", of_blocks, size * c.head_size)
     if layout.sequence:
         tensors = 2 if c.norm == "layernorm" and c.bias else 1
-        yield Collective("tp", "all_reduce", "norms", times * tensors, size * c.n_embd)
+        yield Collective("tp", "all_reduce", "norms", of_blocks * tensors, size * c.n_embd)
 
 
 def of_pp(process: Process) -> Iterator[Collective]:
