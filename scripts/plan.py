@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from smallgpt import console, plots, settings
 from smallgpt.console import UserError
-from smallgpt.parallel.footprint import Layout, Work
+from smallgpt.parallel.footprint import Layout, Work, processes
 from smallgpt.parallel.plan import GPUS, Cluster, Plan, layout_of, plan, search
 from smallgpt.settings import Amount, Count, Positive, PositiveFraction
 from train import round_vocabulary
@@ -45,6 +45,7 @@ class PlanSettings(MeshTrainSettings):
     tokens: Amount = 0  # budget of the whole run; 0 = max_steps x batch_tokens
     price: Amount = 0  # of one GPU for one hour; 0 = no cost is shown
     best: Count = 3  # layouts to look for, beside that of the settings
+    simulate: bool = True  # check the plan against a simulated step of a small part of it
     out: str = ""  # the picture; default: plan_<run>.png in out_dir
 
     def check(self) -> list[str]:
@@ -85,6 +86,9 @@ def main() -> None:
         print(f"{name:8}  {found.layout.describe()}")
     print()
     print(table(s, work, cluster, plans))
+    if s.simulate:
+        first, *_ = plans.values()
+        print(f"\n{checked(work, first.layout)}")
     out = Path(s.out) if s.out else Path(s.out_dir) / f"plan_{s.run}.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(plans, cluster, out)
@@ -130,6 +134,27 @@ def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
     if mistake:
         print(f"the layout of the settings cannot run: {mistake}\n")
     return plans
+
+
+def checked(work: Work, layout: Layout) -> str:
+    """How a step of the layout, shrunk and simulated, compares with its plan."""
+    from smallgpt.parallel.simulate import planned, shrunk, simulate  # a second of imports
+
+    if layout.is_plain:
+        return "simulated: nothing, as every process holds a whole model"
+    small_work, small = shrunk(work, layout)
+    (process,) = processes(small_work, small)
+    found = simulate(small_work, small)
+    expected = planned(process)
+    traffic = "the traffic is equal to the byte"
+    if found.traffic != expected:
+        others = sorted((found.traffic - expected) + (expected - found.traffic))
+        traffic = f"the traffic DIFFERS in {others}"
+    need = process.memory().total
+    return (
+        f"simulated: 2 blocks on CPUs, {small.describe()}: {traffic}; "
+        f"memory {size(found.peak)}, by the plan {size(need)}"
+    )
 
 
 # --- the table ------------------------------------------------------------------------------------

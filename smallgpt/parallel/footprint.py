@@ -382,8 +382,8 @@ class Process:
         inputs = self.stream / (self.layout.tp if self.layout.sequence else 1)
         total = self.stage.in_flight * (whole * self.kept + self.recomputed * inputs)
         if self.is_low and not self.layout.has_fsdp:
-            # autocast's copies of the weights
-            total += self.work.product * self.blocks * self.block
+            # autocast's copies of the weights, which each micro-batch makes anew
+            total += self.stage.in_flight * self.work.product * self.blocks * self.block
         if self.layout.pp > 1:
             total += self.travelling
         if self.stage.is_last:
@@ -393,11 +393,11 @@ class Process:
 
     @property
     def travelling(self) -> float:
-        """A pipeline's buffers to receive into, for each micro-batch of a step, and the outputs of
-        the stages, which wait for their gradients."""
-        received = len(self.neighbours) * self.layout.accum
-        ends = len(self.stage.parts) - self.stage.is_last
-        return (received + ends * self.stage.in_flight / len(self.stage.parts)) * self.stream
+        """What a pipeline receives into, and the outputs that its stages send: both are there for
+        each micro-batch of a step."""
+        received = len(self.neighbours)
+        sent = self.neighbours.count("behind")
+        return self.layout.accum * (received + sent) * self.stream
 
     @property
     def neighbours(self) -> list[str]:
