@@ -100,10 +100,18 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """The same: FSDP gives it a bf16 weight beside a float32 stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "rmsnorm":
         return RMSNorm(c.n_embd, eps=1e-6)
-    return nn.LayerNorm(c.n_embd, bias=c.bias)
+    return LayerNorm(c.n_embd, bias=c.bias)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -296,6 +304,7 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.first_trained_row = 0  # token embeddings below it are frozen
         self.tie()
         self.init_weights()
 
@@ -360,6 +369,9 @@ class GPT(nn.Module):
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
         x = self.wte(tokens)
+        if self.first_trained_row:
+            is_trained = tokens >= self.first_trained_row
+            x = torch.where(is_trained[..., None], x, x.detach())
         if self.config.pos == "learned":
             x = x + self.wpe(context.positions)
         return self.drop(x)
@@ -410,6 +422,10 @@ class GPT(nn.Module):
         The caller divides once by the valid targets of the whole step, so that padding, packing,
         accumulation and the number of processes cannot bias the mean."""
         weight = self.head_weight()
+        if self.first_trained_row and self.config.tie_weights:
+            rows = torch.arange(weight.size(0), device=h.device)
+            is_trained = rows >= self.first_trained_row
+            weight = torch.where(is_trained[:, None], weight, weight.detach())
         device = h.device.type
         dtype = weight.dtype
         if torch.is_autocast_enabled(device):
@@ -445,12 +461,13 @@ class GPT(nn.Module):
         h = self.norm(x)
         return self.lm_head(h) if targets is None else self.loss(h, targets)
 
-    def compile_parts(self) -> None:
+    def compile_parts(self) -> str:
         """torch.compile, one block compiled once and used for all: a third of the whole model's
-        compile time."""
+        compile time. Returns what is compiled, in words."""
         for block in self.blocks:
             block.compile()
         self.slice_loss = torch.compile(cross_entropy_slice)
+        return "on"
 
 
 # What a classifier is given of texts: their tokens (B, T); the hidden states (B, T, C) that its

@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained GPT with a classification head, in one process or several (DDP).
+"""Fine-tune a pretrained GPT with a classification head, in one process or several.
 
     python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh2
     torchrun --nproc_per_node=2 sentiment_train.py config/sentiment_sst2.yaml \\
@@ -6,17 +6,23 @@
     python sentiment_train.py trunk=gpt2 data.path=my.csv \\
         data.text_column=review data.label_column=stars
 
-The same command again continues an interrupted run. The validation split chooses the checkpoint;
-the test split is scored after training, into checkpoints/<run>/report.md. Any setting can be
-changed as key=value, e.g. mask=false.
+    torchrun --nproc_per_node=4 sentiment_train.py config/sentiment_csv_tp2_pp2.yaml \\
+        trunk=checkpoints/trunk_en data.path=my.csv
+
+Several processes hold a whole model each (DDP), unless `mesh` cuts it as in train_fsdp.py. The same
+command again continues an interrupted run, also with another mesh. The validation split chooses the
+checkpoint; the test split is scored after training, into checkpoints/<run>/report.md. Any setting
+can be changed as key=value, e.g. mask=false.
 """
 
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,12 +39,13 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel.strategy import Single, Spread
+from smallgpt.parallel.layout import MeshSettings, MeshSpread
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import Facts, Run, merge_sources
 from smallgpt.sentiment import freeze, leaks, report, sets, splits
-from smallgpt.sentiment.adversarial import Adversary
+from smallgpt.sentiment.adversarial import Adversary, typical_norm
 from smallgpt.sentiment.batches import (
     Buckets,
     Inputs,
@@ -64,6 +71,7 @@ from smallgpt.settings import (
 from smallgpt.weights.pretrained import Trunk, grow, open_trunk
 
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
+MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
 
 
 @dataclass
@@ -73,6 +81,7 @@ class SentimentSettings:
     seed: int = 0  # of the head, the order of the batches and dropout
     device: Free[Device] = "auto"  # auto = a GPU if there is one
     dtype: Free[Precision] = "auto"  # precision of matrix products
+    timeout: Free[Positive] = 600  # seconds that other processes may be waited for
     compile: Free[Switch] = "auto"  # torch.compile; auto = no: every batch has a new shape
     epochs: Free[PositiveFloat] = 3.0  # passes over the training examples
     max_steps: Free[Count] = 0  # optimisation steps instead of epochs; 0 = by epochs
@@ -80,6 +89,7 @@ class SentimentSettings:
     micro_tokens: Free[Positive] = 16384  # most tokens per forward pass and process (memory)
     eval_every: Free[Count] = 0  # steps between evaluations; 0 = once an epoch
     save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
+    save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
@@ -101,6 +111,7 @@ class SentimentSettings:
     cache_gb: Free[Amount] = 4.0  # memory for states of the frozen part; 0 = computed every time
     data: ReviewSettings = field(default_factory=ReviewSettings)  # the labelled set
     optim: OptimSettings = field(default_factory=lambda: replace(OPTIM))  # optimizer
+    mesh: Free[MeshSettings] = field(default_factory=lambda: replace(MESH))  # how the model is cut
 
     def check(self) -> list[str]:
         """Problems that the types do not show, in plain words."""
@@ -116,33 +127,64 @@ class SentimentSettings:
             )
         if self.adversarial and self.freeze != "none":
             problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none")
+        if self.adversarial and self.mesh.pp > 1:
+            problems.append(
+                f"adversarial={self.adversarial} must be 0, or mesh.pp=1: a text's second pass "
+                "begins where its first has ended"
+            )
         return problems
 
 
-# --- the model ------------------------------------------------------------------------------------
+# --- what is fine-tuned on what -------------------------------------------------------------------
 
 
-def build(s: SentimentSettings, labels: list[str]) -> tuple[GPTClassifier, Trunk]:
-    """The classifier that the settings ask for, its trunk's weights loaded; and the trunk."""
+@dataclass
+class Task:
+    """A labelled set as a trunk reads it."""
+
+    data: Reviews
+    trunk: Trunk
+    digest: str  # a hash of the trunk's weights
+    config: GPTConfig  # the trunk's, with what this fine-tuning changes
+    head: dict[str, Any]  # how a text is read, and what is made of it; see `head_record`
+    inputs: dict[str, Inputs]  # by split
+    notes: list[str]  # what the report should hold
+
+    def facts(self, s: SentimentSettings) -> Facts:
+        """What a checkpoint must hold for its texts to be read again as they were in training."""
+        is_of_pairs = any(example.pair for example in self.data.splits["train"])
+        identity = {"trunk": self.digest, "head": self.head, "pairs": is_of_pairs}
+        own_source = sets.source(s.data, self.data.fingerprint)
+        sources = merge_sources([own_source], self.trunk.sources)
+        return Facts(self.config, self.trunk.tokenizer, self.data.fingerprint, sources, identity)
+
+
+def prepare(s: SentimentSettings, world: World) -> Task:
+    """Open the set and the trunk. UserError if there is none, or if they do not fit."""
+    data = splits.load(s.data)
     if not s.trunk:
         raise UserError(
             "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder "
             "or a small-gpt .pth"
         )
     trunk = open_trunk(s.trunk)
-    config = shape(s, trunk)
-    model = GPTClassifier(GPT(config), len(labels), s.pool, s.mask)
-    weights = grow(trunk.weights, config.vocab_size)
-    missing = model.gpt.load_state_dict(weights, strict=False)
-    assert set(missing.missing_keys) <= {"lm_head.weight"}, missing  # of a tied one
-    assert not missing.unexpected_keys, missing
-    freeze.freeze(model, s.freeze, trunk.rows)
-    if not s.lm_weight and not config.tie_weights:
-        model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
-    return model, trunk
+    config = classifier_config(s, trunk)
+    head = head_record(s, data, trunk)
+    block_size = head["block_size"]
+    notes = data.notes + trunk.notes + search_leaks(s, data, trunk, world)
+    tokenizer = trunk.tokenizer
+    width = 0 if s.mask else block_size
+    inputs = {}
+    for name, examples in data.splits.items():
+        encoded = encode(examples, data.labels, tokenizer, block_size, head["prefix"])
+        inputs[name] = Inputs(encoded, tokenizer.pad, width, world.device)
+        notes.append(
+            f"{name}: {encoded.cut} texts have over {block_size} tokens and lose their middle"
+        )
+    return Task(data, trunk, checkpoint.digest(trunk.weights), config, head, inputs, notes)
 
 
-def shape(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
+def classifier_config(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
     """The trunk's, with this fine-tuning's dropout, and with rows for new tokens."""
     config = trunk.config
     if s.block_size > config.block_size:
@@ -151,21 +193,70 @@ def shape(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
     return replace(config, dropout=s.dropout, vocab_size=max(config.vocab_size, rows))
 
 
-def head_record(
-    s: SentimentSettings, data: Reviews, trunk: Trunk, block_size: int, prefix: list[int]
-) -> dict[str, Any]:
-    """What a checkpoint must hold for its texts to be read again as they were in training."""
+def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, Any]:
+    """The head of the classifier, and how the texts that it judges are made into tokens."""
+    bos = trunk.tokenizer.bos
     return {
-        "head": {
-            "labels": data.labels,
-            "pool": s.pool,
-            "mask": s.mask,
-            "block_size": block_size,
-            "prefix": prefix,
-            "rows": trunk.rows,
-        },
-        "pairs": any(example.pair for example in data.splits["train"]),
+        "labels": data.labels,
+        "pool": s.pool,
+        "mask": s.mask,
+        "block_size": s.block_size or trunk.config.block_size,
+        "prefix": [bos] if bos < trunk.rows else [],  # GPT-2 never saw ours
+        "rows": trunk.rows,
     }
+
+
+def search_leaks(s: SentimentSettings, data: Reviews, trunk: Trunk, world: World) -> list[str]:
+    """What the leak check found, in words; UserError if the trunk has read test texts."""
+    texts = []
+    for example in data.splits["test"]:
+        texts += [text for text in (example.text, example.pair) if text]
+    return leaks.check(texts, trunk.name, trunk.sources, cache_of(s), world, s.allow_leaks)
+
+
+def cache_of(s: SentimentSettings) -> Path:
+    """The folder of what is worth computing once for all runs."""
+    return Path(s.out_dir) / ".cache"
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) -> GPTClassifier:
+    """The classifier that the settings ask for, with the trunk's weights unless it is on the meta
+    device; what they freeze is frozen."""
+    torch.manual_seed(s.seed)  # the same head on every rank
+    with birthplace:
+        model = GPTClassifier(GPT(task.config), len(task.data.labels), s.pool, s.mask)
+    if birthplace.type != "meta":
+        load_trunk(model.gpt, task.trunk)
+    tied = task.config.tie_weights
+    rows = task.trunk.rows
+    learns_tokens = s.lm_weight and tied
+    if task.inputs["train"].largest < rows and not learns_tokens:
+        rows = task.config.vocab_size  # no text has a new one: there is nothing to learn
+    freeze.freeze(model, s.freeze, rows)
+    if not s.lm_weight and not tied:
+        model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
+    return model
+
+
+def load_trunk(gpt: GPT, trunk: Trunk) -> None:
+    """Put a trunk's weights, with rows for new tokens, into a GPT."""
+    weights = grow(trunk.weights, gpt.config.vocab_size)
+    missing = gpt.load_state_dict(weights, strict=False)
+    assert set(missing.missing_keys) <= {"lm_head.weight"}, missing  # of a tied one
+    assert not missing.unexpected_keys, missing
+
+
+def perturbation_norm(s: SentimentSettings, model: GPTClassifier, world: World) -> float:
+    """Length of the adversarial perturbation, measured on the main process, which has the weights;
+    0 = none. A collective."""
+    norm = 0.0
+    if s.adversarial and world.main:
+        norm = s.adversarial * typical_norm(model.gpt.wte)
+    (norm,) = world.sum(norm)
+    return norm
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -184,16 +275,19 @@ class MicroBatch:
 class Objective:
     """The loss of a fine-tuning: which micro-batches a step has, and the loss of each."""
 
-    def __init__(self, s: SentimentSettings, train: Inputs, model: GPTClassifier, sep: int):
+    def __init__(self, s: SentimentSettings, task: Task, strategy: Single, norm: float):
+        """norm: length of the adversarial perturbation, 0 = none."""
         self.s = s
-        self.train = train
-        self.sep = sep  # the token between the texts of a pair
+        self.strategy = strategy
+        self.train = train = task.inputs["train"]
+        self.sep = task.trunk.tokenizer.sep  # the token between the texts of a pair
         self.buckets = Buckets(train.data.lengths, s.batch_size, s.seed)
         self.labels = torch.from_numpy(train.data.labels).to(train.device)
-        self.class_weights = class_weights(s, self.labels, model)
-        self.adversary = Adversary(model.gpt.wte, s.adversarial)
+        dtype = next(strategy.model.parameters()).dtype
+        self.class_weights = class_weights(s, self.labels, len(task.data.labels), dtype)
+        self.adversary = Adversary(strategy.model.gpt.wte, norm)
 
-    def micro_batches(self, step: int, strategy: Single) -> list[MicroBatch]:
+    def micro_batches(self, step: int) -> list[MicroBatch]:
         """Those of this data rank. Also starts the step's totals, and sets how its loss is
         divided."""
         rows = self.buckets.of(step)
@@ -204,9 +298,7 @@ class Objective:
         self.losses: list[Tensor] = []  # scalars, of the plain passes
         self.hits: list[Tensor] = []  # scalars: how many labels were found
         longest = self.train.width or int(self.buckets.lengths[rows].max())
-        parts = share_rows(
-            rows, longest, strategy.data_rank, strategy.data_size, self.s.micro_tokens
-        )
+        parts = share_rows(rows, longest, self.strategy, self.s.micro_tokens)
         batches = []
         for part in parts:
             batch = self.collate(part) if len(part) else self.collate(rows[:1], weight=0.0)
@@ -242,16 +334,17 @@ class Objective:
             self.hits.append(batch.weight * is_hit.sum())
         return loss + batch.weight * self.per_target * lm_nats
 
-    def totals(self) -> tuple[float, float]:
-        """Loss and hits of this data rank's plain passes. To be called after the backward passes:
-        reading a number waits for the GPU."""
-        return sum(map(float, self.losses)), sum(map(float, self.hits))
+    def totals(self) -> list[float]:
+        """Loss and hits of the plain passes of all data ranks. To be called after the backward
+        passes: reading a number waits for the GPU. A collective."""
+        return self.strategy.sum(sum(map(float, self.losses)), sum(map(float, self.hits)))
 
 
-def class_weights(s: SentimentSettings, labels: Tensor, model: GPTClassifier) -> Tensor:
+def class_weights(
+    s: SentimentSettings, labels: Tensor, n_classes: int, dtype: torch.dtype
+) -> Tensor:
     """(n_classes,): 1; or, balanced, so that each class counts the same."""
-    n_classes = model.head.out_features
-    weights = torch.ones(n_classes, device=labels.device, dtype=model.head.weight.dtype)
+    weights = torch.ones(n_classes, device=labels.device, dtype=dtype)
     if s.class_weights == "balanced":
         weights = len(labels) / n_classes / labels.bincount().to(weights.dtype)
     return weights
@@ -263,76 +356,56 @@ def class_weights(s: SentimentSettings, labels: Tensor, model: GPTClassifier) ->
 def finetune(s: SentimentSettings, world: World) -> int:
     """The whole run; returns its exit status."""
     with Run(s, world, s.select) as run:
-        device = world.device
-        dtype, why_dtype = hardware.choose_dtype(s.dtype, device)
+        dtype, why_dtype = hardware.choose_dtype(s.dtype, world.device)
+        spread = MeshSpread(world, s.mesh)
 
-        data = splits.load(s.data)
-        torch.manual_seed(s.seed)  # the same head on every rank
-        model, trunk = build(s, data.labels)
-        model = model.to(device, hardware.weights_dtype(dtype)).train()
-        cache = Path(s.out_dir) / ".cache"
-        notes = data.notes + trunk.notes + search_leaks(s, data, trunk, cache, world)
+        task = prepare(s, world)
+        run.identify(task.facts(s))
+        spread.check(task.config)
 
-        tokenizer = trunk.tokenizer
-        block_size = s.block_size or model.gpt.config.block_size
-        prefix = [tokenizer.bos] if tokenizer.bos < trunk.rows else []  # GPT-2 never saw ours
-        encoded = {}
-        for name, examples in data.splits.items():
-            encoded[name] = encode(examples, data.labels, tokenizer, block_size, prefix)
-            notes.append(
-                f"{name}: {encoded[name].cut} texts have over {block_size} tokens "
-                "and lose their middle"
-            )
-        width = 0 if s.mask else block_size
-        inputs = {
-            name: Inputs(part, tokenizer.pad, width, device) for name, part in encoded.items()
-        }
-        freeze_unused_rows(s, model, inputs["train"], trunk)
-
-        digest = checkpoint.digest(trunk.weights)
-        identity = {"trunk": digest, **head_record(s, data, trunk, block_size, prefix)}
-        own_source = sets.source(s.data, data.fingerprint)
-        sources = merge_sources([own_source], trunk.sources)
-        run.identify(Facts(model.gpt.config, tokenizer, data.fingerprint, sources, identity))
-
-        objective = Objective(s, inputs["train"], model, tokenizer.sep)
-        strategy = Spread(world).build(model, dtype)
-        n_layer = model.gpt.config.n_layer
-        optimizers = make_optimizers(
-            strategy.names(), s.optim, lambda name: layer_scale(name, n_layer, s.layer_decay)
-        )
-        run.resume(strategy, optimizers)
+        model = make_classifier(s, task, spread.birthplace).to(hardware.weights_dtype(dtype))
+        task.trunk.weights = {}  # the model has them, where this process holds a whole one
         if s.compile == "true":
             model.gpt.compile_parts()
+        trainable = freeze.count_trainable(model)
+        perturbation = perturbation_norm(s, model, world)
+        strategy = spread.build(model, dtype)
+        objective = Objective(s, task, strategy, perturbation)
+        scale = partial(layer_scale, n_layer=task.config.n_layer, decay=s.layer_decay)
+        optimizers = make_optimizers(strategy.names(), s.optim, scale, freeze.undecayed(model))
+        run.resume(strategy, optimizers)
 
         steps_per_epoch = objective.buckets.steps_per_epoch
         max_steps = s.max_steps or max(1, round(s.epochs * steps_per_epoch))
         eval_every = s.eval_every or steps_per_epoch
-        trainable = freeze.count_trainable(model)
+        device_line = (
+            f"{world.device.type}, {strategy.name}; {hardware.name_of(dtype)}: {why_dtype}"
+        )
         run.begin(
             max_steps,
             {
-                "model": describe_model(s, model, trunk, trainable),
-                "data": describe_data(s, data, notes),
-                "batch": f"{s.batch_size} examples, {steps_per_epoch} steps an epoch, "
-                f"{world.size} process(es)",
-                "device": f"{device.type}, {strategy.name}; {hardware.name_of(dtype)}: {why_dtype}",
+                "model": describe_model(s, task, strategy, trainable),
+                "data": describe_data(s, task),
+                "batch": describe_batch(s, steps_per_epoch, strategy),
+                "device": device_line,
             },
         )
-        cache_states(s, run, strategy, inputs, trunk)
+        cache_states(s, run, strategy, task.inputs)
 
         for step in run.steps(max_steps, s.save_every or eval_every):
             if run.due(eval_every):
-                scores = score(strategy, inputs["validation"], s.micro_tokens)
-                run.evaluated(report.evaluate(scores, encoded["validation"].labels))
+                validation = task.inputs["validation"]
+                scores = score(strategy, validation, s.micro_tokens)
+                run.evaluated(report.evaluate(scores, validation.data.labels))
             if step >= max_steps or run.out_of_patience(s.patience):
                 break
 
-            lr = set_lr(optimizers, lr_factor(step, max_steps, s.optim))
+            factor = lr_factor(step, max_steps, s.optim)
+            set_lr(optimizers, factor)
             strategy.seed(s.seed, step)  # of dropout
-            batches = objective.micro_batches(step, strategy)
+            batches = objective.micro_batches(step)
             strategy.forward_backward(batches, objective.loss_of, 1.0)
-            loss, hits = strategy.sum(*objective.totals())
+            loss, hits = objective.totals()
             norm = strategy.clip(optimizers, s.optim.clip)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
@@ -341,96 +414,87 @@ def finetune(s: SentimentSettings, world: World) -> int:
                 "examples",
                 loss=loss,
                 accuracy=hits / objective.n_examples,
-                lr=lr,
+                lr=factor * s.optim.lr,  # of the head, which trains on the last stage
                 grad_norm=norm,
             )
-        if run.status:
-            return run.status
-
-        run.load_best()
-        scores = score(strategy, inputs["test"], s.micro_tokens)
-        if world.main:
-            result = {
-                "set": s.data.set,
-                "trunk": trunk.name,
-                "mask": s.mask,
-                "freeze": s.freeze,
-                "pool": s.pool,
-                "seed": s.seed,
-                "step": run.best,
-                "select": s.select,
-                "validation": run.history[run.best],
-                "test": report.evaluate(scores, encoded["test"].labels),
-                "baselines": report.baselines(data, cache),
-                "examples": {name: len(part) for name, part in data.splits.items()},
-                "trainable": trainable,
-                "seconds": round(run.seconds, 1),
-                "notes": notes,
-                "hashes": {"data": data.fingerprint, "trunk": digest},
-            }
-            labels = encoded["test"].labels
-            text = report.write(
-                run.folder, data.splits["test"], scores, labels, data.labels, result
-            )
-            run.say(f"\n{text}")
-            run.say(
-                f"the report, its pictures and predictions.csv are in {run.folder}; "
-                f"to use it: python scripts/classify.py {console.shell_word(run.folder)} TEXT"
-            )
-        return 0
-
-
-def search_leaks(
-    s: SentimentSettings, data: Reviews, trunk: Trunk, cache: Path, world: World
-) -> list[str]:
-    """What the leak check found, in words; UserError if the trunk has read test texts."""
-    texts = []
-    for example in data.splits["test"]:
-        texts += [text for text in (example.text, example.pair) if text]
-    return leaks.check(texts, trunk.name, trunk.sources, cache, world, s.allow_leaks)
-
-
-def freeze_unused_rows(
-    s: SentimentSettings, model: GPTClassifier, train: Inputs, trunk: Trunk
-) -> None:
-    """If no text has a new token there is nothing to learn below the frozen blocks."""
-    learns_tokens = s.lm_weight and model.gpt.config.tie_weights
-    if s.freeze != "none" and train.largest < trunk.rows and not learns_tokens:
-        model.gpt.wte.requires_grad_(False)
+        if run.status == 0:
+            run.load_best()
+            scores = score(strategy, task.inputs["test"], s.micro_tokens)
+            if world.main:
+                write_report(s, run, task, scores, trainable)
+        return run.status
 
 
 def cache_states(
-    s: SentimentSettings, run: Run, strategy: Single, inputs: dict[str, Inputs], trunk: Trunk
+    s: SentimentSettings, run: Run, strategy: Single, inputs: dict[str, Inputs]
 ) -> None:
     """Let the frozen part read each text once; with token_dropout the training texts are others at
     every step."""
     room = s.cache_gb
     for name in ("validation",) if s.token_dropout else ("train", "validation"):
-        why_not = freeze.cache_frozen_states(
-            strategy.model, inputs[name], strategy.autocast, s.micro_tokens, room, trunk.rows
-        )
+        why_not = freeze.cache_frozen_states(strategy, inputs[name], s.micro_tokens, room)
         if why_not:
             run.say(f"frozen   {name}: {why_not}")
         room -= sum(state.nbytes for state in inputs[name].states) / 2**30
 
 
-def describe_model(s: SentimentSettings, model: GPTClassifier, trunk: Trunk, trainable: int) -> str:
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+def write_report(
+    s: SentimentSettings, run: Run, task: Task, scores: np.ndarray, trainable: int
+) -> None:
+    """The report of the test split's scores (N, n_classes), in the run's folder and on the
+    console."""
+    data = task.data
+    labels = task.inputs["test"].data.labels
+    result = {
+        "set": s.data.set,
+        "trunk": task.trunk.name,
+        "mask": s.mask,
+        "freeze": s.freeze,
+        "pool": s.pool,
+        "seed": s.seed,
+        "step": run.best,
+        "select": s.select,
+        "validation": run.history[run.best],
+        "test": report.evaluate(scores, labels),
+        "baselines": report.baselines(data, cache_of(s)),
+        "examples": {name: len(part) for name, part in data.splits.items()},
+        "trainable": trainable,
+        "seconds": round(run.seconds, 1),
+        "notes": task.notes,
+        "hashes": {"data": data.fingerprint, "trunk": task.digest},
+    }
+    text = report.write(run.folder, data.splits["test"], scores, labels, data.labels, result)
+    run.say(f"\n{text}")
+    run.say(
+        f"the report, its pictures and predictions.csv are in {run.folder}; "
+        f"to use it: python scripts/classify.py {console.shell_word(run.folder)} TEXT"
+    )
+
+
+def describe_model(s: SentimentSettings, task: Task, strategy: Single, trainable: int) -> str:
+    parameters = sum(math.prod(shape) for shape in strategy.shapes.values())
     return (
-        f"{trunk.name}, {millions:.1f}M parameters, {trainable:,} of them trained "
+        f"{task.trunk.name}, {parameters / 1e6:.1f}M parameters, {trainable:,} of them trained "
         f"(freeze={s.freeze})"
     )
 
 
-def describe_data(s: SentimentSettings, data: Reviews, notes: list[str]) -> str:
+def describe_data(s: SentimentSettings, task: Task) -> str:
+    data = task.data
     counts = ", ".join(f"{len(data.splits[name]):,} {name}" for name in splits.SPLITS)
-    lines = [f"{s.data.set}: {counts}; {', '.join(data.labels)}", *notes]
+    lines = [f"{s.data.set}: {counts}; {', '.join(data.labels)}", *task.notes]
     return "\n         ".join(lines)
+
+
+def describe_batch(s: SentimentSettings, steps_per_epoch: int, strategy: Single) -> str:
+    size = strategy.data_size
+    readers = f"{size} process(es)" if size == strategy.world.size else f"{size} replica(s)"
+    return f"{s.batch_size} examples, {steps_per_epoch} steps an epoch, {readers}"
 
 
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
-    with start(s.device) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return finetune(s, world)
 
 

@@ -12,7 +12,7 @@ optim.lr=3e-4.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class TrainSettings:
     seed: int = 0  # of the weights, the order of the batches and dropout
     device: Free[Device] = "auto"  # auto = a GPU if there is one
     dtype: Free[Precision] = "auto"  # precision of matrix products
+    timeout: Free[Positive] = 600  # seconds that other processes may be waited for
     compile: Free[Switch] = "auto"  # torch.compile; auto = where it works and pays
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
@@ -57,6 +58,7 @@ class TrainSettings:
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Positive] = 100  # steps between evaluations (and sample replies)
     save_every: Free[Positive] = 100  # steps between checkpoints
+    save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
     keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
@@ -180,11 +182,10 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         with spread.birthplace:
             model = GPT(s.model).to(hardware.weights_dtype(dtype))
         model.recompute = s.recompute
-        if compiled:
-            model.compile_parts()
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
         strategy = spread.build(model, dtype)
+        parts_compiled = strategy.model.compile_parts() if compiled else "off"
         if parent and not run.found:
             strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
         shares = share_batch(
@@ -198,7 +199,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         run.resume(strategy, optimizers)
         device_line = (
             f"{device.type}, {strategy.name}; {hardware.name_of(dtype)}: {why_dtype}; "
-            f"torch.compile {'on' if compiled else 'off'}: {why_compiled}"
+            f"torch.compile {parts_compiled}: {why_compiled}"
         )
         run.begin(
             s.max_steps,
@@ -284,7 +285,7 @@ def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
 
 def main() -> int:
     s = settings.load(TrainSettings, doc=__doc__)
-    with start(s.device) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return train(s, world, Spread(world))
 
 

@@ -27,7 +27,7 @@ class MeshTrainSettings(TrainSettings):
 
 def main() -> int:
     s = settings.load(MeshTrainSettings, doc=__doc__)
-    with start(s.device) as world:
+    with start(s.device, s.timeout, settings.flat(s)) as world:
         return train(s, world, MeshSpread(world, s.mesh))
 
 

@@ -72,8 +72,7 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
     def train() -> None:
         inputs.states = []
-        vocab_size = model.gpt.config.vocab_size
-        freezing.cache_frozen_states(model, inputs, strategy.autocast, 16384, 4.0, vocab_size)
+        freezing.cache_frozen_states(strategy, inputs, 16384, 4.0)
         for step in range(epochs * buckets.steps_per_epoch):
             rows = buckets.of(step)
             loss = strategy.forward_backward([rows], loss_of, 1.0)

@@ -132,11 +132,13 @@ def measure(args: argparse.Namespace, c: Contender, folder: Path, number: int) -
     done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         sys.exit(f"{c.name} failed")
-    lines = (folder / "runs" / str(number) / "metrics.jsonl").read_text().splitlines()
+    lines = (
+        (folder / "runs" / str(number) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     speeds = [r["tokens_per_second"] for r in map(json.loads, lines) if r["split"] == "train"]
     return {
         "tokens_per_second": statistics.median(speeds[len(speeds) // 3 :]),
-        "peak": max(float(file.read_text()) for file in peaks.iterdir()),
+        "peak": max(float(file.read_text(encoding="utf-8")) for file in peaks.iterdir()),
     }
 
 

@@ -13,6 +13,14 @@ class UserError(Exception):
     """A user's mistake: it names the thing and the fix. `run` shows it without a traceback."""
 
 
+class PeerError(Exception):
+    """This process had to stop because of another one. told: that one has said why."""
+
+    def __init__(self, sentence: str, told: bool = False):
+        super().__init__(sentence)
+        self.told = told
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with the status it returns.
 
@@ -32,6 +40,9 @@ def run(main: Callable[[], int | None]) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still buffered
         os.dup2(nowhere, sys.stdout.fileno())
         status = 141
+    except PeerError as error:
+        report(str(error), told=error.told)
+        status = 1
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -54,10 +65,10 @@ def explain(error: Exception) -> str | None:
     return None
 
 
-def report(sentence: str) -> None:
-    """Print the sentence to stderr, under torchrun once for all ranks."""
+def report(sentence: str, told: bool = False) -> None:
+    """Print the sentence to stderr, under torchrun once for all ranks. told: one has printed it."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if rank == "0" and not told:
         print(f"error: {sentence}", file=sys.stderr)
         return
     time.sleep(2)  # mostly all ranks fail alike: rank 0 says so, and torchrun ends this one

@@ -86,6 +86,13 @@ def cpu_has_bf16() -> bool:
     return bool(amx() or avx())
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Does this device multiply bf16 matrices in hardware?"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and cpu_has_bf16()
+
+
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The precision of matrix products, and the reason in words. Weights stay in float32 (float64
     for float64)."""
@@ -96,10 +103,10 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             raise UserError("dtype=float64 does not exist on mps; use device=cpu")
         return DTYPES[name], "as asked"
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
+        if has_bf16(device):
             return torch.bfloat16, "this GPU has bf16 tensor cores"
         return torch.float16, "this GPU is older than bf16 tensor cores; float16 with loss scaling"
-    if device.type == "cpu" and cpu_has_bf16():
+    if device.type == "cpu" and has_bf16(device):
         return torch.bfloat16, "this CPU has bf16 matrix instructions"
     if device.type == "cpu":
         return torch.float32, "this CPU has no bf16 matrix instructions (AMX or AVX-512 BF16)"

@@ -1,17 +1,24 @@
 """Parameter groups, optimizers and the learning-rate schedule, a pure function of the step."""
 
+import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from smallgpt.console import UserError
+from smallgpt.hardware import has_bf16
 from smallgpt.settings import Amount, Count, Fraction, Free, PositiveFloat, Rate
+
+# gloo gathers where nccl exchanges, which need not be said on every rank
+logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -53,6 +60,107 @@ def layer_scale(name: str, n_layer: int, decay: float) -> float:
     return 1.0
 
 
+# --- Muon -----------------------------------------------------------------------------------------
+
+
+class Muon(Optimizer):
+    """Momentum whose matrices are made orthogonal before they are added (Jordan et al. 2024).
+
+    The recipe is that of torch.optim.Muon: Nesterov momentum of 0.95, decoupled weight decay, and
+    updates scaled to the size of AdamW's (Liu et al. 2025), so that one learning rate serves both.
+    Here the parameters, each (A, B), may also be DTensors of any layout: the momentum lies on the
+    shards, and the ranks of the mesh divide the whole matrices among themselves.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient. A collective where any is sharded."""
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            for alike in alike_matrices(trained):
+                averages = [self.average_gradient(p, group["momentum"]) for p in alike]
+                directions = orthogonal(averages)
+                for p, direction in zip(alike, directions, strict=True):
+                    size = 0.2 * math.sqrt(max(p.shape))  # root mean square of an AdamW update
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(direction, alpha=-group["lr"] * size)
+
+    def average_gradient(self, p: Tensor, momentum: float) -> Tensor:
+        """The running mean of the gradients of p, with the newest counted once more (Nesterov)."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        mean = state["momentum_buffer"]
+        mean.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(mean, momentum)
+
+
+def alike_matrices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of one shape and layout, as many at a time as their mesh has ranks; plain tensors
+    one by one."""
+    alike: dict[tuple, list[Tensor]] = {}
+    for p in parameters:
+        key = (p.shape,)
+        if isinstance(p, DTensor):
+            key = (p.shape, p.device_mesh, p.placements)
+        alike.setdefault(key, []).append(p)
+    for matrices in alike.values():
+        first = matrices[0]
+        size = first.device_mesh.size() if isinstance(first, DTensor) else 1
+        for start in range(0, len(matrices), size):
+            yield matrices[start : start + size]
+
+
+def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+    """newton_schulz of each, in the layout it came in; all have the same shape and layout."""
+    first = matrices[0]
+    if not isinstance(first, DTensor):
+        return [newton_schulz(matrix) for matrix in matrices]
+    mesh = first.device_mesh
+    by_matrix = [Shard(0)] * mesh.ndim
+    stacked = torch.stack(matrices)  # (n, A, B), each matrix cut as before
+    on_device = stacked.to(mesh.device_type)  # offloaded shards lie on the CPU
+    whole = on_device.redistribute(placements=by_matrix)  # each rank has n / mesh.size() of them
+    mine = whole.to_local()
+    results = [newton_schulz(matrix) for matrix in mine]
+    made = DTensor.from_local(
+        torch.stack(results) if results else mine,
+        mesh,
+        by_matrix,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    cut = made.redistribute(placements=stacked.placements)
+    return list(cut.to(first.device).unbind())
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Five steps of the Newton-Schulz iteration towards U V^T of the matrix's U S V^T, with the
+    coefficients of Jordan et al. 2024: the singular values end between 0.7 and 1.2.
+
+    It needs little precision: it runs in bfloat16 where the hardware multiplies it, except for a
+    float64 matrix, and in the matrix's own precision elsewhere."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / matrix.norm().clamp(min=1e-7)  # no singular value is above 1
+    if matrix.dtype != torch.float64 and has_bf16(matrix.device):
+        x = x.bfloat16()
+    is_tall = x.size(0) > x.size(1)
+    if is_tall:
+        x = x.T  # the smaller of the two products x x^T and x^T x
+    for _ in range(5):
+        gram = x @ x.T
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, polynomial, x, beta=a)
+    return (x.T if is_tall else x).to(matrix.dtype)
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Role:
     """What decides how a parameter is updated; parameters of one role are one group."""
@@ -62,12 +170,12 @@ class Role:
     decayed: bool
 
 
-def role_of(name: str, p: nn.Parameter, s: OptimSettings, scale: float) -> Role:
-    """Muon takes the matrices inside the blocks. Matrices and embeddings are decayed, norms, biases
-    and what has the attribute `no_decay` are not."""
+def role_of(name: str, p: nn.Parameter, s: OptimSettings, scale: float, decays: bool) -> Role:
+    """Muon takes the matrices inside the blocks. Matrices and embeddings are decayed where this one
+    `decays`, norms and biases never."""
     is_matrix = p.dim() >= 2
     by_muon = s.name == "muon" and p.dim() == 2 and "blocks." in name
-    decayed = is_matrix and not hasattr(p, "no_decay")
+    decayed = is_matrix and decays
     return Role("muon" if by_muon else "adamw", s.lr * scale, decayed)
 
 
@@ -75,17 +183,20 @@ def make_optimizers(
     parameters: dict[str, nn.Parameter],
     s: OptimSettings,
     scale: Callable[[str], float] = lambda name: 1.0,
+    undecayed: Collection[str] = (),
 ) -> list[Optimizer]:
-    """AdamW for everything, or Muon (Jordan et al. 2024, PyTorch's own) for the matrices inside the
-    blocks; parameters by their canonical names (Strategy.names).
+    """AdamW for everything, or Muon for the matrices inside the blocks; parameters by their
+    canonical names (Strategy.names).
 
     Every trainable parameter is in exactly one group; frozen ones are in none. Each group keeps
     its peak rate in `peak_lr`, which `set_lr` scales: s.lr times scale(name of the parameter).
+    undecayed: names of matrices without weight decay.
     """
     roles: dict[Role, list[nn.Parameter]] = {}
     for name, p in parameters.items():
         if p.requires_grad:
-            roles.setdefault(role_of(name, p, s, scale(name)), []).append(p)
+            role = role_of(name, p, s, scale(name), name not in undecayed)
+            roles.setdefault(role, []).append(p)
     groups: dict[str, list[dict]] = {"adamw": [], "muon": []}
     for role, members in roles.items():
         group = {
@@ -100,9 +211,7 @@ def make_optimizers(
         betas = (s.beta1, s.beta2)
         optimizers.append(torch.optim.AdamW(groups["adamw"], lr=s.lr, betas=betas, fused=True))
     if groups["muon"]:
-        # updates scaled to the size of AdamW's (Liu et al. 2025): one learning rate serves both
-        muon = torch.optim.Muon(groups["muon"], lr=s.lr, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers.append(Muon(groups["muon"], lr=s.lr))
     return optimizers
 
 
@@ -111,7 +220,7 @@ def set_lr(optimizers: list[Optimizer], factor: float) -> float:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group["lr"] = group["peak_lr"] * factor
-    return max(group["lr"] for group in groups)
+    return max((group["lr"] for group in groups), default=0.0)  # a frozen stage has none
 
 
 def check_finite(

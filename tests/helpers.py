@@ -7,6 +7,7 @@ exit status, stdout and stderr, and can be killed. What depends on how a user st
 """
 
 import csv
+import ctypes
 import importlib
 import json
 import os
@@ -160,6 +161,9 @@ def child(
     ):  # like a full disk, but for one process only: a larger file gives EFBIG
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_size"],) * 2)
+    if "namespace" in limits:  # of the network: another machine, as it were
+        with open(f"/var/run/netns/{limits['namespace']}", "rb") as namespace:
+            ctypes.CDLL(None).setns(namespace.fileno(), 0)
     if "die_at" in limits:
         die_at(*limits["die_at"])
     console.run(importlib.import_module(script).main)
@@ -203,6 +207,15 @@ def mistake(result: Result) -> str:
     message = result.err[result.err.index("error: ") :]
     assert result.err.count("error:") == 1
     return message.removeprefix("error: ").strip()
+
+
+def sentence(result: Result) -> str:
+    """What one of several processes said at its end: one line of ours, and no traceback. torch may
+    print lines of its own about the connection."""
+    assert "Traceback" not in result.err, result.err[-2000:]
+    lines = [line for line in result.err.splitlines() if line.startswith(("error: ", "(process "))]
+    assert len(lines) == 1, result.err[-2000:]
+    return lines[0]
 
 
 def losses(folder: Path, split: str) -> dict[int, float]:

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from model import GPT, GPTClassifier, GPTConfig
-from smallgpt import settings
+from smallgpt import optim, settings
 from smallgpt.console import UserError
 from smallgpt.optim import OptimSettings, check_finite, lr_factor, make_optimizers, set_lr, update
 from smallgpt.parallel.strategy import Single
-from smallgpt.parallel.world import World
+from smallgpt.parallel.world import World, start
 
 torch.set_num_threads(
     1
@@ -148,7 +151,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
     classes."""
     model = GPTClassifier(GPT(replace(TINY, tie_weights=False, mlp="swiglu")), n_classes=2)
     adamw, muon = make_optimizers(named(model), OptimSettings(name="muon"))
-    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, optim.Muon)
     parts = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.gate", "mlp.proj")
     assert names_of(all_params([muon]), model) == {
         f"gpt.blocks.{i}.{part}.weight" for i in range(2) for part in parts
@@ -213,6 +216,90 @@ def test_a_head_alone_can_be_trained(name):
 def test_matrices_of_blocks_alone_can_be_trained_by_muon():
     (muon,) = make_optimizers(named(train_only("blocks.")), OptimSettings(name="muon"))
     assert len(all_params([muon])) == 12
+
+
+# --- Muon -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_the_iteration_brings_every_singular_value_near_one(shape):
+    """In the precision of the matrix where it has float64; and the singular vectors stay."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64) * 1e-3
+    result = optim.newton_schulz(matrix)
+    assert result.dtype == torch.float64
+    values = torch.linalg.svdvals(result)
+    assert 0.6 < values.min() and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ result @ v.T
+    torch.testing.assert_close(inner, inner.diag().diag(), rtol=0, atol=1e-12)
+
+
+def test_muon_follows_that_of_pytorch(monkeypatch):
+    """The recipe is the same, and so are the names of its state: older checkpoints can be read."""
+    monkeypatch.setattr(optim, "has_bf16", lambda device: True)  # theirs always runs in bfloat16
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(24, 40), (40, 24)]]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    s = OptimSettings(name="muon", lr=0.05, weight_decay=0.3)
+    (mine,) = make_optimizers({f"blocks.{i}": p for i, p in enumerate(ours)}, s)
+    reference = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert mine.state[a].keys() == reference.state[b].keys()
+        for key, value in reference.state[b].items():
+            torch.testing.assert_close(mine.state[a][key], value)
+        torch.testing.assert_close(a, b, rtol=0, atol=0.01)
+        assert (a - b).norm() / b.norm() < 0.002
+
+
+def muon_steps(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Those parameters, whole, after three updates with the same gradients on every layout."""
+    torch.manual_seed(1)
+    muon = optim.Muon([{"params": parameters, "weight_decay": 0.1}], lr=0.1)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, dtype=p.dtype)
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(p.grad, p.device_mesh, p.placements, src_data_rank=None)
+        muon.step()
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+
+
+def main() -> None:
+    """What each of the four processes below does."""
+    shapes = [(10, 7), (7, 10), (10, 7), (10, 7), (7, 10), (10, 7), (10, 7), (3, 10)]
+    with start("cpu"):
+        torch.manual_seed(0)
+        plain = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        expected = muon_steps([torch.nn.Parameter(tensor.clone()) for tensor in plain])
+        line = init_device_mesh("cpu", (4,))
+        square = init_device_mesh("cpu", (2, 2))
+        layouts = {
+            "FSDP": (line, [Shard(0)]),
+            "HSDP": (square, [Replicate(), Shard(0)]),
+            "TP by rows, FSDP": (square, [Shard(0), Shard(1)]),
+            "TP by columns, FSDP": (square, [_StridedShard(0, split_factor=2), Shard(0)]),
+        }
+        for name, (mesh, placements) in layouts.items():
+            cut = [
+                torch.nn.Parameter(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
+                for tensor in plain
+            ]
+            for a, b in zip(muon_steps(cut), expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=name)
+
+
+def test_muon_makes_the_same_update_on_every_layout(run_ranks):
+    """Shards orthogonalised one by one would give another update, as would a bfloat16 iteration
+    whose sums are taken in another order; some ranks have no row, or no matrix, of their own."""
+    for result in run_ranks(4, [], script="test_optim"):
+        assert result.status == 0, result.err
 
 
 # --- training -------------------------------------------------------------------------------------

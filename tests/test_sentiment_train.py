@@ -5,11 +5,9 @@ Most runs here are calls of `finetune` in this process (`fit`); what a user meet
 command (`run`).
 """
 
-import csv
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -24,10 +22,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import sentiment_train
+from fine_tuning import (
+    ALONE,
+    BLOCK,
+    CPU,
+    assert_same_predictions,
+    made,
+    predictions,
+    result_of,
+)
 from helpers import (
     RUN_FILES,
     drawn_seed,
@@ -39,13 +46,12 @@ from helpers import (
     wait_for,
     write_csv,
 )
-from model import GPT, GPTClassifier, GPTConfig
-from sentiment_train import SentimentSettings, build, finetune
+from model import GPTClassifier
+from sentiment_train import SentimentSettings, make_classifier, prepare
 from smallgpt import hardware, settings
 from smallgpt.console import UserError
 from smallgpt.optim import layer_scale, lr_factor, make_optimizers
 from smallgpt.parallel.strategy import Single
-from smallgpt.parallel.world import World
 from smallgpt.runs.metrics import read
 from smallgpt.sentiment import report, splits
 from smallgpt.sentiment.batches import (
@@ -54,131 +60,12 @@ from smallgpt.sentiment.batches import (
     Inputs,
     collate,
     drop_tokens,
-    encode,
     score,
 )
 from smallgpt.sentiment.sets import ReviewSettings
-from smallgpt.tokenizer import STAND_INS
-from smallgpt.weights.gpt2 import FORM, NAMES
 from smallgpt.weights.pretrained import open_trunk
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
-BLOCK = 48
-SMALL = {
-    "device": "cpu",
-    "dtype": "float32",
-    "max_steps": 8,
-    "batch_size": 16,
-    "eval_every": 4,
-    "log_every": 1,
-    "optim.lr": 0.01,
-    "optim.warmup": 2,
-}
-WORDS = {
-    "bad": ["dirty", "awful", "noisy", "很差", "太吵"],
-    "good": ["lovely", "great", "quiet", "很好", "干净"],
-    "": [
-        *"the room was near a big old station, we had our dinner there".split(),
-        *"房间 离车站 不远 我们 吃了晚饭".split(),
-    ],
-}
-
-
-# --- a tiny trunk, a tiny set ---------------------------------------------------------------------
-
-
-def made(n: int, seed: int = 0) -> list[tuple[str, str]]:
-    """n different texts, most of them short, each with a word that decides its label; four of ten
-    are bad."""
-    draw, rows = random.Random(seed), []
-    for i in range(n):
-        label = "bad" if i % 5 < 2 else "good"
-        words = draw.choices(WORDS[""], k=min(20, int(draw.paretovariate(0.8))))
-        words.insert(draw.randrange(len(words) + 1), draw.choice(WORDS[label]))
-        rows.append((f"{' '.join(words)} {seed}.{i}", label))
-    return rows
-
-
-@pytest.fixture(scope="session")
-def labelled(tmp_path_factory) -> Path:
-    """300 reviews; some hold commas, quotes and newlines."""
-    rows = [
-        (t + ', said "he"\nand left' if i % 10 == 0 else t, label)
-        for i, (t, label) in enumerate(made(300))
-    ]
-    return write_csv(tmp_path_factory.mktemp("reviews") / "splits.csv", rows)
-
-
-@pytest.fixture(scope="session")
-def trunk(tmp_path_factory, tiny, run) -> Path:
-    """A run of train.py with two blocks."""
-    out = tmp_path_factory.mktemp("pretrained")
-    shape = dict(model__n_layer=2, model__block_size=BLOCK, batch_tokens=4 * BLOCK)
-    result = run("train", tiny(out, run="trunk", max_steps=4, prompts="[]", **shape))
-    assert result.status == 0, result.err
-    return out / "trunk"
-
-
-@pytest.fixture(scope="session")
-def gpt2(tmp_path_factory) -> Path:
-    """The files of a GPT-2 of two blocks that knows 256 bytes and <|endoftext|>: our special tokens
-    are new to it."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**FORM, vocab_size=257, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32))
-    theirs, weights = {ours: name for name, ours in list(NAMES.items())[:9]}, {}
-    for name, w in gpt.named_parameters():
-        head, part, end = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups()
-        if part in ("attn.q", "attn.k", "attn.v"):
-            if part != "attn.q":
-                continue
-            w = torch.cat([gpt.get_parameter(name.replace(".q.", f".{x}.")) for x in "qkv"])
-            part = "attn.qkv"
-        turned = (
-            w.t()
-            if end == "weight" and part in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
-            else w
-        )
-        weights[f"{(head or '').replace('blocks', 'h')}{theirs[part]}.{end}"] = (
-            turned.detach().contiguous()
-        )
-    save_file(weights, folder / "model.safetensors")
-    sizes = dict(vocab_size=257, n_positions=BLOCK, n_layer=2, n_head=2, n_embd=32)
-    (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
-    ids = {token: i for i, token in enumerate([*STAND_INS, "<|endoftext|>"])}
-    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def fine(trunk, labelled) -> Callable[..., list[str]]:
-    """fine(out_dir, key=value...) -> sentiment_train.py's arguments; a dot in a key is written
-    `__`."""
-
-    def args(out_dir: Path, **changes: object) -> list[str]:
-        keys = {**SMALL, "trunk": trunk, "data.path": labelled, "out_dir": out_dir, "run": "r"}
-        keys |= {k.replace("__", "."): v for k, v in changes.items()}
-        return [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in keys.items()]
-
-    return args
-
-
-@pytest.fixture
-def fit(fine, tmp_path, monkeypatch) -> Callable[..., Path]:
-    """fit(key=value...) -> the folder of a finished run, made in this process, without pictures and
-    baselines."""
-    monkeypatch.setattr(report, "draw", lambda *_: None)
-    monkeypatch.setattr(report, "baselines", lambda *_: {})
-
-    def fit(**changes: object) -> Path:
-        s = settings.load(SentimentSettings, fine(tmp_path, **changes))
-        assert finetune(s, ALONE) == 0
-        return tmp_path / s.run
-
-    return fit
 
 
 @pytest.fixture
@@ -186,38 +73,12 @@ def asked(fine, tmp_path) -> Callable[..., SentimentSettings]:
     return lambda **changes: settings.load(SentimentSettings, fine(tmp_path, **changes))
 
 
-def result_of(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def predictions(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "predictions.csv", encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same_predictions(a: Path, b: Path, tolerance: float) -> None:
-    """The same texts in the same order, with the same probabilities (which the file rounds to
-    1e-4)."""
-    ours, theirs = predictions(a), predictions(b)
-    assert len(ours) == len(theirs) > 20
-    for x, y in zip(ours, theirs, strict=True):
-        assert (x["text"], x["label"]) == (y["text"], y["label"])
-        assert float(x["p_good"]) == pytest.approx(float(y["p_good"]), abs=tolerance + 1.01e-4)
-
-
 def begun(s: SentimentSettings) -> tuple[GPTClassifier, splits.Reviews, dict[str, Encoded], int]:
     """What a run has before its first step: the model in float64, the set, its ids, the id of
     padding."""
-    data = splits.load(s.data)
-    torch.manual_seed(s.seed)
-    model, opened = build(s, data.labels)
-    tok = opened.tokenizer
-    prefix = [tok.bos] if tok.bos < opened.rows else []
-    ids = {
-        k: encode(v, data.labels, tok, s.block_size or BLOCK, prefix)
-        for k, v in data.splits.items()
-    }
-    return model.double(), data, ids, tok.pad
+    task = prepare(s, ALONE)
+    ids = {name: inputs.data for name, inputs in task.inputs.items()}
+    return make_classifier(s, task, CPU).double(), task.data, ids, task.trunk.tokenizer.pad
 
 
 def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
@@ -387,10 +248,7 @@ def test_new_tokens_train_and_what_is_frozen_stays_bit_for_bit(fit, gpt2, freeze
         assert after[f"gpt.{part}"][: len(w)].equal(w) == (
             f"gpt.{part}" not in trains or part == "wte.weight"
         ), part
-    torch.manual_seed(0)
-    before = build(
-        settings.load(SentimentSettings, [str(folder / "config.yaml")]), ["bad", "good"]
-    )[0]
+    before = begun(settings.load(SentimentSettings, [str(folder / "config.yaml")]))[0].float()
     moved = (after["gpt.wte.weight"] != before.gpt.wte.weight).any(1)
     assert moved.nonzero().flatten().tolist() == [pad]
     assert optimized(folder) == trains
@@ -946,6 +804,9 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("freeze=all_but_last:0", "freeze='all_but_last:0' must be none, trunk or all_but_last:K"),
         ("block_size=49", "block_size=49 is more than the trunk's 48"),
         ("adversarial=0.1 freeze=trunk", "adversarial=0.1 must be 0, or freeze=none"),
+        ("adversarial=0.1 mesh.pp=2", "adversarial=0.1 must be 0, or mesh.pp=1"),
+        ("mesh.tp=2", "mesh.tp=2 is 2 processes, but there are 1"),
+        ("mesh.shard=0", "shard=0 and replicate=0 cannot both mean"),
         ("adversarial=-0.1", "adversarial must be float >= 0, not -0.1"),
         ("adversarial=nan", "adversarial must be float >= 0, not nan"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),

@@ -389,7 +389,8 @@ def test_what_may_change_when_a_run_is_resumed(script):
         from sentiment_train import SentimentSettings as Schema
 
         free |= {"epochs", "micro_tokens", "patience", "trunk", "allow_leaks", "cache_gb"}
-        free |= {"data.path", "data.test_path"}
+        mesh = "shard replicate tp sequence pp schedule virtual offload reduce"
+        free |= {"data.path", "data.test_path", *(f"mesh.{name}" for name in mesh.split())}
     s = Schema()
     assert settings.flat(s).keys() - settings.identity(s).keys() == free
 

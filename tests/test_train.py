@@ -243,18 +243,20 @@ MOMENTS = {
 }
 
 
+@pytest.mark.parametrize("save", ["sync", "async"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_a_delicate_moment_then_resume_is_exact(
-    tmp_path, tiny, start, uninterrupted, moment
+    tmp_path, tiny, start, uninterrupted, moment, save
 ):
-    args = killable(tiny, tmp_path, "r")
+    args = [*killable(tiny, tmp_path, "r"), f"save={save}"]
     assert start("train", args, die_at=MOMENTS[moment]).wait().status == -signal.SIGKILL
     assert start("train", args).wait().status == 0
     assert_same(tmp_path / "r", uninterrupted)
 
 
-def test_kill_9_at_random_moments_then_resume_is_exact(tmp_path, tiny, start, uninterrupted):
-    draw, args, kills = drawn_seed(), killable(tiny, tmp_path, "r"), 0
+@pytest.mark.parametrize("save", ["sync", "async"])
+def test_kill_9_at_random_moments_then_resume_is_exact(tmp_path, tiny, start, uninterrupted, save):
+    draw, args, kills = drawn_seed(), [*killable(tiny, tmp_path, "r"), f"save={save}"], 0
     for i in range(40):
         process = start("train", args)
         wait_for(

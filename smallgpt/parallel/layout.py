@@ -93,11 +93,9 @@ class MeshSpread(Spread):
         if self.s.offload and self.world.size == 1:
             raise UserError("mesh.offload needs several processes: start with torchrun")
         if self.s.tp > 1:
-            from smallgpt.parallel.tensor import problems  # half a second of imports
+            from smallgpt.parallel.tensor import check_cut  # half a second of imports
 
-            found = problems(config, self.s.tp, self.s.sequence)
-            if found:
-                raise UserError(f"the model cannot be cut in {self.s.tp}: {'; '.join(found)}")
+            check_cut(config, self.s.tp)
 
     @property
     def birthplace(self) -> torch.device:

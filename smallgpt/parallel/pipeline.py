@@ -162,11 +162,6 @@ class Pipeline(Mesh):
 
     # --- a step -----------------------------------------------------------------------------------
 
-    def seed(self, seed: int, step: int) -> None:
-        """As in one process, but the stages draw different dropout."""
-        super().seed(seed, step)
-        torch.manual_seed(int(torch.randint(2**48, ())) + self.pp_rank)
-
     def forward_backward(
         self, batches: Sequence[HasInputs], loss_of: LossOf, scale: float
     ) -> Tensor | float:
@@ -177,6 +172,8 @@ class Pipeline(Mesh):
             losses.append(loss.detach())
             return loss * (self.gradient_scale * scale)
 
+        # what was drawn before is the same on all stages; their dropout is not
+        torch.manual_seed(int(torch.randint(2**48, ())) + self.pp_rank)
         self.run(batches, finish, training=True)
         self.sum_tied_gradient()
         return sum(losses)
@@ -247,7 +244,7 @@ class Pipeline(Mesh):
         norm = super().gradient_norm([p for p in parameters if p is not copy])
         square = norm.to(self.world.device).double().square()
         dist.all_reduce(square, group=self.pp_group)
-        return square.sqrt().to(norm.dtype)
+        return square.sqrt().to(next(self.model.parameters()).dtype)
 
     @torch.no_grad()
     def evaluate(self, *inputs: Any) -> Any:

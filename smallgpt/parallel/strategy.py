@@ -15,7 +15,7 @@ loops call it in this order:
 class, which overrides what is different there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    set_model_state_dict,
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -114,19 +113,19 @@ class Single:
         return dict(self.model.named_parameters())
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """All weights, whole, on the CPU, by canonical name: at least on the main process. A
-        collective."""
+        """All weights, whole, on the CPU, by canonical name, on the main process; nothing on the
+        others. They may share the parameters' memory. A collective."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.model, options=whole)
-        # names() lists a tied matrix once; processes other than the main one may have got nothing
+        # names() lists a tied matrix once; processes other than the main one have got nothing
         return {name: weights[name] for name in self.names() if name in weights}
 
-    def set_weights(self, weights: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Put all weights, whole, by canonical name, into the model. A collective; every process
-        has them."""
-        # strict=False only for the second name of a tied matrix
-        whole = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(self.model, weights, options=whole)
+        can read them."""
+        for name, p in self.names().items():
+            p.copy_(weights[name])
 
     def whole(self) -> GPT | None:
         """The whole GPT for what only the main process does, such as replies; None elsewhere. A

@@ -11,9 +11,10 @@ block is not cut: in its norms, dropouts and sums. A rank then keeps a share of 
 for backward instead of all.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -29,31 +30,42 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from model import GPT, Attention, Block, Context, GPTClassifier, GPTConfig, KVCache
+from model import GPT, Attention, Block, Context, GPTClassifier, GPTConfig
+from smallgpt.console import UserError
 
 
-def problems(config: GPTConfig, tp: int, sequence: bool) -> list[str]:
-    """Why a model cannot be cut over tp ranks, in plain words; empty when it can."""
-    if tp == 1:
-        return ["mesh.sequence=true needs mesh.tp of at least 2"] if sequence else []
-    found = []
-    cut = {"n_head": config.n_head, f"the MLP of mlp={config.mlp}, hidden size": config.mlp_size}
-    if config.vocab_size:  # 0: not known yet
-        cut["vocab_size"] = config.vocab_size
-    for name, size in cut.items():
-        if size % tp:
-            found.append(f"{name}={size} is not divisible by mesh.tp={tp}")
-    if config.kv_heads % tp and tp % config.kv_heads:
-        found.append(f"neither of n_kv_head={config.kv_heads} and mesh.tp={tp} divides the other")
-    return found
+def check_cut(config: GPTConfig, tp: int) -> None:
+    """UserError if a model of this shape cannot be cut over tp ranks."""
+    reasons = why_uncut(config, tp)
+    if not reasons:
+        return
+    possible = range(1, config.n_head + 1)
+    fitting = [str(size) for size in possible if not why_uncut(config, size)]
+    raise UserError(
+        f"mesh.tp={tp} cannot cut this model: {', '.join(reasons)}; "
+        f"what fits is mesh.tp={' or '.join(fitting)}"
+    )
+
+
+def why_uncut(config: GPTConfig, tp: int) -> list[str]:
+    """What of a model cannot be cut over tp ranks, in plain words; the vocabulary always can."""
+    reasons = []
+    if config.n_head % tp:
+        reasons.append(f"n_head={config.n_head} is no multiple of it")
+    elif config.kv_heads % tp and tp % config.kv_heads:
+        reasons.append(f"n_kv_head={config.kv_heads} is neither a multiple nor a divisor of it")
+    if config.mlp_size % tp:
+        reasons.append(f"the {config.mlp_size} hidden units of its MLP are no multiple of it")
+    return reasons
 
 
 def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -> None:
-    """Cut a model that holds its weights, the same on every rank, in place over a mesh (tp).
+    """Cut the matrices of a model, in place, over a mesh of one axis. sequence: also the positions,
+    between the matrices of a block.
 
-    Its parameters are new objects then: optimizers, activation checkpointing and fully_shard come
-    after it. sequence: also cut the positions, between the matrices of a block."""
-    before = dict(model.named_parameters())
+    The model lies on the meta device, or has the same weights on every rank. Its parameters are new
+    objects afterwards: weights are set, optimizers made and FSDP applied then."""
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
     gpt = model.gpt if isinstance(model, GPTClassifier) else model
     for block in gpt.blocks:
         cut_block(block, gpt.config, mesh, sequence)
@@ -65,14 +77,15 @@ def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -
     if gpt.wpe is not None:
         outer["wpe"] = Whole()
     parallelize_module(gpt, mesh, outer, src_data_rank=None)
-    if gpt.config.tie_weights:
-        gpt.lm_head.weight = gpt.wte.weight
+    gpt.tie()
     if isinstance(model, GPTClassifier):
         parallelize_module(model, mesh, {"head": Whole()})
+        model.head.register_forward_hook(own_memory)
     for name, p in model.named_parameters():
-        p.requires_grad_(before[name].requires_grad)
-        vars(p).update(vars(before[name]))
-    gpt.__class__ = CutGPT
+        p.requires_grad_(trains[name])
+    # gathering what FSDP cuts as well takes two collectives: torch would warn of it on every rank
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    gpt.__class__ = CutGPT  # as fully_shard changes the class of a module
     gpt.mesh = mesh
     gpt.sequence = sequence
 
@@ -83,6 +96,12 @@ class Whole(SequenceParallel):
     def __init__(self):
         super().__init__(use_local_output=True)
         self.sequence_sharding = (Replicate(),)
+
+
+def own_memory(head: nn.Module, inputs: tuple, scores: Tensor) -> Tensor:
+    """A forward hook. A rank's part of a DTensor is a view, and of a model that gives out a view
+    FSDP warns."""
+    return scores.clone()
 
 
 def cut_block(block: Block, config: GPTConfig, mesh: DeviceMesh, sequence: bool) -> None:
@@ -126,9 +145,9 @@ def whole_input(stream: Placement, arguments: int) -> PrepareModuleInput:
     """Of a module whose first argument is the stream: it reads all positions. Its matrices' parts
     of the gradient are added up once, not one by one."""
     others = (None,) * (arguments - 1)
-    return PrepareModuleInput(
-        input_layouts=(stream, *others), desired_input_layouts=(Replicate(), *others)
-    )
+    given = (stream, *others)
+    wanted = (Replicate(), *others)
+    return PrepareModuleInput(input_layouts=given, desired_input_layouts=wanted)
 
 
 def choose_head(attention: Attention, config: GPTConfig, mesh: DeviceMesh) -> None:
@@ -141,7 +160,8 @@ def choose_head(attention: Attention, config: GPTConfig, mesh: DeviceMesh) -> No
 
     def own(linear: nn.Linear, inputs: tuple, heads: DTensor) -> Tensor:
         # the gradient of a rank holds only its head's part
-        return heads.to_local(grad_placements=[Partial()])[..., first:end]
+        gathered = heads.to_local(grad_placements=[Partial()])
+        return gathered[..., first:end]
 
     attention.k.register_forward_hook(own)
     attention.v.register_forward_hook(own)
@@ -163,14 +183,11 @@ def own_draws(rank: int, device: torch.device) -> Iterator[None]:
 def with_own_dropout(attend: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:
     """Attention whose dropout differs from rank to rank: each has other heads."""
 
-    @torch.compiler.disable
-    def attend_with_dropout(q: Tensor, *others: Tensor, **options: object) -> Tensor:
+    def attend_by_rank(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if options["dropout_p"] == 0:
+            return attend(q, k, v, **options)
         with own_draws(rank, q.device):
-            return attend(q, *others, **options)
-
-    def attend_by_rank(q: Tensor, *others: Tensor, **options: object) -> Tensor:
-        with_dropout = options["dropout_p"] > 0
-        return (attend_with_dropout if with_dropout else attend)(q, *others, **options)
+            return attend(q, k, v, **options)
 
     return attend_by_rank
 
@@ -182,13 +199,19 @@ class OwnDropout(nn.Dropout):
         super().__init__(p)
         self.rank = rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(x) if self.training and self.p else x
-
-    @torch.compiler.disable
-    def dropout(self, x: Tensor) -> Tensor:
+    def forward(self, x: DTensor) -> DTensor:
+        if self.p == 0 or not self.training:
+            return x
         with own_draws(self.rank, x.device):
-            return super().forward(x)
+            local = super().forward(x.to_local())
+        return DTensor.from_local(
+            local,
+            x.device_mesh,
+            x.placements,
+            run_check=False,
+            shape=x.shape,  # of all positions, which the ranks may share unevenly
+            stride=x.stride(),
+        )
 
 
 class CutGPT(GPT):
@@ -206,18 +229,6 @@ class CutGPT(GPT):
         whole = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
         return whole.redistribute(placements=[Shard(dim)])
 
-    def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache, of the heads of this rank."""
-        tp = self.mesh.size()
-        c = self.config
-        local_heads = replace(
-            c,
-            n_embd=c.n_embd // tp,
-            n_head=c.n_head // tp,
-            n_kv_head=max(1, c.kv_heads // tp),
-        )
-        return KVCache(local_heads, batch, self.wte.weight.dtype, self.wte.weight.device)
-
     def run_blocks(
         self,
         x: Tensor,
@@ -228,22 +239,29 @@ class CutGPT(GPT):
     ) -> Tensor:
         if not self.sequence:
             return super().run_blocks(x, context, first, end, at)
-        shares = super().run_blocks(self.share(x, 1), context, first, end)
-        x = shares.full_tensor()
+        shares = self.share(x, dim=1)
+        x = super().run_blocks(shares, context, first, end).full_tensor()
         if at is None:
             return x
         rows = torch.arange(x.size(0), device=x.device)
         return x[rows, at][:, None]
 
+    def compile_parts(self) -> str:
+        """Only the loss: torch 2.13 cannot compile blocks that are cut over one axis of a mesh."""
+        self.slice_loss = torch.compile(self.slice_loss)
+        return "on for the loss only (mesh.tp)"
+
     def head_weight(self) -> Tensor:
         """The matrix (V, C) of the LM head, gathered for this rank's share of the tokens, of which
         its gradient is then only a part."""
-        whole = super().head_weight().redistribute(placements=[Replicate()])
+        weight = super().head_weight()
+        whole = weight.redistribute(placements=[Replicate()])
         return whole.to_local(grad_placements=[Partial()])
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """As of a whole GPT: each rank takes a share of the tokens, and all get the sum."""
-        rows = self.share(h.flatten(0, 1), 0).to_local()
-        row_targets = self.share(targets.flatten(), 0).to_local()
-        part = super().loss(rows[None], row_targets[None])
-        return DTensor.from_local(part, self.mesh, [Partial()], run_check=False).full_tensor()
+        rows = self.share(h.flatten(0, 1), dim=0)
+        row_targets = self.share(targets.flatten(), dim=0)
+        part = super().loss(rows.to_local()[None], row_targets.to_local()[None])
+        parts = DTensor.from_local(part, self.mesh, [Partial()], run_check=False)
+        return parts.full_tensor().clone()  # FSDP warns of views

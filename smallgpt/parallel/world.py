@@ -4,21 +4,30 @@ Ranks come from torchrun's environment and nowhere else. RANK decides who writes
 sampled; LOCAL_RANK only chooses the GPU.
 """
 
+import hashlib
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed import distributed_c10d
 
 from smallgpt.console import UserError
 from smallgpt.hardware import choose_device
+from smallgpt.parallel.peers import Peers, choose_interface, meet
+
+# machines may see the same files in different places
+PATHS = ("out_dir", "data.path", "data.cache", "trunk", "resume", "init_from")
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: int = 600  # seconds that another process may be waited for
 
     @property
     def main(self) -> bool:
@@ -51,11 +61,18 @@ class World:
 
 
 @contextmanager
-def start(device: str) -> Iterator[World]:
+def start(
+    device: str, timeout: int = 600, settings: dict[str, Any] | None = None
+) -> Iterator[World]:
     """Join the process group torchrun describes (gloo on CPU, nccl on CUDA), or run alone.
 
-    On an error the group is not torn down politely: the other ranks may be inside a collective
-    this one will never enter, and torchrun ends them all when this process exits.
+    timeout: seconds that another process may be waited for. settings: must be the same in all
+    processes, except for PATHS. UserError where a process is missing or started differently.
+
+    An error in the body is raised on; where it is only the consequence of another process's end,
+    UserError or PeerError names that one. On an error the group is not torn down politely: the
+    other ranks may be inside a collective this one will never enter, and torchrun ends them all
+    when this process exits.
     """
     if "RANK" not in os.environ:
         yield World(0, 1, choose_device(device))
@@ -67,15 +84,33 @@ def start(device: str) -> Iterator[World]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name}={os.environ[name]} is no number: start it with torchrun")
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(device))
-    join_group(world.device)
-    if world.sum(1.0) != [world.size]:  # a wrong network set-up shows here, not in the middle
-        raise UserError(
-            "not all processes answer: check the master address, the firewall and "
-            "NCCL_SOCKET_IFNAME"
-        )
-    yield world
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World(rank, size, device_of_rank(device), timeout)
+    peers = meet(world.rank, world.size, timeout, facts_of(settings or {}))
+    try:
+        said = choose_interface(peers.me, peers.everyone)
+        if said and world.main:
+            print(f"network  {said}", flush=True)
+        join_group(world, peers, timeout)
+        yield world
+        peers.leave()
+    except Exception as error:
+        cause = peers.explain(error)
+        if cause is error:
+            raise
+        raise cause from error
     torch.distributed.destroy_process_group()
+
+
+def facts_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """What must be alike in all processes: they would train something else, or wait for ever."""
+    program = hashlib.sha256()
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name.partition(".")[0] in ("smallgpt", "model", "train", "__main__"):
+            program.update(Path(file).read_bytes())
+    facts = {"torch": torch.__version__, "the program": program.hexdigest()[:8]}
+    return facts | {name: value for name, value in settings.items() if name not in PATHS}
 
 
 def device_of_rank(device: str) -> torch.device:
@@ -89,33 +124,26 @@ def device_of_rank(device: str) -> torch.device:
     return choose_device(device, int(os.environ["LOCAL_RANK"]))
 
 
-def join_group(device: torch.device) -> None:
-    """Meet the other processes at MASTER_ADDR:MASTER_PORT, where rank 0 listens."""
-    on_gpu = device.type == "cuda"
+def join_group(world: World, peers: Peers, timeout: int) -> None:
+    """Connect this process with the others that answered, and try the connection."""
+    on_gpu = world.device.type == "cuda"
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(world.device)
+    limit = timedelta(seconds=timeout)
+    # of the groups that a mesh or an asynchronous save makes later: torch's own is 30 minutes
+    distributed_c10d.default_pg_timeout = limit
+    distributed_c10d.default_pg_nccl_timeout = limit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a device id was set on the line above
-        try:
-            torch.distributed.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                timeout=timedelta(minutes=30),
-                device_id=device if on_gpu else None,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(why_not_joined(error)) from error
-
-
-def why_not_joined(error: Exception) -> str:
-    """What init_process_group met, in one sentence: mostly a port that another program has."""
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    _, _, reason = str(error).rpartition("message: ")  # of the socket, where it is one's
-    first_line = reason.partition("\n")[0].rstrip(".")
-    return (
-        f"the processes cannot meet at {where} ({first_line}): name the machine of rank 0 in "
-        "MASTER_ADDR (torchrun --master_addr) and a free port of it in MASTER_PORT "
-        "(torchrun --master_port)"
-    )
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=peers.store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=limit,
+            device_id=world.device if on_gpu else None,
+        )
+    world.sum(1.0)  # a wrong network set-up shows here, not in the middle
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -17,27 +17,37 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.files import flush, write_atomic
 from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.world import World
 from smallgpt.tokenizer import Tokenizer
 
 FORMAT = 2  # of meta.json
 READABLE = (1, 2)  # 1 had no sources and no settings: its runs can be used, but not continued
+
+# One process alone is meant. (A filter for the time of a save would not reach its threads.)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
@@ -176,54 +186,195 @@ def name_problems(run: str) -> list[str]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def save(run: Path, strategy: Single, optimizers: list[Optimizer], meta: dict, keep: int) -> None:
-    """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank
-    must call it.
+class Saver:
+    """Writes the checkpoints of a run, one at a time: at once, or in threads beside the training.
 
-    If anything fails (a full disk) every rank raises UserError, and the older checkpoints are
+    In the background each process copies its state before `save` returns: the files hold the state
+    at the call. The main process publishes the folder when every one has written its files. The
+    loop learns of it from the `progress` of all processes together, which it gives to `settle`.
+    Where anything fails (a full disk) every rank raises UserError, and the older checkpoints are
     untouched."""
-    world = strategy.world
-    final = step_folder(run, meta["step"])
-    temporary = run / f".{final.name}.tmp"
-    error = make_folder(temporary) if world.main else ""
-    world.sum(0)  # the folder is there now, for every process that shares it
-    if not error and not (temporary / "state").is_dir():
-        error = f"process {world.rank} does not see {run}, a folder that all machines must share"
-    failed = world.sum(bool(error))[0]  # all or none enter the collectives below
-    weights = strategy.gather_weights()
-    try:
-        if not failed:
-            write_state(temporary / "state", optimizer_tensors(strategy.names(), optimizers), world)
-        if world.main and not failed:
-            contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-            save_file(contiguous, temporary / "model.safetensors")
-            publish(temporary, final, meta)
-            point(run, "latest", meta["step"])
-    except (OSError, SafetensorError, CheckpointException) as problem:
-        error = brief(problem)
-    if world.sum(bool(error))[0]:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"could not save {final} ({error or 'another process failed'}); is the disk full? The "
-            "older checkpoints are intact: make room, then the same command continues from the last"
+
+    def __init__(self, run: Path, world: World, keep: int, in_background: bool = False):
+        self.run = run
+        self.world = world
+        self.keep = keep
+        self.in_background = in_background
+        self.group: dist.ProcessGroup | None = None  # of the threads
+        self.step = 0  # that is being saved; 0 = none
+        self.is_best = False  # whether `best` is to name it
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.thread: Future[None] | None = None  # writes it
+        self.error = ""  # what went wrong in this process, in words
+
+    @property
+    def final(self) -> Path:
+        return step_folder(self.run, self.step)
+
+    @property
+    def temporary(self) -> Path:
+        return self.run / f".{self.final.name}.tmp"
+
+    def save(self, strategy: Single, optimizers: list[Optimizer], meta: dict) -> None:
+        """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank
+        must call it."""
+        self.finish()
+        self.step = meta["step"]
+        self.is_best = False
+        self.error = self.make_folder()
+        self.check(self.world.sum(bool(self.error))[0])
+        weights = strategy.gather_weights()
+        tensors = optimizer_tensors(strategy.names(), optimizers)
+        writer = StateWriter(str(self.temporary / "state"), save_distributed=True)
+        alone = not dist.is_initialized()
+        if not self.in_background:
+            write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
+            self.write(write_state, weights, meta)
+            self.finish()
+            return
+        if self.group is None and not alone:  # training's own would mix up the two
+            limit = timedelta(seconds=self.world.timeout)
+            self.group = dist.new_group(backend="gloo", timeout=limit)
+        state = dcp.async_save(
+            tensors, storage_writer=writer, process_group=self.group, no_dist=alone
         )
-    if world.main:
-        prune(run, keep)
+        weights = copied(weights, strategy.model)
+        self.thread = self.executor.submit(self.write, state.result, weights, meta)
+
+    def make_folder(self) -> str:
+        """An empty folder to write into, for every process; returns what went wrong, in words. A
+        collective."""
+        error = ""
+        if self.world.main:
+            try:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+                (self.temporary / "state").mkdir(parents=True)
+            except OSError as problem:
+                error = str(problem)
+        self.world.sum(0)  # the folder is there now, for every process that shares it
+        if error or (self.temporary / "state").is_dir():
+            return error
+        rank = self.world.rank
+        return f"process {rank} does not see {self.run}, a folder that all machines must share"
+
+    def write(
+        self, write_state: Callable[[], object], weights: dict[str, torch.Tensor], meta: dict
+    ) -> None:
+        """Write this process's files, and publish the folder: write_state returns when all
+        processes have written their state."""
+        try:
+            write_state()
+            if self.world.main:
+                contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+                save_file(contiguous, self.temporary / "model.safetensors")
+                publish(self.temporary, self.final, meta)
+                point(self.run, "latest", self.step)
+        except (OSError, SafetensorError, CheckpointException) as problem:
+            self.error = brief(problem)
+
+    def progress(self) -> tuple[bool, bool]:
+        """Is this process still writing? Has it failed?"""
+        if self.thread and not self.thread.done():
+            return True, False
+        self.wait()
+        return False, bool(self.error)
+
+    def wait(self) -> None:
+        """Wait for this process's files. (result() raises what is a mistake of this program.)"""
+        if self.thread:
+            self.thread.result()
+
+    def settle(self, writing: float, failed: float) -> None:
+        """What follows from the progress of all processes: so many are writing, so many failed."""
+        if writing or not self.step:
+            return
+        self.check(failed)
+        if self.world.main:
+            if self.is_best:
+                point(self.run, "best", self.step)
+            prune(self.run, self.keep)
+        self.step = 0
+
+    def check(self, failed: float) -> None:
+        """UserError if so many processes failed to save."""
+        if failed:
+            raise UserError(self.give_up())
+
+    def give_up(self) -> str:
+        """Leave nothing of this checkpoint; returns why, in words."""
+        final = self.final
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.step = 0
+        return (
+            f"could not save {final} ({self.error or 'another process failed'}); is the disk full? "
+            "The older checkpoints are intact: make room, then the same command continues from the "
+            "last"
+        )
+
+    def finish(self) -> None:
+        """Wait until what is being saved is published. A collective."""
+        if self.step:
+            self.wait()
+            self.settle(0, self.world.sum(bool(self.error))[0])
+
+    def close(self) -> str:
+        """Wait for this process's files and for no other process, since the run ends by an error;
+        returns why they could not be saved, in words. (A process that died is told elsewhere.)"""
+        if self.thread:
+            self.thread.exception()
+        return self.give_up() if self.step and self.error else ""
+
+    def name_best(self, step: int) -> None:
+        """Make `best` name this step, whose folder is there or being written."""
+        if step == self.step:
+            self.is_best = True
+        elif self.world.main:
+            point(self.run, "best", step)
+            prune(self.run, self.keep)
 
 
-def make_folder(temporary: Path) -> str:
-    """An empty folder to write into; returns what went wrong, in words."""
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "state").mkdir(parents=True)
-    except OSError as problem:
-        return str(problem)
-    return ""
+class StateWriter(dcp.HuggingFaceStorageWriter):
+    """PyTorch's writer of safetensors, but without its copy of all tensors into one bytes object:
+    Python's lock is held for it, and a training beside it stands still."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
+        tensors = {}
+        offsets = {}  # of the part of each tensor that this process holds
+        for item in plan.items:
+            name = item.index.fqn
+            assert name not in tensors, f"{name} lies here in two parts"
+            tensors[name] = planner.resolve_data(item).detach().cpu().contiguous()
+            offsets[name] = {"saved_offsets": item.tensor_data.chunk.offsets}
+        if tensors:
+            shard = plan.storage_data["shard_index"]
+            file = Path(self.path) / f"shard-{shard:05d}-model-00001-of-00001.safetensors"
+            sharding = {"DCP_SHARDING_INFO": json.dumps(offsets)}
+            save_file(tensors, file, {"format": "pt", "DCP_VERSION": "1.0", **sharding})
+        done = torch.futures.Future()
+        done.set_result([])
+        return done
 
 
-def brief(problem: Exception) -> str:
-    """The end of a message, on one line: what went wrong stands there."""
-    return " ".join(str(problem).split())[-300:]
+def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, copied where they lie in the memory of the model, which updates change."""
+    memory = set()
+    for p in model.parameters():
+        part = p.to_local() if isinstance(p, DTensor) else p
+        memory.add(part.untyped_storage().data_ptr())
+    copies = {}
+    for name, weight in weights.items():
+        is_shared = weight.untyped_storage().data_ptr() in memory
+        copies[name] = weight.clone() if is_shared else weight
+    return copies
+
+
+def brief(problem: BaseException) -> str:
+    """What went wrong, on one line: of several processes' problems the first, and not that it was
+    an "Error while serializing: I/O error"."""
+    if isinstance(problem, CheckpointException):
+        problem, _ = next(iter(problem.failures.values()))
+    _, _, end = str(problem).rpartition(" error: ")
+    return " ".join(end.split())[-300:]
 
 
 def optimizer_tensors(
@@ -239,12 +390,6 @@ def optimizer_tensors(
                 if isinstance(value, torch.Tensor):
                     tensors[f"{name_of[p]}/{key}"] = value
     return tensors
-
-
-def write_state(folder: Path, tensors: dict[str, torch.Tensor], world) -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with warnings.catch_warnings(action="ignore"):  # "assuming the intent is ... a single process"
-        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
 
 
 def publish(temporary: Path, final: Path, meta: dict) -> None:
@@ -273,15 +418,36 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
-def read_weights(
-    checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]
-) -> dict[str, torch.Tensor]:
-    """The saved weights, on the CPU. Every name and shape must be as wanted, or UserError names one
-    that is not."""
+class Weights(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file by name, on the CPU, each read when it is asked for: a
+    process that keeps a part of each never holds them all."""
+
+    def __init__(self, file: Path):
+        self.file = safe_open(file, framework="pt")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        names = self.file.keys()
+        for name in names:
+            self.shapes[name] = tuple(self.file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> Weights:
+    """The saved weights. Every name and shape must be as wanted, or UserError names one that is
+    not."""
     file = checkpoint.path / "model.safetensors"
     with reading(file):
-        weights = load_file(file)
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        weights = Weights(file)
+    found = weights.shapes
     names = sorted(wanted.keys() | found.keys())
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
     if wrong:
@@ -296,9 +462,16 @@ def read_weights(
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put the saved weights into a plain model."""
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
     weights = read_weights(checkpoint, wanted)
-    model.load_state_dict(weights, strict=False)  # only a tied matrix lacks its second name
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+
+
+def all_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
@@ -316,21 +489,23 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
     elsewhere = strategy.shapes.keys() - names.keys()  # parameters of other processes only
     mine = {name for name in saved if name.rpartition("/")[0] not in elsewhere}
     targets: dict[str, torch.Tensor] = {}
+    stateless = set()
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                for key in keys_of.get(name_of[p], []):
-                    empty = (
-                        torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
-                    )
-                    optimizer.state[p][key] = empty
-                    targets[f"{name_of[p]}/{key}"] = empty
-    if targets.keys() != mine:
+        for p in all_parameters(optimizer):
+            name = name_of[p]
+            for key in keys_of.get(name, []):
+                empty = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                optimizer.state[p][key] = empty
+                targets[f"{name}/{key}"] = empty
+            if saved and name not in keys_of:  # nothing is saved before float16 has found its scale
+                stateless.add(name)
+    differs = bool(stateless) or targets.keys() != mine
+    if strategy.world.sum(differs)[0]:  # a process may hold other parameters than the next
         raise UserError(
             f"the optimizer state in {checkpoint.path} belongs to another optimizer or "
             "other parameters"
         )
-    with reading(folder), warnings.catch_warnings(action="ignore"):
+    with reading(folder):
         dcp.load(targets, storage_reader=reader, no_dist=strategy.world.size == 1)
 
 

@@ -18,6 +18,7 @@ The loop calls the run, the run never calls the loop:
 """
 
 import math
+import os
 import platform
 import signal
 import time
@@ -40,6 +41,8 @@ from smallgpt.runs import checkpoint, metrics
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.tokenizer import Tokenizer
 
+RESTART_WAIT = 60  # seconds that a restart waits for what it replaces to end
+
 
 class RunSettings(Protocol):
     """What a run needs of a script's settings."""
@@ -47,6 +50,7 @@ class RunSettings(Protocol):
     run: str
     out_dir: str
     resume: str
+    save: Literal["sync", "async"]
     log_every: int
     keep: int
 
@@ -81,6 +85,7 @@ class Run:
         self.step = 0
         self.saved = 0  # the last step of which this run has a checkpoint
         self.history: dict[int, dict] = {}
+        self.saver = checkpoint.Saver(self.folder, world, s.keep, in_background=s.save == "async")
         self.stop_signal = 0  # that ended the run early
         self.full_speed = 0.0  # tokens per second at the hardware's peak; 0 = unknown
 
@@ -93,8 +98,17 @@ class Run:
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """The lock is held until no thread writes."""
+        try:
+            if kind is None:
+                self.saver.finish()
+            else:
+                problem = self.saver.close()
+                if problem:
+                    self.say(problem)
+        finally:
+            self.stack.close()
 
     def look_up(self) -> None:
         """Find the checkpoint to continue from, and what was evaluated up to there."""
@@ -180,9 +194,12 @@ class Run:
                 last = self.step >= max_steps
                 if last or (self.step and self.step % save_every == 0):
                     self.save()  # before evaluating: whatever happens there, nothing is lost
-                if not last and self.world.sum(stop.signal > 0)[0]:
+                if last:
+                    self.saver.finish()
+                elif self.poll(stop):
                     self.stop_signal = stop.signal or signal.SIGTERM
                     self.save()
+                    self.saver.finish()
                     self.say(
                         f"stopped by a signal after step {self.step}, saved in {self.folder}; "
                         "the same command continues"
@@ -192,6 +209,13 @@ class Run:
                 if last:
                     return
                 self.step += 1
+
+    def poll(self, stop: StopRequest) -> bool:
+        """Was any rank asked to stop? The same sum brings what is being saved to its end. A
+        collective."""
+        asked, writing, failed = self.world.sum(stop.signal > 0, *self.saver.progress())
+        self.saver.settle(writing, failed)
+        return asked > 0
 
     @property
     def status(self) -> int:
@@ -211,9 +235,7 @@ class Run:
         self.check_loss(result["loss"])
         if not self.history or self.quality(result) > self.quality(self.history[self.best]):
             self.save()
-            if self.world.main:
-                checkpoint.point(self.folder, "best", self.step)
-                checkpoint.prune(self.folder, self.s.keep)
+            self.saver.name_best(self.step)
         self.metrics.log({"step": self.step, "split": "val", **result})
         self.history[self.step] = result
         self.restart_clock()
@@ -274,7 +296,7 @@ class Run:
     # --- checkpoints ------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless this run has it. A collective."""
+        """Write a checkpoint of this step, or begin to, unless this run has it. A collective."""
         if self.saved == self.step:
             return
         meta = {
@@ -291,7 +313,7 @@ class Run:
             "scaler": self.strategy.scaler.state_dict(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
-        checkpoint.save(self.folder, self.strategy, self.optimizers, meta, self.s.keep)
+        self.saver.save(self.strategy, self.optimizers, meta)
         self.saved = self.step
         self.restart_clock()
 
@@ -302,6 +324,7 @@ class Run:
 
     def load_best(self) -> None:
         """Put the weights of the best evaluation into the model."""
+        self.saver.finish()
         folder = checkpoint.step_folder(self.folder, self.best)  # a rank may see an older `best`
         found = checkpoint.required(folder)
         self.strategy.set_weights(checkpoint.read_weights(found, self.strategy.shapes))
@@ -402,9 +425,11 @@ def lock(run: Path, main: bool) -> Iterator[None]:
     new = [folder for folder in (run, run.parent) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     held = FileLock(run / ".lock")
+    # torchrun starts again before every process of before has ended, if some are on other machines
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     try:
         with suppress(NotImplementedError):  # a file system without locks
-            held.acquire(blocking=False)
+            held.acquire(timeout=RESTART_WAIT if is_restart else 0)
     except Timeout:
         raise UserError(
             f"another process trains {run} now: end it, wait for it, or choose another run=name"

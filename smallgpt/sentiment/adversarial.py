@@ -14,21 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def typical_norm(embedding: nn.Embedding) -> float:
+    """The median norm of a token's embedding, of one that lies whole on this process."""
+    return float(embedding.weight.detach().norm(dim=1).median())
+
+
 class Adversary:
     """Watches the output (B, T, C) of an embedding in a plain pass and perturbs it in a second one:
-    each text's (T, C) by an L2 norm of epsilon times the median norm of a token's embedding when
-    this was made. epsilon=0: nothing is watched.
+    each text's (T, C) by this L2 norm. norm=0: nothing is watched.
 
     A text is perturbed along its own gradient alone, so batches may be cut and shared in any way.
     """
 
-    def __init__(self, embedding: nn.Embedding, epsilon: float):
-        self.epsilon = epsilon
+    def __init__(self, embedding: nn.Embedding, norm: float):
+        self.norm = norm
         self.output: Tensor | None = None  # of the plain pass; holds its gradient after backward
         self.perturbation: Tensor | None = None  # what the second pass adds to it
-        if epsilon:
-            typical = embedding.weight.detach().norm(dim=1).median()
-            self.norm = epsilon * float(typical)
+        if norm:
             embedding.register_forward_hook(self.watch)
 
     def watch(self, embedding: nn.Embedding, args: tuple, output: Tensor) -> Tensor:

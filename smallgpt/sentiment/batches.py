@@ -129,14 +129,16 @@ class Buckets:
 
 
 def share_rows(
-    rows: np.ndarray, longest: int, data_rank: int, data_size: int, max_tokens: int
+    rows: np.ndarray, longest: int, strategy: Single, max_tokens: int
 ) -> list[np.ndarray]:
     """This data rank's part of a global batch, cut into micro-batches of at most max_tokens
     (padding counted). Every rank gets the same number of micro-batches, if need be empty ones:
-    each of them is a collective."""
-    of_rank_0 = -(-len(rows) // data_size)
+    each of them is a collective. A pipeline needs a multiple of its depth."""
+    of_rank_0 = -(-len(rows) // strategy.data_size)
     fitting = max(1, max_tokens // longest)
-    return np.array_split(rows[data_rank::data_size], -(-of_rank_0 // fitting))
+    turns = -(-of_rank_0 // (fitting * strategy.depth))
+    mine = rows[strategy.data_rank :: strategy.data_size]
+    return np.array_split(mine, turns * strategy.depth)
 
 
 def collate(
@@ -245,7 +247,8 @@ def score(strategy: Single, inputs: Inputs, max_tokens: int) -> np.ndarray:
     Each makes the same number of passes (one without a batch left reads the first again, for
     nothing), so that a layout whose forward communicates works here, too."""
     batches = length_batches(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
-    scores = np.zeros((len(inputs.data.ids), strategy.model.head.out_features))
+    n_classes, _ = strategy.shapes["head.weight"]
+    scores = np.zeros((len(inputs.data.ids), n_classes))
     for first in range(0, len(batches), strategy.data_size):
         mine = first + strategy.data_rank
         rows = batches[mine] if mine < len(batches) else batches[0]

@@ -2,16 +2,17 @@
 it runs once per text, and its states are cached."""
 
 import re
-from contextlib import AbstractContextManager
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
 from model import GPTClassifier
 from smallgpt.console import UserError
+from smallgpt.parallel.strategy import Single
 from smallgpt.sentiment.batches import Inputs, length_batches
+
+EMBEDDING = "gpt.wte.weight"  # its canonical name
 
 
 def is_valid(how: str) -> bool:
@@ -35,7 +36,8 @@ def freeze(model: GPTClassifier, how: str, rows: int) -> None:
     """Freeze what `how` names: none, trunk (all but the head), all_but_last:K (all but the last K
     blocks, the final norm and the head). UserError for too large a K.
 
-    New tokens, ids from `rows` on, always train."""
+    New tokens, ids from `rows` on, always train: the model gives the rows below no gradient, and
+    AdamW leaves alone what has neither gradient nor decay (`undecayed`)."""
     if how == "none":
         return
     gpt = model.gpt
@@ -54,46 +56,36 @@ def freeze(model: GPTClassifier, how: str, rows: int) -> None:
         block.drop.p = 0.0
         block.attn.dropout = 0.0
     if rows < gpt.config.vocab_size:
-        train_new_rows(gpt.wte, rows)
+        gpt.wte.requires_grad_(True)
+        gpt.first_trained_row = rows
 
 
-def train_new_rows(embedding: nn.Embedding, rows: int) -> None:
-    """Train the rows from `rows` on: the old ones get no gradient, and AdamW leaves alone what has
-    neither gradient nor decay."""
-    weight = embedding.weight.requires_grad_(True)
-    weight.no_decay = True
-    weight.first_row = rows
-
-    def keep_new_rows(gradient: Tensor) -> Tensor:
-        is_new = torch.arange(gradient.size(0), device=gradient.device) >= rows
-        return gradient * is_new[:, None]
-
-    weight.register_hook(keep_new_rows)
+def undecayed(model: GPTClassifier) -> set[str]:
+    """Names of the matrices that weight decay must leave alone: the embedding, if its old rows are
+    frozen."""
+    return {EMBEDDING} if model.gpt.first_trained_row else set()
 
 
-def count_trainable(model: nn.Module) -> int:
+def count_trainable(model: GPTClassifier) -> int:
     """How many numbers train; of an embedding that is frozen up to its new rows, only those."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return sum(p[getattr(p, "first_row", 0) :].numel() for p in trained)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained - model.gpt.first_trained_row * model.gpt.config.n_embd
 
 
 @torch.no_grad()
-def cache_frozen_states(
-    model: GPTClassifier,
-    inputs: Inputs,
-    autocast: AbstractContextManager,
-    max_tokens: int,
-    gigabytes: float,
-    rows: int,
-) -> str:
-    """Let the frozen part read every example once; `inputs` gives its states from now on.
+def cache_frozen_states(strategy: Single, inputs: Inputs, max_tokens: int, gigabytes: float) -> str:
+    """Let the frozen part read every example once; `inputs` gives its states from now on. A
+    collective: each process reads them all.
 
-    Returns why not, in words, if that is no use or takes more than so many GiB; rows: ids from
-    this one on are new tokens, which train."""
+    Returns why not, in words, if that is no use or takes more than so many GiB."""
+    model = strategy.model
     config = model.gpt.config
+    first_new = model.gpt.first_trained_row
     if not model.first_block or not gigabytes:
         return ""
-    if model.gpt.wte.weight.requires_grad and inputs.largest >= rows:
+    if strategy.depth > 1:
+        return "the stages of a pipeline read tokens: it runs every time"
+    if first_new and inputs.largest >= first_new:
         return "new tokens train below the frozen part, which therefore runs every time"
     size = cache_size(model, inputs) / 2**30
     if size > gigabytes:
@@ -106,11 +98,12 @@ def cache_frozen_states(
     pooled = model.first_block == config.n_layer
     for batch in tqdm(batches, desc="frozen part, once", disable=None, leave=False):
         tokens, lengths = inputs.tokens(batch)
-        with autocast:
+        with strategy.autocast:
             found = model.run_frozen(tokens, lengths)
         for row, state, length in zip(batch, found, lengths.tolist(), strict=True):
             is_whole = pooled or inputs.width  # the mask being off, padding is read like text
             states[row] = (state if is_whole else state[:length]).clone()
+    strategy.settle()
     inputs.states = states
     return ""
 

@@ -12,6 +12,9 @@ from bench.parity import (
     FSDP2,
     HSDP,
     ONE,
+    PP2,
+    PP2_FSDP2,
+    PP2_TP2,
     TP2,
     TP2_FSDP2,
     TP2_SEQUENCE,
@@ -20,11 +23,21 @@ from bench.parity import (
     name_of,
 )
 
-LAYOUTS = [DDP2, FSDP2, HSDP, TP2, TP2_SEQUENCE, TP2_FSDP2]
+LAYOUTS = [DDP2, FSDP2, HSDP, TP2, TP2_SEQUENCE, TP2_FSDP2, PP2, PP2_TP2, PP2_FSDP2]
 CASES = [(layout, "tied") for layout in LAYOUTS]
 CASES += [(FSDP2, "untied"), (TP2, "untied"), (TP2, "1 K/V head"), (TP2_FSDP2, "GPT-2 form")]
 # saved on, resumed on
-MOVES = [(ONE, TP2_FSDP2), (FSDP2, ONE), (TP2_FSDP2, FSDP2), (HSDP, TP2), (TP2, HSDP), (DDP2, ONE)]
+MOVES = [
+    (ONE, PP2_TP2),
+    (DDP2, ONE),
+    (FSDP2, PP2_FSDP2),
+    (HSDP, TP2),
+    (TP2, HSDP),
+    (TP2_FSDP2, FSDP2),
+    (PP2, TP2_FSDP2),
+    (PP2_TP2, PP2),
+    (PP2_FSDP2, ONE),
+]
 STEPS = 8
 
 

@@ -215,6 +215,41 @@ def test_a_port_in_use_is_one_sentence(by_hand):
     assert "MASTER_PORT" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        ({"RANK": "1", "MASTER_ADDR": "no-such-host.invalid"}, "Name or service not known"),
+        ({"RANK": "1"}, "Connection refused"),  # nobody listens
+        ({}, "process 1 of 2 did not answer within timeout=1 seconds; these did: process 0 on"),
+    ],
+)
+def test_who_does_not_come_is_not_waited_for_longer_than_the_limit(
+    by_hand, monkeypatch, variables, sentence
+):
+    """Regression: torch tried an address for 30 minutes that no name server knows."""
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(UserError) as error, world.start("cpu", timeout=1):
+        pass
+    assert time.monotonic() - began < 10
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["optim.lr=0.5", "eval_every=3"])
+def test_machines_with_different_settings_are_told(out, tiny, start, change):
+    """They would train something else, or one of them would wait for an evaluation for ever."""
+    args = tiny(out, run="different")
+    env = {**group_variables(2), "LOCAL_RANK": "0"}
+    argv = args, [*args, change]
+    processes = [start("train", a, env={**env, "RANK": str(r)}) for r, a in enumerate(argv)]
+    results = [process.wait() for process in processes]
+    message = one_message(results)
+    key, _, value = change.partition("=")
+    assert f"the processes were started differently: {key} is " in message
+    assert f"{value} in process 1 on " in message
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
 def test_a_variable_that_is_no_number_is_named(by_hand, monkeypatch, name):
     """Regression: RANK=$SLURM_PROCID outside Slurm was a ValueError of int()."""

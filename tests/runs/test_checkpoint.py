@@ -36,7 +36,7 @@ def tiny_module(width: int = 8) -> tuple[nn.Module, list[torch.optim.Optimizer]]
 
 def save(run: Path, step: int, keep: int = 2) -> None:
     module, optimizers = tiny_module()
-    checkpoint.save(run, strategy_of(module), optimizers, {"step": step}, keep)
+    checkpoint.Saver(run, ONE, keep).save(strategy_of(module), optimizers, {"step": step})
 
 
 @pytest.fixture
@@ -186,6 +186,17 @@ def test_state_of_other_parameters_is_refused(saved):
         checkpoint.load_optimizers(checkpoint.find(saved), strategy_of(other), fresh)
 
 
+def test_a_state_that_lacks_a_parameter_is_refused(tmp_path):
+    """Its moments would begin again at 0, and nobody would know."""
+    module, optimizers = tiny_module()
+    (fewer,) = optimizers
+    del fewer.state[module.bias]
+    checkpoint.Saver(tmp_path, ONE, 1).save(strategy_of(module), optimizers, {"step": 1})
+    other, fresh = tiny_module()
+    with pytest.raises(UserError, match="belongs to another optimizer or other parameters"):
+        checkpoint.load_optimizers(checkpoint.find(tmp_path), strategy_of(other), fresh)
+
+
 class Stage(Single):
     """A layout of which this process holds the bias only, as a stage of a pipeline would."""
 
@@ -193,16 +204,26 @@ class Stage(Single):
         return {"bias": self.model.bias}
 
 
-def test_a_process_that_holds_a_part_of_the_model_loads_its_part(saved):
-    """The state of parameters that others hold is not missed; the weights are checked as a whole,
-    against the shapes before the model was cut."""
+def test_a_process_that_holds_a_part_of_the_model_loads_its_part(saved, monkeypatch):
+    """The state of parameters that others hold is not missed, and their weights are not read; all
+    are checked, against the shapes before the model was cut."""
     other = nn.Linear(8, 8)
     stage = Stage(other, ONE, torch.float32)
     fresh = [torch.optim.AdamW([other.bias], lr=0.1)]
     found = checkpoint.find(saved)
-    assert checkpoint.read_weights(found, stage.shapes).keys() == {"weight", "bias"}
+    weights = checkpoint.read_weights(found, stage.shapes)
+    assert weights.keys() == {"weight", "bias"}
+    really, read = checkpoint.Weights.__getitem__, []
+    monkeypatch.setattr(
+        checkpoint.Weights,
+        "__getitem__",
+        lambda self, name: read.append(name) or really(self, name),
+    )
+    stage.set_weights(weights)
+    assert read == ["bias"]
     checkpoint.load_optimizers(found, stage, fresh)
     module, optimizers = tiny_module()
+    assert other.bias.equal(module.bias)
     loaded = fresh[0].state[other.bias]
     assert loaded["exp_avg"].equal(optimizers[0].state[module.bias]["exp_avg"])
     with pytest.raises(UserError, match="belongs to another optimizer"):  # its own is missed
@@ -307,11 +328,12 @@ def test_going_back_in_the_same_run_is_refused(copy, run):
     assert run("train", [*args, "max_steps=13", f"resume={folder / 'step-00000012'}"]).status == 0
 
 
-def test_a_full_disk_while_training(copy, run):
+@pytest.mark.parametrize("save", ["sync", "async"])
+def test_a_full_disk_while_training(copy, run, save):
     """No file may grow beyond 40 kB: the first checkpoint that does not fit ends the run, the older
     ones stay."""
     folder, args = copy
-    message = mistake(run("train", [*args, "max_steps=20"], file_size=40_000))
+    message = mistake(run("train", [*args, "max_steps=20", f"save={save}"], file_size=40_000))
     assert "could not save" in message and "step-00000016" in message
     assert steps(folder) == [4, 8, 12] and not list(folder.glob(".step*"))
     assert run("train", [*args, "max_steps=14"]).status == 0  # there is room again

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,14 +11,17 @@ import torch
 
 from smallgpt.console import UserError
 from smallgpt.parallel.world import World
+from smallgpt.runs import run
 from smallgpt.runs.checkpoint import Checkpoint
-from smallgpt.runs.run import Run, check_same, merge_sources
+from smallgpt.runs.run import Run, check_same, lock, merge_sources
 
 ONE = World(0, 1, torch.device("cpu"))
 
 
 def settings_of(out_dir: Path) -> SimpleNamespace:
-    return SimpleNamespace(run="r", out_dir=str(out_dir), resume="auto", log_every=1, keep=1)
+    return SimpleNamespace(
+        run="r", out_dir=str(out_dir), resume="auto", save="sync", log_every=1, keep=1
+    )
 
 
 def test_a_setting_that_an_older_version_lacked_was_off():
@@ -57,6 +61,20 @@ def test_after_the_loop_the_bar_is_closed_and_signals_are_as_before(tmp_path, mo
             break
         assert run.metrics.bar.disable  # tqdm's word for closed
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_restart_waits_for_what_it_replaces(tmp_path, monkeypatch):
+    """torchrun starts a lost machine's processes elsewhere while the old ones may still be ending;
+    any other second job is refused at once."""
+    with lock(tmp_path / "r", main=True):
+        with pytest.raises(UserError, match="another process trains"), lock(tmp_path / "r", True):
+            pass
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        monkeypatch.setattr(run, "RESTART_WAIT", 0.3)
+        began = time.monotonic()
+        with pytest.raises(UserError, match="another process trains"), lock(tmp_path / "r", True):
+            pass
+        assert time.monotonic() - began >= 0.3
 
 
 def test_patience_counts_the_evaluations_since_the_best(tmp_path, capsys):

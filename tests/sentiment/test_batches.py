@@ -68,11 +68,13 @@ def test_there_is_little_padding_and_still_a_mixture():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 33])
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_the_shares_of_all_ranks_are_the_batch(n, size):
+@pytest.mark.parametrize("size, depth", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 4)])
+def test_the_shares_of_all_ranks_are_the_batch(n, size, depth):
     rows = np.random.default_rng(0).permutation(100)[:n]
+    ranks = [SimpleNamespace(data_rank=r, data_size=size, depth=depth) for r in range(size)]
     for longest, most in ((10, 10**6), (10, 25), (10, 19), (10, 1), (48, 400)):
-        shares = [share_rows(rows, longest, r, size, most) for r in range(size)]
+        shares = [share_rows(rows, longest, rank, most) for rank in ranks]
+        assert len(shares[0]) % depth == 0  # or a pipeline would not be filled
         assert sorted(np.concatenate([part for parts in shares for part in parts])) == sorted(rows)
         assert len({*map(len, shares)}) == 1  # each micro-batch is a collective
         for part in (part for parts in shares for part in parts):
@@ -210,7 +212,7 @@ def test_all_ranks_score_in_the_same_number_of_passes(n_texts, max_tokens, size)
         strategy = SimpleNamespace(
             data_rank=rank,
             data_size=size,
-            model=SimpleNamespace(head=torch.nn.Linear(1, 2)),
+            shapes={"head.weight": (2, 1)},
             evaluate=evaluate,
             settle=lambda: None,
             sum=lambda *values: list(values),

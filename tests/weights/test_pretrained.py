@@ -445,7 +445,8 @@ def test_a_classifier_gives_its_trunk(trained, tmp_path):
         "head": head,
     }
     classifier = GPTClassifier(ours(trunk), 2)
-    checkpoint.save(tmp_path, alone(classifier), [], meta, keep=1)
+    strategy = alone(classifier)
+    checkpoint.Saver(tmp_path, strategy.world, keep=1).save(strategy, [], meta)
     trunk.tokenizer.save(tmp_path / "tokenizer.json")
     again = open_trunk(str(tmp_path))
     assert again.weights.keys() == trunk.weights.keys()
@@ -484,7 +485,8 @@ def test_an_untied_head_is_part_of_a_trunk(trained, tmp_path, tied):
     its_tokenizer = open_trunk(str(trained)).tokenizer
     model = GPT(config)
     meta = {"step": 1, "model": dataclasses.asdict(config), "tokenizer": its_tokenizer.hash}
-    checkpoint.save(tmp_path, alone(model), [], meta, keep=1)
+    strategy = alone(model)
+    checkpoint.Saver(tmp_path, strategy.world, keep=1).save(strategy, [], meta)
     its_tokenizer.save(tmp_path / "tokenizer.json")
     trunk = open_trunk(str(tmp_path))
     assert ("lm_head.weight" in trunk.weights) == (not tied)

@@ -1,0 +1,163 @@
+"""Fine-tuning with a model that is cut over processes: the numbers of one process, the same folder.
+
+A group of four processes makes the runs of all layouts, one after the other; this process makes
+each feature's run alone."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fine_tuning import assert_same_predictions, predictions, result_of
+from helpers import last_weights, losses
+from scripts.classify import Classifier, ClassifySettings
+from smallgpt.runs.metrics import read
+
+# 33 examples in batches of 16: one batch of an epoch has a single example, so that of several data
+# ranks some have none
+COMMON = dict(dtype="float64", data__train_size=33, max_steps=3, eval_every=3, dropout=0.0)
+FEATURES = {
+    "losses": dict(
+        pool="mean",
+        class_weights="balanced",
+        label_smoothing=0.1,
+        layer_decay=0.7,
+        lm_weight=0.3,
+        micro_tokens=200,
+        save_every=2,
+        keep=9,
+    ),
+    "adversarial": dict(adversarial=0.2, micro_tokens=200),
+    "no_mask": dict(mask=False, patience=1, eval_every=1),
+    "frozen_trunk": dict(freeze="trunk"),
+    "last_block": dict(freeze="all_but_last:1"),
+    "new_tokens": dict(freeze="all_but_last:1", mask=False, trunk="gpt2", lm_weight=0.3),
+    # eight examples a micro-batch, with a pipeline and without: the draws are the same
+    "token_dropout": dict(token_dropout=0.3, mask=False, micro_tokens=8 * 48),
+}
+LAYOUTS = {
+    "fsdp": (
+        dict(mesh__shard=4),
+        ["losses", "adversarial", "no_mask", "frozen_trunk", "last_block", "new_tokens"],
+    ),
+    "hsdp": (dict(mesh__shard=2, mesh__offload=True), ["losses"]),
+    "tp": (dict(mesh__tp=2), ["losses", "adversarial", "last_block", "new_tokens"]),
+    "tp_fsdp": (dict(mesh__tp=2, mesh__shard=2), ["losses"]),
+    "sequence": (dict(mesh__tp=2, mesh__sequence=True), ["losses", "adversarial"]),
+    "pp": (dict(mesh__pp=2, mesh__schedule="gpipe"), ["losses", "frozen_trunk", "new_tokens"]),
+    "pp_fsdp": (dict(mesh__pp=2, mesh__shard=2), ["losses", "last_block"]),
+    "pp_tp": (dict(mesh__pp=2, mesh__tp=2), ["losses", "token_dropout"]),
+}
+# saved by the run of "losses" on the first, resumed on the second
+MOVES = [("fsdp", "pp_tp"), ("pp_tp", "tp_fsdp")]
+CASES = [(layout, feature) for layout, (_, features) in LAYOUTS.items() for feature in features]
+
+
+@pytest.fixture(scope="module")
+def case(gpt2) -> Callable[[str], dict]:
+    """case(feature) -> its settings."""
+
+    def case(feature: str) -> dict:
+        changes = COMMON | FEATURES[feature]
+        return changes | ({"trunk": gpt2} if "trunk" in changes else {})
+
+    return case
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory, fine, case, start_ranks) -> Path:
+    """The folder with the runs of all layouts, made by one group of processes."""
+    out = tmp_path_factory.mktemp("cut")
+    jobs = []
+    for layout, feature in CASES:
+        mesh, _ = LAYOUTS[layout]
+        jobs.append(fine(out, run=f"{feature}-{layout}", **case(feature), **mesh))
+    for before, after in MOVES:
+        mesh, _ = LAYOUTS[after]
+        saved = out / f"losses-{before}" / "step-00000002"
+        jobs.append(fine(out, run=f"{before}-{after}", resume=saved, **case("losses"), **mesh))
+    (out / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    processes = start_ranks(4, [out / "jobs.json"], script="fine_tuning")
+    results = [process.wait(timeout=400) for process in processes]
+    failed = [result.err[-2000:] for result in results if result.status]
+    assert not failed, "\n".join(failed)
+    (out / "console.txt").write_text(results[0].out, encoding="utf-8")
+    return out
+
+
+def numbers(folder: Path) -> Iterator[tuple[str, float]]:
+    """All losses and measures of a run, in order."""
+    for split in ("train", "val"):
+        for record in read(folder, split):
+            for key in ("loss", "accuracy", "grad_norm", "macro_f1", "lr"):
+                if key in record:
+                    yield f"{split} {record['step']} {key}", record[key]
+
+
+def assert_same_run(found: Path, one: Path) -> None:
+    """The same numbers, report and weights, up to rounding."""
+    ours, theirs = dict(numbers(found)), dict(numbers(one))
+    assert ours.keys() == theirs.keys() and len(losses(one, "train")) >= 2
+    for key, value in theirs.items():
+        assert math.isclose(ours[key], value, rel_tol=1e-12, abs_tol=1e-15), (found, key)
+    x, y = result_of(found), result_of(one)
+    for key in ("step", "trainable", "notes", "hashes", "examples"):
+        assert x[key] == y[key], (found, key)
+    assert x["test"] == pytest.approx(y["test"], rel=1e-12)
+    assert_same_predictions(found, one, 1e-9)
+    a, b = last_weights(found), last_weights(one)
+    assert a.keys() == b.keys()
+    for name in b:
+        if not name.endswith("attn.k.bias"):  # its gradient is rounding noise around 0
+            assert (a[name] - b[name]).norm() <= 1e-9 * b[name].norm(), (found, name)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_cut_model_is_fine_tuned_as_a_whole_one(cut, case, fit, feature):
+    """Losses, norms, accuracies, report and weights of every layout are those of one process."""
+    one = fit(**case(feature))
+    for layout, other in CASES:
+        if other == feature:
+            assert_same_run(cut / f"{feature}-{layout}", one)
+
+
+def test_a_run_goes_on_on_another_layout(cut, case, fit):
+    """Weights or optimizer state that were saved in parts would come back in the wrong places, or
+    the order of the examples would depend on who reads them."""
+    truth = losses(fit(**case("losses")), "train")
+    saved = cut / "losses-pp" / "step-00000002"
+    moved = [cut / f"{before}-{after}" for before, after in MOVES]
+    moved.append(fit(run="alone", resume=saved, **case("losses")))
+    for folder in moved:
+        found = losses(folder, "train")
+        assert list(found) == [3]
+        assert found[3] == pytest.approx(truth[3], rel=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_run_folder_is_like_any_other(cut, layout):
+    """One process classifies texts with it at once, as its own report says."""
+    folder = cut / f"losses-{layout}"
+    model = Classifier(str(folder), ClassifySettings(device="cpu", dtype="float32"))
+    rows = predictions(folder)
+    found = model.score([row["text"] for row in rows]).exp()[:, model.labels.index("good")]
+    assert len(rows) > 20
+    # the file rounds to 1e-4
+    assert found.tolist() == pytest.approx([float(row["p_good"]) for row in rows], abs=2e-4)
+
+
+def test_a_classifier_of_a_cut_model_is_a_trunk(cut, fit):
+    """It would lack weights, or have them under the names of a wrapped model."""
+    folder = fit(trunk=cut / "losses-fsdp", max_steps=1)
+    assert result_of(folder)["trunk"].startswith(str(cut / "losses-fsdp"))
+
+
+def test_the_console_says_how_the_batch_and_the_model_are_cut(cut):
+    """A user sees which layout runs, and how many replicas share a batch."""
+    said = (cut / "console.txt").read_text(encoding="utf-8")
+    assert "steps an epoch, 4 process(es)" in said and "cpu, fsdp 4; float64" in said
+    assert "steps an epoch, 2 replica(s)" in said and "cpu, hsdp 2x1 x tp 2; float64" in said
+    assert "steps an epoch, 1 replica(s)" in said and "cpu, pp 2 (1f1b) x tp 2; float64" in said
+    assert "frozen   train: the stages of a pipeline read tokens: it runs every time" in said
