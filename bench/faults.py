@@ -48,10 +48,11 @@ SETTINGS = {
 def write_corpus(path: Path) -> None:
     """Chats of random words."""
     draw = random.Random(0)
-    words = ["red", "blue", "green", "black", "white"]
-    chats = [
-        f"what is {draw.choice(words)} {i}?\n{draw.choice(words)} is fine\n" for i in range(400)
-    ]
+    colours = ["red", "blue", "green", "black", "white"]
+    chats = []
+    for number in range(400):
+        colour = draw.choice(colours)
+        chats.append(f"what is {colour} {number}?\n{colour} is fine\n")
     path.write_text("\n".join(chats), encoding="utf-8")
 
 
@@ -158,12 +159,11 @@ def differences(a: Path, b: Path) -> list[str]:
     found = []
     if losses(a) != losses(b):
         found.append("the losses differ")
-    names = [(run / "latest").read_text(encoding="utf-8").strip() for run in (a, b)]
-    one, other = (
-        load_file(run / name / "model.safetensors") for run, name in zip((a, b), names, strict=True)
-    )
-    if names[0] != names[1] or one.keys() != other.keys():
-        return [*found, "the last checkpoints differ"]
+    last = [(run / "latest").read_text(encoding="utf-8").strip() for run in (a, b)]
+    if last[0] != last[1]:
+        return [*found, f"one ended at {last[0]}, the other at {last[1]}"]
+    one = load_file(a / last[0] / "model.safetensors")
+    other = load_file(b / last[1] / "model.safetensors")
     changed = [name for name in one if one[name].tobytes() != other[name].tobytes()]
     if changed:
         found.append(f"{len(changed)} of {len(one)} weights differ, for example {changed[0]}")

@@ -136,6 +136,12 @@ def marked_encoding(head: bytes) -> str:
 # ---- hashes
 
 
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, read to its end."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash_files(paths: Iterable[Path], index_file: Path) -> dict[Path, str]:
     """The sha256 of each file that is there, "" of one that cannot be read.
 
@@ -153,9 +159,7 @@ def hash_files(paths: Iterable[Path], index_file: Path) -> dict[Path, str]:
             stamp = [status.st_size, status.st_mtime_ns]
             entry = index.get(str(path))
             if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != stamp:
-                with open(path, "rb") as file:
-                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                entry = [*stamp, sha256]
+                entry = [*stamp, hash_file(path)]
             index[str(path)] = entry
             hashes[path] = entry[2]
         except OSError:

@@ -209,6 +209,15 @@ def mistake(result: Result) -> str:
     return message.removeprefix("error: ").strip()
 
 
+def sentence(result: Result) -> str:
+    """What one of several processes said at its end: one line of ours, and no traceback. torch may
+    print lines of its own about the connection."""
+    assert "Traceback" not in result.err, result.err[-2000:]
+    lines = [line for line in result.err.splitlines() if line.startswith(("error: ", "(process "))]
+    assert len(lines) == 1, result.err[-2000:]
+    return lines[0]
+
+
 def losses(folder: Path, split: str) -> dict[int, float]:
     """{step: loss} of a run, the last record of a step."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

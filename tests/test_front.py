@@ -28,6 +28,7 @@ PAGES = [
     "docs/usage.md",
     "docs/usage_zh.md",
     "docs/results.md",
+    "docs/scaling.md",
     "docs/experiments.md",
 ]
 CONFIGS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("*.yaml"))

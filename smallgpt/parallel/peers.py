@@ -2,16 +2,17 @@
 
 All of it goes through the store at MASTER_ADDR:MASTER_PORT, where torch's processes meet:
 
-    peers = meet(rank, size, timeout, facts)   # a roll call; UserError names who is missing
-    choose_interface(peers.everyone)           # the network interface that leads to the others
-    ...                                        # torch's process group; training
-    raise peers.explain(error)                 # what an error here was a consequence of
-    peers.leave()                              # at a good end
+    peers = meet(rank, size, timeout, facts)    # a roll call; UserError names who is missing
+    choose_interface(peers.me, peers.everyone)  # the network interface that leads to the others
+    ...                                         # torch's process group; training
+    raise peers.explain(error)                  # what an error here was a consequence of
+    peers.leave()                               # at a good end
 
 A thread of each process waits for the alarm that a failing one gives. So a process answers while
 its main thread computes, or hangs: it tells where.
 """
 
+import ipaddress
 import json
 import os
 import select
@@ -25,7 +26,9 @@ import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from smallgpt import console
@@ -173,12 +176,15 @@ def answer_the_roll(store: Store, me: Peer, facts: dict, deadline: float) -> dic
     """The part of the others: the roster. At first they may see the call of an earlier start, whose
     roster does not hold them."""
     answer = json.dumps({"peer": asdict(me), "facts": facts})
+    call = ""
     while time.monotonic() < deadline + GRACE:
         time.sleep(POLL)
         if not store.check(["call"]):
             continue
-        call = store.get("call").decode()
-        store.set(f"{call}/{me.rank}", answer)
+        latest = store.get("call").decode()
+        if call != latest:
+            call = latest
+            store.set(f"{call}/{me.rank}", answer)
         if store.check([f"{call}/roster"]):
             roster = json.loads(store.get(f"{call}/roster"))
             if asdict(me) in roster["peers"]:
@@ -222,6 +228,10 @@ def interfaces() -> dict[str, str]:
     return found
 
 
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
 def choose_interface(me: Peer, everyone: list[Peer]) -> str:
     """On several machines, tell gloo which network interface leads to the others, unless the user
     has; returns what was done, in words.
@@ -231,9 +241,11 @@ def choose_interface(me: Peer, everyone: list[Peer]) -> str:
     if len(addresses) == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
         return ""
     mine = me.address
-    if mine.startswith("127."):  # MASTER_ADDR is this machine itself, by its name
-        other = next(address for address in sorted(addresses) if not address.startswith("127."))
-        mine = source_address((other, 1))
+    if is_loopback(mine):  # MASTER_ADDR is this machine itself, by its name
+        reachable = sorted(address for address in addresses if not is_loopback(address))
+        if not reachable:
+            return ""
+        mine = source_address((reachable[0], 1))
     for name, address in interfaces().items():
         if address == mine:
             os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -286,16 +298,18 @@ class Peers:
 
         In a thread of its own, with a connection of its own to the store."""
         main = threading.main_thread()
+        alarmed = False
         with suppress(RuntimeError):
             while not self.has(store, "alarm"):
                 if self.ended.wait(1):
                     return
+            alarmed = True
             store.set(f"alive/{self.me.rank}", place_of(main))
             self.hear(store, LAST)
-        if not self.cause or self.ended.wait(LAST):
-            return
-        console.report(f"{self.cause.sentence}; this one was {place_of(main)}")
-        os._exit(1)
+        if alarmed and not self.ended.wait(LAST):
+            why = self.cause.sentence if self.cause else "another process has failed"
+            console.report(f"{why}; this one was {place_of(main)}")
+            os._exit(1)
 
     def hear(self, store: Store, seconds: float) -> None:
         """Wait until some process has told the cause; so many seconds at most."""
@@ -307,7 +321,7 @@ class Peers:
             time.sleep(POLL)
 
     def leave(self) -> None:
-        """Stop watching. Who holds the store must not end before all have left."""
+        """Stop watching: the run has come to its end."""
         self.ended.set()
         self.watcher.join()
 
@@ -396,9 +410,12 @@ def place_of(thread: threading.Thread) -> str:
     if frame is None:
         return "at its end"
     place = traceback.extract_stack(frame)[-1]
-    if f"{os.sep}torch{os.sep}" in place.filename:
+    file = Path(place.filename)
+    if file.is_relative_to(Path(torch.__file__).parent):
         return WAITING
-    return f"at {os.path.basename(place.filename)}:{place.lineno} in {place.name}"
+    root = Path(__file__).parents[2]
+    shown = file.relative_to(root) if file.is_relative_to(root) else file
+    return f"at {shown}:{place.lineno} in {place.name}"
 
 
 def network_error(error: BaseException | None) -> str:

@@ -108,23 +108,24 @@ class Pipeline(Mesh):
     def cut_layers(self) -> None:
         pp = self.mesh["pp"]
         self.depth = pp.size()
-        self.rank = pp.get_local_rank()
-        self.group = pp.get_group()
-        self.has_last = self.rank == self.depth - 1
+        self.pp_rank = pp.get_local_rank()
+        self.pp_group = pp.get_group()
+        self.has_last = self.pp_rank == self.depth - 1
         gpt = gpt_of(self.model)
         self.layers = cut_in_ranges(gpt.config.n_layer, self.s.stages)
         # whether the hidden states that go into a stage have a gradient
         self.in_graph = [trains_below(gpt, blocks.start) for blocks in self.layers]
         self.stages: dict[int, Stage] = {}
-        for number in range(self.rank, self.s.stages, self.depth):
+        for number in range(self.pp_rank, self.s.stages, self.depth):
             self.stages[number] = Stage(self.model, self.layers[number], self.autocast)
         keep_only(self.model, self.stages.values())
         for stage in self.stages.values():
             self.shard(stage, stage.blocks)
         self.schedule = functools.lru_cache(maxsize=2)(self.make_schedule)  # training, evaluation
-        # a process of the first stage and the one of the last that holds the same parts
-        ends = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()
-        self.ends, _ = dist.new_subgroups_by_enumeration(ends)
+        if gpt.config.tie_weights:
+            # each process of the first stage, and the one of the last that holds the same parts
+            ends = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()
+            self.ends, _ = dist.new_subgroups_by_enumeration(ends)
 
     @property
     def computes_loss(self) -> bool:
@@ -143,13 +144,13 @@ class Pipeline(Mesh):
 
     def gather(self, name: str, parameter: nn.Parameter | None) -> Tensor:
         home = self.home(name)
-        if self.rank == home:
+        if self.pp_rank == home:
             whole = whole_of(parameter).to(self.world.device)
         else:
             dtype = next(self.model.parameters()).dtype
             whole = torch.empty(self.shapes[name], dtype=dtype, device=self.world.device)
         if home:
-            dist.broadcast(whole, group=self.group, group_src=home)
+            dist.broadcast(whole, group=self.pp_group, group_src=home)
         return whole
 
     def tied(self) -> nn.Parameter | None:
@@ -172,7 +173,7 @@ class Pipeline(Mesh):
             return loss * (self.gradient_scale * scale)
 
         # what was drawn before is the same on all stages; their dropout is not
-        torch.manual_seed(int(torch.randint(2**48, ())) + self.rank)
+        torch.manual_seed(int(torch.randint(2**48, ())) + self.pp_rank)
         self.run(batches, finish, training=True)
         self.sum_tied_gradient()
         return sum(losses)
@@ -211,7 +212,7 @@ class Pipeline(Mesh):
                 self.world.device,
                 input_args=(hidden[number],) if number else (),
                 output_args=(hidden[number + 1],),
-                group=self.group,
+                group=self.pp_group,
             )
             stages.append(stage)
         make = SCHEDULES[self.s.schedule]
@@ -242,7 +243,7 @@ class Pipeline(Mesh):
         copy = self.tied() if self.has_last else None  # the first stage counts it
         norm = super().gradient_norm([p for p in parameters if p is not copy])
         square = norm.to(self.world.device).double().square()
-        dist.all_reduce(square, group=self.group)
+        dist.all_reduce(square, group=self.pp_group)
         return square.sqrt().to(next(self.model.parameters()).dtype)
 
     @torch.no_grad()
@@ -256,7 +257,7 @@ class Pipeline(Mesh):
         outputs = []
         self.run(batches, lambda output, _: outputs.append(output), training=False)
         found = [join(outputs) if self.has_last else None]
-        dist.broadcast_object_list(found, group=self.group, group_src=self.depth - 1)
+        dist.broadcast_object_list(found, group=self.pp_group, group_src=self.depth - 1)
         return found[0]
 
     def settle(self) -> None:

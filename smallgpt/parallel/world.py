@@ -7,6 +7,7 @@ sampled; LOCAL_RANK only chooses the GPU.
 import hashlib
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: int = 600  # seconds that another process may be waited for
 
     @property
     def main(self) -> bool:
@@ -82,7 +84,8 @@ def start(
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise UserError(f"{name}={os.environ[name]} is no number: start it with torchrun")
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device_of_rank(device))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = World(rank, size, device_of_rank(device), timeout)
     peers = meet(world.rank, world.size, timeout, facts_of(settings or {}))
     try:
         said = choose_interface(peers.me, peers.everyone)
@@ -91,7 +94,6 @@ def start(
         join_group(world, peers, timeout)
         yield world
         peers.leave()
-        world.sum(0.0)  # the store may end with this process: all have left it now
     except Exception as error:
         cause = peers.explain(error)
         if cause is error:
@@ -102,10 +104,11 @@ def start(
 
 def facts_of(settings: dict[str, Any]) -> dict[str, Any]:
     """What must be alike in all processes: they would train something else, or wait for ever."""
-    root = Path(__file__).parents[2]
     program = hashlib.sha256()
-    for file in sorted([*root.glob("*.py"), *root.glob("smallgpt/**/*.py")]):
-        program.update(file.read_bytes())
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and name.partition(".")[0] in ("smallgpt", "model", "train", "__main__"):
+            program.update(Path(file).read_bytes())
     facts = {"torch": torch.__version__, "the program": program.hexdigest()[:8]}
     return facts | {name: value for name, value in settings.items() if name not in PATHS}
 

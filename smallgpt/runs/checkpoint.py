@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -231,8 +232,9 @@ class Saver:
             self.write(write_state, weights, meta)
             self.finish()
             return
-        if self.group is None and not alone:
-            self.group = dist.new_group(backend="gloo")  # training's own would mix up the two
+        if self.group is None and not alone:  # training's own would mix up the two
+            limit = timedelta(seconds=self.world.timeout)
+            self.group = dist.new_group(backend="gloo", timeout=limit)
         state = dcp.async_save(
             tensors, storage_writer=writer, process_group=self.group, no_dist=alone
         )
@@ -317,8 +319,9 @@ class Saver:
 
     def close(self) -> str:
         """Wait for this process's files and for no other process, since the run ends by an error;
-        returns what went wrong with them, in words."""
-        self.wait()
+        returns why they could not be saved, in words. (A process that died is told elsewhere.)"""
+        if self.thread:
+            self.thread.exception()
         return self.give_up() if self.step and self.error else ""
 
     def name_best(self, step: int) -> None:

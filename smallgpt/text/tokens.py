@@ -9,10 +9,12 @@ import contextlib
 import functools
 import glob
 import json
+import mmap
 import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -24,13 +26,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from smallgpt import files
 from smallgpt.console import UserError
 from smallgpt.settings import Count, Free, Share
 from smallgpt.text.batches import Corpus
+from smallgpt.text.claims import is_first, make_together
 from smallgpt.text.formats import (
     TEXT,
     Block,
@@ -89,34 +91,27 @@ def prepare(
     block_size: int,
     quiet: bool = False,
 ) -> Corpus:
-    """Tokenise what is not in the cache yet and open it. Every rank calls this; a lock lets one do
-    the work.
+    """Tokenise what is not in the cache yet and open it. Every rank calls this; they divide the
+    files among themselves, and all return when the last file is there.
 
     `tokenizer` is trained on the training split, named, or given (resuming). UserError: no or
     unreadable files, too few training tokens for one block of `block_size`, an empty validation
     split."""
     cache = Path(data.cache)
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / ".lock"):
-        sources = find_sources(data.path, cache)
-        split = [FORMAT, data.split_seed, data.val_fraction, data.errors]
-        if isinstance(tokenizer, TokenizerSettings):
-            tokenizer = find_tokenizer(tokenizer, data, sources, split, cache)
-        folders = [cache / files.digest(s.key, tokenizer.hash, split) for s in sources]
-        todo = {
-            folder: source
-            for folder, source in zip(folders, sources, strict=True)
-            if open_tokens(folder) is None
-        }
-        if todo:
-            tokenise(todo, data, tokenizer, quiet)
-        found = [open_tokens(folder) for folder in folders]
-    if not quiet and os.environ.get("RANK", "0") == "0":
-        for source, tokens in zip(sources, found, strict=True):
-            say_how_it_was_read(source, tokens.counts)
+    sources = find_sources(data.path, cache, quiet)
+    split = [FORMAT, data.split_seed, data.val_fraction, data.errors]
+    if isinstance(tokenizer, TokenizerSettings):
+        tokenizer = find_tokenizer(tokenizer, data, sources, split, quiet)
+    folders = [cache / files.digest(s.key, tokenizer.hash, split) for s in sources]
+    found = find_tokens(dict(zip(folders, sources, strict=True)), data, tokenizer, quiet)
+    tokens = [found[folder] for folder in folders]
+    if not quiet and is_first():
+        for source, its_tokens in zip(sources, tokens, strict=True):
+            say_how_it_was_read(source, its_tokens.counts)
     return Corpus(
         tokenizer,
-        tokens=[[tokens.train, tokens.val] for tokens in found],
+        tokens=[[t.train, t.val] for t in tokens],
         weights=[source.weight for source in sources],
         fingerprint=files.digest([[s.key, s.weight] for s in sources], tokenizer.hash, split),
         block_size=block_size,
@@ -148,8 +143,10 @@ def held_out(turns: list[str], data: DataSettings) -> bool:
 # -- which files -----------------------------------------------------------------------------------
 
 
-def find_sources(path: Any, cache: Path) -> list[Source]:
-    """The files of `data.path` in its order, each once (its last weight counts)."""
+def find_sources(path: Any, cache: Path, quiet: bool = False) -> list[Source]:
+    """The files of `data.path` in its order, each once (its last weight counts).
+
+    What was found out about a file is kept in the cache until its size or time change."""
     if not path:
         raise UserError(
             "data.path is not set: give a chat text file, for example the one that "
@@ -162,14 +159,47 @@ def find_sources(path: Any, cache: Path) -> list[Source]:
             raise UserError(f"data.path: the weight in {str(entry)!r} must be a positive number")
         for file in expand(pattern):
             weights[file] = weight
-    forms = {file: sniff(file) for file in weights}  # UserError names a file that cannot be read
-    hashes = files.hash_files(weights, cache / "index.json")
-    sources = []
-    for file, weight in weights.items():
-        if not hashes.get(file):
-            raise UserError(f"data.path: cannot read {file} to its end")
-        sources.append(Source(file, weight, hashes[file], forms[file]))
-    return sources
+    records = cache / "sources"
+    records.mkdir(exist_ok=True)
+    file_of = {records / f"{files.digest(str(file))}.json": file for file in weights}
+
+    def find(record: Path) -> Source | None:
+        file = file_of[record]
+        return read_source(record, file, weights[file])
+
+    # before any is read to its end: UserError names a file that cannot be read
+    forms = {record: sniff(file) for record, file in file_of.items() if not find(record)}
+
+    def make(record: Path, n_missing: int) -> Source:
+        file = file_of[record]
+        return examine(record, file, weights[file], forms[record])
+
+    found = make_together(file_of, find, make, "read the files of data.path", quiet)
+    return [found[record] for record in file_of]
+
+
+def read_source(record: Path, file: Path, weight: float) -> Source | None:
+    """The source that `examine` recorded, unless the file has another size or time by now."""
+    try:
+        size, changed, sha256, kind, gzipped = files.read_json(record)
+        status = file.stat()
+    except (TypeError, ValueError, OSError):
+        return None
+    if (size, changed) != (status.st_size, status.st_mtime_ns):
+        return None
+    return Source(file, weight, sha256, Format(kind, gzipped))
+
+
+def examine(record: Path, file: Path, weight: float, form: Format) -> Source:
+    """Read a file to its end for its hash, and record it."""
+    try:
+        status = file.stat()
+        sha256 = files.hash_file(file)
+    except OSError as error:
+        raise UserError(f"data.path: cannot read {file} to its end: {error.strerror}") from error
+    known = [status.st_size, status.st_mtime_ns, sha256, form.kind, form.gzipped]
+    files.write_atomic(record, json.dumps(known))
+    return Source(file, weight, sha256, form)
 
 
 def split_weight(entry: str) -> tuple[str, float]:
@@ -197,18 +227,25 @@ def expand(pattern: str) -> list[Path]:
 
 
 def find_tokenizer(
-    wanted: TokenizerSettings, data: DataSettings, sources: list[Source], split: list, cache: Path
+    wanted: TokenizerSettings, data: DataSettings, sources: list[Source], split: list, quiet: bool
 ) -> Tokenizer:
     """The tokenizer of the settings; a trained one is cached, keyed by what it was trained on."""
     if wanted.kind not in ("char", "bpe"):
         return named(wanted.kind)
     key = files.digest(asdict(wanted), [source.key for source in sources], split)
-    path = cache / f"tokenizer-{key}.json"
-    with contextlib.suppress(UserError):  # missing or damaged: train it
-        return Tokenizer.load(path)
-    tokenizer = train(wanted, training_utterances(sources, data))
-    tokenizer.save(path)
-    return tokenizer
+    path = Path(data.cache) / f"tokenizer-{key}.json"
+
+    def find(path: Path) -> Tokenizer | None:
+        with contextlib.suppress(UserError):  # missing or damaged: train it
+            return Tokenizer.load(path)
+        return None
+
+    def make(path: Path, n_missing: int) -> Tokenizer:
+        tokenizer = train(wanted, training_utterances(sources, data))
+        tokenizer.save(path)
+        return tokenizer
+
+    return make_together([path], find, make, "train the tokenizer", quiet)[path]
 
 
 def training_utterances(sources: list[Source], data: DataSettings) -> Iterator[str]:
@@ -234,39 +271,82 @@ def open_tokens(folder: Path) -> TokenFiles | None:
             return None
         if file.stat().st_size != length * dtype.itemsize:
             return None
-        # an empty file cannot be mapped
-        arrays.append(np.memmap(file, dtype, "r") if length else np.empty(0, dtype))
+        arrays.append(map_tokens(file, dtype) if length else np.empty(0, dtype))
     try:
         return TokenFiles(*arrays, Counts(**meta.get("counts", {})))
     except TypeError:
         return None
 
 
+def map_tokens(file: Path, dtype: np.dtype) -> np.ndarray:
+    """The tokens of a file that is not empty, read only where they are looked at."""
+    with open(file, "rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mapped, "madvise"):  # Windows has none
+        # a row is a few KB anywhere; the kernel would read megabytes around it
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
+
+
+def find_tokens(
+    sources: dict[Path, Source], data: DataSettings, tokenizer: Tokenizer, quiet: bool
+) -> dict[Path, TokenFiles]:
+    """The tokens of each source, by folder, written where they are missing."""
+    found = {folder: open_tokens(folder) for folder in sources}
+    todo = {folder: sources[folder] for folder, tokens in found.items() if tokens is None}
+    if todo:
+        found |= tokenise(todo, data, tokenizer, quiet)
+    return found
+
+
 def tokenise(
     todo: dict[Path, Source], data: DataSettings, tokenizer: Tokenizer, quiet: bool
-) -> None:
-    """Write the token files of `todo` (folder -> source), the same with any number of workers."""
+) -> dict[Path, TokenFiles]:
+    """Write the token files of `todo` (folder -> source) together with other processes: the same
+    files, whoever writes them, with any number of workers."""
+    quiet = quiet or not is_first()
     start = time.perf_counter()
-    size = sum(source.path.stat().st_size for source in todo.values())
-    workers = min(usable_cores(), size // PER_WORKER)
-    tokenizer_file = Path(data.cache) / f"tokenizer-{tokenizer.hash[:24]}.json"
-    tokenizer.save(tokenizer_file)  # the workers read it from here
+    sizes = {folder: source.path.stat().st_size for folder, source in todo.items()}
+    largest_first = sorted(todo, key=sizes.get, reverse=True)  # none is begun late
+    size = sum(sizes.values())
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    n_done = n_made = 0
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(start_pool(workers)) if workers > 1 else None
+        crew = stack.enter_context(Crew())
         bar = stack.enter_context(
             tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", disable=quiet or None)
         )
-        for folder, source in todo.items():
+        temporary = stack.enter_context(tempfile.TemporaryDirectory())
+        tokenizer_file = Path(temporary) / "tokenizer.json"
+        tokenizer.save(tokenizer_file)  # the workers read it from here
+
+        def find(folder: Path) -> TokenFiles | None:
+            nonlocal n_done
+            tokens = open_tokens(folder)
+            if tokens is not None:
+                n_done += sizes[folder]
+                bar.update(n_done - bar.n)
+            return tokens
+
+        def make(folder: Path, n_missing: int) -> TokenFiles:
+            nonlocal n_made
+            n_made += 1
+            crew.grow(min(share_of_cores(n_missing), size // PER_WORKER))
+            source = todo[folder]
             encode = functools.partial(encode_block, tokenizer_file, data, dtype, source)
-            pieces = in_order(pool, encode, blocks(source.path, source.form), 2 * workers)
+            pieces = in_order(crew.pool, encode, blocks(source.path, source.form), 2 * crew.size)
             write_tokens(folder, source, dtype, pieces, bar)
+            return find(folder)
+
+        found = make_together(largest_first, find, make, "tokenise", quiet)
     if bar.disable and not quiet:
         seconds = time.perf_counter() - start
+        others = f", {len(todo) - n_made} of them by other processes" if n_made < len(todo) else ""
         print(
-            f"tokenised {size / 1e6:.1f} MB of {len(todo)} file(s) in {seconds:.1f} s",
+            f"tokenised {size / 1e6:.1f} MB of {len(todo)} file(s) in {seconds:.1f} s{others}",
             file=sys.stderr,
         )
+    return found
 
 
 class Piece(NamedTuple):
@@ -332,6 +412,27 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def share_of_cores(n_files: int) -> int:
+    """The cores for one of the files that are worked on: the processes that torchrun started on
+    this machine divide them."""
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, usable_cores() // min(n_files, n_processes))
+
+
+class Crew(contextlib.ExitStack):
+    """Worker processes, of which there are more when other processes leave cores idle."""
+
+    pool: ProcessPoolExecutor | None = None
+    size = 1  # without a pool, this process works
+
+    def grow(self, size: int) -> None:
+        """To `size` workers, if it has fewer."""
+        if size > self.size:
+            self.close()
+            self.size = size
+            self.pool = self.enter_context(start_pool(size))
 
 
 def start_pool(workers: int) -> ProcessPoolExecutor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from helpers import ENV, Result, Started, command, free_port, losses, steps, wait_for
+from helpers import ENV, Started, command, free_port, losses, sentence, steps, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +160,7 @@ def test_the_commands_of_the_readme(out, small, machines):
             words = command(small(way), "--nnodes=2", "--nproc_per_node=1", *where)
             nodes[way, number] = machine.popen(words)
     for key, node in nodes.items():
-        text, error = node.communicate(timeout=120)
+        text, error = node.communicate(timeout=240)
         assert node.returncode == 0, (key, error[-2000:])
     assert losses(out / "static", "train") == losses(out / "c10d", "train")
     assert steps(out / "static") == [4, 5]
@@ -178,18 +178,11 @@ def test_a_cut_cable_ends_both_sides_and_the_run_goes_on_when_it_is_back(
     results = [process.wait(40) for process in processes]
     machines[1].link("up")
     assert [r.status for r in results] == [1] * 4, [r.err[-1000:] for r in results]
-    assert "no answer from processes 2, 3" in one_line(results[0])
+    assert "no answer from processes 2, 3" in sentence(results[0])
     for result in results[2:]:
-        assert "no answer from process 0" in one_line(result)
+        assert "no answer from process 0" in sentence(result)
     saved = steps(out / "cut")[-1]
     for process in start_on([*args, f"max_steps={saved + 4}"]):
         result = process.wait()
         assert result.status == 0, result.err
     assert steps(out / "cut")[-1] == saved + 4
-
-
-def one_line(result: Result) -> str:
-    """What a process said, which must be one line. torch warns of addresses without a name."""
-    lines = [line for line in result.err.splitlines() if not line.startswith("[W")]
-    assert len(lines) == 1, result.err
-    return lines[0]

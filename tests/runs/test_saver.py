@@ -224,14 +224,23 @@ def test_processes_that_hold_different_parameters(tmp_path, run_ranks):
     assert_holds_the_first_update(tmp_path / "async")
 
 
+SHARDED = {"dtype": "float64", "max_steps": 24, "optim__name": "muon", "save_every": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny, run) -> Path:
+    """The run of one process that is not interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run("train", tiny(out, run="r", **SHARDED)).status == 0
+    return out / "r"
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_a_sharded_run_goes_on_in_one_process(tmp_path, tiny, run, start_ranks, end):
+def test_a_sharded_run_goes_on_in_one_process(tmp_path, tiny, run, start_ranks, whole, end):
     """What was not published when the processes died is not missed; what a signal interrupts is
     published first."""
-    changes = {"dtype": "float64", "max_steps": 60, "optim__name": "muon", "save_every": 3}
-    assert run("train", tiny(tmp_path, run="whole", **changes)).status == 0
-    args = tiny(tmp_path, run="cut", save="async", **changes)
-    folder = tmp_path / "cut"
+    args = tiny(tmp_path, run="r", save="async", **SHARDED)
+    folder = tmp_path / "r"
     ranks = start_ranks(2, [*args, "mesh.shard=2"], script="train_fsdp")
     wait_for(lambda: len(steps(folder)) and len(losses(folder, "train")) > 7, "some steps")
     for rank in ranks:
@@ -243,5 +252,5 @@ def test_a_sharded_run_goes_on_in_one_process(tmp_path, tiny, run, start_ranks, 
     again = run("train", args)
     assert again.status == 0 and "continuing from step" in again.out, again.err
     for split in ("train", "val"):
-        found, expected = (losses(tmp_path / name, split) for name in ("cut", "whole"))
+        found, expected = losses(folder, split), losses(whole, split)
         assert found == pytest.approx(expected, rel=1e-10, abs=0)
