@@ -27,7 +27,7 @@ from smallgpt.hardware import choose_device
 from smallgpt.parallel.peers import Peers, choose_interface, meet
 
 # machines may see the same files in different places
-PATHS = ("out_dir", "data.path", "data.cache", "trunk", "resume", "init_from")
+PATHS = ("out_dir", "data.path", "data.test_path", "data.cache", "trunk", "resume", "init_from")
 
 
 @dataclass(frozen=True)
