@@ -114,6 +114,8 @@ class Pipeline(Mesh):
         self.pp_rank = pp.get_local_rank()
         self.depth = pp.size()
         self.last_rank = self.depth - 1
+        # NCCL: the first communication of a group must be one of all its members
+        dist.all_reduce(torch.zeros(1, device=self.world.device), group=self.pp_group)
         config = gpt_of(self.model).config
         self.layers = cut_in_ranges(config.n_layer, self.s.stages)
         self.parameter_dtype = next(self.model.parameters()).dtype
@@ -246,7 +248,9 @@ class Pipeline(Mesh):
             # as a sum over tensor-parallel ranks it is cut in other ways than the matrix
             copy.grad = copy.grad.redistribute(placements=copy.placements)
             part = copy.grad.to_local()
-        dist.all_reduce(part, group=self.ends)
+        total = part.to(self.world.device)  # an offloaded one lies elsewhere
+        dist.all_reduce(total, group=self.ends)
+        part.copy_(total)
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         if self.pp_rank == self.last_rank:
