@@ -70,6 +70,19 @@ def sizes(s: MeshSettings, world_size: int) -> dict[str, int]:
     return found
 
 
+def cut_in_ranges(n_layer: int, stages: int) -> list[range]:
+    """The blocks of each stage. What is left over goes to the first ones: the last one has the LM
+    head, too."""
+    size, rest = divmod(n_layer, stages)
+    ranges = []
+    first = 0
+    for number in range(stages):
+        end = first + size + (number < rest)
+        ranges.append(range(first, end))
+        first = end
+    return ranges
+
+
 class MeshSpread(Spread):
     """A model spread over a mesh of processes."""
 

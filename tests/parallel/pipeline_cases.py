@@ -123,6 +123,7 @@ CASES = {
     "pp 4, untied": Case(mesh(4), {"tie_weights": False}, classifier={}),
     "fsdp": Case(mesh(shard=2), recompute=1),
     "fsdp, interleaved": Case(mesh(shard=2, **INTERLEAVED), classifier={}, lm_weight=0.1),
+    "fsdp, frozen": Case(mesh(shard=2), {"tie_weights": False}, classifier={}, frozen=3),
     "replicate, gpt2": Case(mesh(replicate=2, **GPIPE), GPT2),
     "tp": Case(mesh(tp=2)),
 }
@@ -171,12 +172,16 @@ def held(strategy: Single) -> int:
     return sum(part.numel() for part in parts)
 
 
-def draws(strategy: Single) -> list[int]:
-    """Random numbers of this process: of two steps, and of the first again."""
+def draws(case: Case, strategy: Single) -> list[tuple[int, int]]:
+    """Random numbers of this process, drawn before and behind the passes of two steps, and of the
+    first again."""
     found = []
     for step in (0, 1, 0):
         strategy.seed(0, step)
-        found.append(int(torch.randint(2**40, ())))
+        before = int(torch.randint(2**40, ()))
+        strategy.forward_backward(case.batches(step, 1), case.loss_of, 1.0)
+        found.append((before, int(torch.randint(2**40, ()))))
+        strategy.model.zero_grad()
     return found
 
 
@@ -203,7 +208,7 @@ def compare(case: Case, world: World) -> dict:
     put_back = strategy.gather_weights()
     everyone = {
         "held": everyones(held(strategy)),
-        "draws": everyones(draws(strategy)),
+        "draws": everyones(draws(case, strategy)),
         "copies": [x == embeddings[0] for x in embeddings if x is not None],
     }
     if not world.main:

@@ -9,8 +9,7 @@ from parallel.pipeline_cases import CASES, STEPS
 from helpers import losses
 from model import GPTConfig
 from smallgpt.console import UserError
-from smallgpt.parallel.layout import MeshSettings, MeshSpread
-from smallgpt.parallel.pipeline import cut_in_ranges
+from smallgpt.parallel.layout import MeshSettings, MeshSpread, cut_in_ranges
 from smallgpt.parallel.strategy import share_batch
 from smallgpt.parallel.world import World
 
@@ -86,14 +85,17 @@ def test_each_process_holds_its_stages_only(found, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["pp 4", "fsdp", "tp"])
 def test_stages_draw_different_dropout(found, case):
-    """With one seed for all, the first block of every stage would drop the same numbers; but those
-    who compute one block together must drop the same."""
-    draws = found[case]["draws"]
+    """With one seed for all, the first block of every stage would drop the same numbers; those who
+    compute one block together, and whatever chooses a batch, must draw the same."""
     mesh = CASES[case].mesh
-    first = [tuple(of_rank) for of_rank in draws]
-    assert len(set(first)) == mesh.pp * mesh.shard  # data ranks differ, too
-    for step_0, step_1, again in draws:
-        assert step_0 == again != step_1
+    data_ranks = mesh.shard * mesh.replicate
+    of_ranks = found[case]["draws"]
+    for step_0, step_1, again in of_ranks:
+        assert step_0 == again and step_0 != step_1
+    before = {of_rank[0][0] for of_rank in of_ranks}
+    behind = {of_rank[0][1] for of_rank in of_ranks}
+    assert len(before) == data_ranks
+    assert len(behind) == data_ranks * mesh.pp
 
 
 def test_what_is_left_over_goes_to_the_first_stages():
