@@ -48,16 +48,18 @@ def permute(i: np.ndarray, n: np.ndarray | int, key: np.ndarray) -> np.ndarray:
     n and key may differ from one to the next. A Feistel network permutes [0, 4**half_bits);
     whatever lands outside [0, n) goes round again (cycle walking), four times at most on average
     (Black and Rogaway 2002)."""
-    n = np.broadcast_to(n, i.shape)
+    n = np.broadcast_to(n, i.shape).astype(np.uint64)
     key = np.broadcast_to(key, i.shape)
-    largest = np.maximum(n - 1, 1)
+    largest = np.maximum(n, 2) - 1
     _, bit_length = np.frexp(largest.astype(np.float64))  # exact below 2**53
-    half_bits = ((bit_length + 1) // 2).astype(np.uint64)
+    half_bits = (bit_length + 1) // 2
+    half_bits = half_bits.astype(np.uint64)
     x = i.astype(np.uint64)
     outside = np.arange(len(x))
     while len(outside):
         x[outside] = _feistel(x[outside], half_bits[outside], key[outside])
-        outside = outside[x[outside] >= n[outside].astype(np.uint64)]
+        is_outside = x[outside] >= n[outside]
+        outside = outside[is_outside]
     return x.astype(np.int64)
 
 
@@ -168,7 +170,8 @@ class Corpus:
         """
         sample = np.arange(indices.start, indices.stop, indices.step)
         epoch, position = np.divmod(sample, self.blocks_per_epoch)
-        draw = permute(position, self.blocks_per_epoch, key_of(seed, 0, epoch))
+        key = key_of(seed, 0, epoch)
+        draw = permute(position, self.blocks_per_epoch, key)
         source = self._draws_end.searchsorted(draw, side="right")
 
         n_blocks = self._n_blocks[source]
@@ -183,8 +186,9 @@ class Corpus:
         start = block * self.block_size + shift
 
         rows = np.empty((len(sample), self._row_length), np.int64)
-        for row, its_source, its_start in zip(rows, source.tolist(), start.tolist(), strict=True):
-            row[:] = self._train_tokens(its_source, its_start)
+        places = zip(source.tolist(), start.tolist(), strict=True)
+        for row, place in zip(rows, places, strict=True):
+            row[:] = self._train_tokens(*place)
         return self._inputs_and_targets(rows)
 
     def _train_tokens(self, source: int, start: int) -> np.ndarray:
@@ -215,11 +219,12 @@ class Corpus:
         first = bisect.bisect_right(self._val_ends, start)
         last = bisect.bisect_left(self._val_ends, stop)
         parts = [np.empty(0, np.int64)]
-        for tokens, end in zip(
-            self._val[first : last + 1], self._val_ends[first : last + 1], strict=True
-        ):
-            source_start = end - len(tokens)
-            parts.append(tokens[max(start - source_start, 0) : stop - source_start])
+        for source in range(first, min(last + 1, len(self._val))):
+            tokens = self._val[source]
+            source_start = self._val_ends[source] - len(tokens)
+            left = max(start - source_start, 0)
+            right = stop - source_start
+            parts.append(tokens[left:right])
         return np.concatenate(parts)
 
     def val_bytes(self, y: "Tensor") -> int:
