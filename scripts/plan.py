@@ -20,16 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from smallgpt import console, plots, settings
 from smallgpt.console import UserError
-from smallgpt.parallel.plan import (
-    GPUS,
-    Cluster,
-    Layout,
-    Plan,
-    Work,
-    layout_of,
-    plan,
-    search,
-)
+from smallgpt.parallel.footprint import Layout, Work
+from smallgpt.parallel.plan import GPUS, Cluster, Plan, layout_of, plan, search
 from smallgpt.settings import Amount, Count, Positive, PositiveFraction
 from train import round_vocabulary
 from train_fsdp import MeshTrainSettings
@@ -120,16 +112,16 @@ def cluster_of(s: PlanSettings) -> Cluster:
 
 def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
     """The layout of the settings, where there is one, and the fastest that fit."""
-    reduce = 2 if s.mesh.reduce == "bfloat16" else 4
     plans: dict[str, Plan] = {}
     mistake = None
     try:
-        own = layout_of(s.mesh, cluster.size, work, s.batch_tokens, s.micro_batch, s.recompute)
+        shares = (s.batch_tokens, s.micro_batch)
+        own = layout_of(s.mesh, cluster.size, work, shares, s.recompute)
         plans["settings"] = plan(work, own, cluster)
     except UserError as error:
         mistake = error
     layouts = [found.layout for found in plans.values()]
-    fastest = search(work, cluster, s.batch_tokens, reduce, s.best + 1)
+    fastest = search(work, cluster, s.batch_tokens, s.best + 1)
     others = [found for found in fastest if found.layout not in layouts]
     for number, found in enumerate(others[: s.best], 1):
         plans[f"best {number}"] = found

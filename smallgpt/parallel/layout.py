@@ -43,7 +43,9 @@ class MeshSettings:
         """Problems that the types do not show, in plain words."""
         problems = []
         if not self.shard and not self.replicate:
-            problems.append("shard=0 and replicate=0 cannot both mean all processes left over")
+            problems.append(
+                "shard=0 and replicate=0 both take all processes left over: set one to 1"
+            )
         if self.sequence and self.tp == 1:
             problems.append("sequence=true needs tp of 2 or more")
         return problems
