@@ -7,6 +7,8 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +25,38 @@ FEISTEL_ROUNDS = 6
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+COUNTED_AT_ONCE = 1 << 24  # tokens
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Token ids on disk: `file[start:stop]` reads those and no others.
+
+    It is not mapped into memory. The pages of a mapped file, and their page tables, stay with the
+    process: 8 KiB for each row that it ever read of a large corpus. And each mapping holds a
+    descriptor, of which a process may have about a thousand.
+    """
+
+    path: Path
+    dtype: np.dtype
+    length: int  # tokens
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """OSError: the file is gone, or shorter than it was."""
+        start, stop, _ = part.indices(self.length)
+        tokens = np.empty(max(stop - start, 0), self.dtype)
+        rest = memoryview(tokens.view(np.uint8))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(start * self.dtype.itemsize)
+            while len(rest):  # one call reads 2 GiB at most
+                n_bytes = file.readinto(rest)
+                if not n_bytes:
+                    raise OSError(f"{self.path} became shorter while it was read: start again")
+                rest = rest[n_bytes:]
+        return tokens
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -86,7 +120,7 @@ class Corpus:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        tokens: list[list[np.ndarray]],
+        tokens: list[list[TokenFile]],
         weights: list[float],
         fingerprint: str,
         block_size: int,
@@ -100,8 +134,8 @@ class Corpus:
         self.sources = list(sources)
         self._bytes = tokenizer.token_bytes()
 
-        self._train: list[np.ndarray] = []
-        self._val: list[np.ndarray] = []
+        self._train: list[TokenFile] = []
+        self._val: list[TokenFile] = []
         train_weights: list[float] = []
         for (train, val), weight in zip(tokens, weights, strict=True):
             self._val.append(val)
@@ -157,9 +191,11 @@ class Corpus:
 
     def _count_dialogues(self) -> int:
         total = 0
-        for tokens in [*self._train, *self._val]:
-            starts = tokens == self.tokenizer.bos
-            total += np.count_nonzero(starts)
+        for file in [*self._train, *self._val]:
+            for first in range(0, len(file), COUNTED_AT_ONCE):
+                tokens = file[first : first + COUNTED_AT_ONCE]
+                starts = tokens == self.tokenizer.bos
+                total += np.count_nonzero(starts)
         return total
 
     def train_batch(self, indices: range, seed: int) -> "tuple[Tensor, Tensor]":
@@ -168,7 +204,7 @@ class Corpus:
         An epoch visits its blocks in an order of its own, and every pass over a source shifts the
         block grid.
         """
-        sample = np.arange(indices.start, indices.stop, indices.step)
+        sample = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
         epoch, position = np.divmod(sample, self.blocks_per_epoch)
         key = key_of(seed, 0, epoch)
         draw = permute(position, self.blocks_per_epoch, key)
@@ -194,11 +230,15 @@ class Corpus:
     def _train_tokens(self, source: int, start: int) -> np.ndarray:
         """The row (block_size + 1,) of a source that begins there."""
         tokens = self._train[source]
-        stop = start + self._row_length
-        if stop <= len(tokens):
-            return tokens[start:stop]
-        positions = np.arange(start, stop) % len(tokens)  # round the circle
-        return tokens[positions]
+        start %= len(tokens)
+        parts = []
+        n_missing = self._row_length
+        while n_missing:
+            part = tokens[start : start + n_missing]
+            parts.append(part)
+            n_missing -= len(part)
+            start = 0  # round the circle
+        return np.concatenate(parts)
 
     def val_batch(self, indices: range) -> "tuple[Tensor, Tensor]":
         """x, y int64 (len(indices), block_size) of the fixed validation blocks range(n_val_blocks).
