@@ -33,7 +33,7 @@ class TokenFile:
     """Token ids on disk: `file[start:stop]` reads those and no others.
 
     It is not mapped into memory. The pages of a mapped file, and their page tables, stay with the
-    process: 8 KiB for each row that it ever read of a large corpus. And each mapping holds a
+    process: 8 to 10 KiB for each row it ever read of a large corpus. And each mapping holds a
     descriptor, of which a process may have about a thousand.
     """
 
