@@ -231,11 +231,11 @@ def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) 
     if birthplace.type != "meta":
         load_trunk(model.gpt, task.trunk)
     tied = task.config.tie_weights
-    rows = task.trunk.rows
+    first_new = task.trunk.rows  # token id
     learns_tokens = s.lm_weight and tied
-    if task.inputs["train"].largest < rows and not learns_tokens:
-        rows = task.config.vocab_size  # no text has a new one: there is nothing to learn
-    freeze.freeze(model, s.freeze, rows)
+    if task.inputs["train"].largest < first_new and not learns_tokens:
+        first_new = task.config.vocab_size  # no text has a new one: there is nothing to learn
+    freeze.freeze(model, s.freeze, first_new)
     if not s.lm_weight and not tied:
         model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
     return model
@@ -279,7 +279,8 @@ class Objective:
         """norm: length of the adversarial perturbation, 0 = none."""
         self.s = s
         self.strategy = strategy
-        self.train = train = task.inputs["train"]
+        train = task.inputs["train"]
+        self.train = train
         self.sep = task.trunk.tokenizer.sep  # the token between the texts of a pair
         self.buckets = Buckets(train.data.lengths, s.batch_size, s.seed)
         self.labels = torch.from_numpy(train.data.labels).to(train.device)

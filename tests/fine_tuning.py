@@ -17,7 +17,6 @@ from helpers import write_csv
 from model import GPT, GPTConfig
 from sentiment_train import SentimentSettings, finetune
 from smallgpt import settings
-from smallgpt.console import UserError
 from smallgpt.parallel.world import World, start
 from smallgpt.sentiment import report
 from smallgpt.tokenizer import STAND_INS
@@ -158,18 +157,11 @@ def assert_same_predictions(a: Path, b: Path, tolerance: float) -> None:
 
 
 def main() -> int:
-    """In each process of a group: the fine-tunings whose settings a JSON file lists. A refusal is
-    noted in refused.json of its run's folder, by the main process."""
+    """In each process of a group: the fine-tunings whose settings a JSON file lists."""
     report.draw = lambda *_: None
     report.baselines = lambda *_: {}
     with start("cpu") as world:
         for arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-            try:
-                s = settings.load(SentimentSettings, arguments)
-                assert finetune(s, world) == 0
-            except UserError as error:
-                if world.main:
-                    keys = dict(argument.split("=", 1) for argument in arguments)
-                    note = Path(keys["out_dir"], f"{keys['run']}.refused")
-                    note.write_text(str(error), encoding="utf-8")
+            s = settings.load(SentimentSettings, arguments)
+            assert finetune(s, world) == 0
     return 0

@@ -806,7 +806,7 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
         ("adversarial=0.1 freeze=trunk", "adversarial=0.1 must be 0, or freeze=none"),
         ("adversarial=0.1 mesh.pp=2", "adversarial=0.1 must be 0, or mesh.pp=1"),
         ("mesh.tp=2", "mesh.tp=2 is 2 processes, but there are 1"),
-        ("mesh.shard=0", "shard=0 and replicate=0 cannot both mean"),
+        ("mesh.shard=0", "shard=0 and replicate=0 both take all processes"),
         ("adversarial=-0.1", "adversarial must be float >= 0, not -0.1"),
         ("adversarial=nan", "adversarial must be float >= 0, not nan"),
         ("lm_weight=0.5 token_dropout=0.1", "there is no next word in a gap"),

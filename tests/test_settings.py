@@ -378,12 +378,18 @@ def test_what_may_change_when_a_run_is_resumed(script):
     """A new setting is part of the identity; one that is marked Free is listed here, too."""
     common = "run out_dir device dtype compile max_steps eval_every save_every log_every keep"
     optim = "lr min_lr schedule warmup decay weight_decay beta1 beta2 clip"
-    free = {*common.split(), "resume", *(f"optim.{name}" for name in optim.split())}
+    free = {
+        *common.split(),
+        "resume",
+        "save",
+        "timeout",
+        *(f"optim.{name}" for name in optim.split()),
+    }
     if script == "train":
         from train import TrainSettings as Schema
 
         sample = "temperature top_k top_p repetition_penalty max_tokens seed"
-        free |= {"micro_batch", "init_from", "prompts", "data.path", "data.cache"}
+        free |= {"micro_batch", "recompute", "init_from", "prompts", "data.path", "data.cache"}
         free |= {f"sample.{name}" for name in sample.split()}
     else:
         from sentiment_train import SentimentSettings as Schema

@@ -43,7 +43,9 @@ class MeshSettings:
         """Problems that the types do not show, in plain words."""
         problems = []
         if not self.shard and not self.replicate:
-            problems.append("shard=0 and replicate=0 cannot both mean all processes left over")
+            problems.append(
+                "shard=0 and replicate=0 both take all processes left over: set one to 1"
+            )
         if self.sequence and self.tp == 1:
             problems.append("sequence=true needs tp of 2 or more")
         return problems
@@ -68,6 +70,19 @@ def sizes(s: MeshSettings, world_size: int) -> dict[str, int]:
             "start as many (torchrun --nproc_per_node times --nnodes), or change the mesh"
         )
     return found
+
+
+def cut_in_ranges(n_layer: int, stages: int) -> list[range]:
+    """The blocks of each stage. What is left over goes to the first ones: the last one has the LM
+    head, too."""
+    size, rest = divmod(n_layer, stages)
+    ranges = []
+    first = 0
+    for number in range(stages):
+        end = first + size + (number < rest)
+        ranges.append(range(first, end))
+        first = end
+    return ranges
 
 
 class MeshSpread(Spread):

@@ -31,6 +31,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 
 from model import GPT, GPTClassifier
+from smallgpt.parallel.layout import cut_in_ranges
 from smallgpt.parallel.mesh import Mesh, gpt_of, whole_of
 from smallgpt.parallel.strategy import HasInputs, LossOf
 
@@ -39,8 +40,6 @@ SCHEDULES = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
 }
-
-
 Finish = Callable[[Any, Any], Tensor | None]  # (what the model made of a batch, the batch) -> loss
 
 
@@ -54,17 +53,20 @@ class Stage(nn.Module):
         self.first = blocks.start
         self.end = blocks.stop
         self.is_last = self.end == gpt.config.n_layer
-        outer = []
+        outer = nn.ModuleList()
         if self.first == 0:
-            outer += [gpt.wte, gpt.wpe]
+            outer.append(gpt.wte)
+            if gpt.wpe is not None:
+                outer.append(gpt.wpe)
         if self.is_last:
-            outer += [gpt.norm, gpt.lm_head]
+            outer.append(gpt.norm)
+            outer.append(gpt.lm_head)
             if gpt.config.tie_weights:
                 outer.append(gpt.wte)  # the head's matrix, under its name
             if isinstance(model, GPTClassifier):
                 outer.append(model.head)
-        self.outer = nn.ModuleList(module for module in outer if module is not None)
-        self.blocks = gpt.blocks[blocks.start : blocks.stop]
+        self.outer = outer
+        self.blocks = gpt.blocks[self.first : self.end]
         # the model itself is no submodule: it may hold other stages, too
         self.forward_stage = model.forward_stage
         self.autocast = autocast
@@ -78,7 +80,8 @@ class Stage(nn.Module):
         Hidden states come in and go out padded to `size`, the same for all micro-batches of a
         step."""
         batch = next(self.queue)
-        rows, length = batch.inputs[0].shape[:2]
+        tokens = batch.inputs[0]
+        rows, length = tokens.shape
         if x is not None:
             x = x[:rows, :length]
         with self.autocast:
@@ -87,9 +90,9 @@ class Stage(nn.Module):
                 return self.finish(output, batch)
         if (rows, length) == self.size:
             return output
-        more_rows = self.size[0] - rows
-        more_positions = self.size[1] - length
-        return F.pad(output, (0, 0, 0, more_positions, 0, more_rows))
+        all_rows, all_positions = self.size
+        padding = (0, 0, 0, all_positions - length, 0, all_rows - rows)
+        return F.pad(output, padding)
 
 
 class Rows(NamedTuple):
@@ -107,58 +110,67 @@ class Pipeline(Mesh):
 
     def cut_layers(self) -> None:
         pp = self.mesh["pp"]
-        self.depth = pp.size()
-        self.pp_rank = pp.get_local_rank()
         self.pp_group = pp.get_group()
-        self.has_last = self.pp_rank == self.depth - 1
-        gpt = gpt_of(self.model)
-        self.layers = cut_in_ranges(gpt.config.n_layer, self.s.stages)
-        # whether the hidden states that go into a stage have a gradient
-        self.in_graph = [trains_below(gpt, blocks.start) for blocks in self.layers]
+        self.pp_rank = pp.get_local_rank()
+        self.depth = pp.size()
+        self.last_rank = self.depth - 1
+        # NCCL: the first communication of a group must be one of all its members
+        dist.all_reduce(torch.zeros(1, device=self.world.device), group=self.pp_group)
+        config = gpt_of(self.model).config
+        self.layers = cut_in_ranges(config.n_layer, self.s.stages)
+        self.parameter_dtype = next(self.model.parameters()).dtype
+        self.first_trained = self.s.stages  # the first stage of which something trains
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                self.first_trained = min(self.first_trained, self.stage_of(name))
         self.stages: dict[int, Stage] = {}
         for number in range(self.pp_rank, self.s.stages, self.depth):
-            self.stages[number] = Stage(self.model, self.layers[number], self.autocast)
+            blocks = self.layers[number]
+            self.stages[number] = Stage(self.model, blocks, self.autocast)
         keep_only(self.model, self.stages.values())
         for stage in self.stages.values():
             self.shard(stage, stage.blocks)
         self.schedule = functools.lru_cache(maxsize=2)(self.make_schedule)  # training, evaluation
-        if gpt.config.tie_weights:
+        if config.tie_weights:
             # each process of the first stage, and the one of the last that holds the same parts
-            ends = self.mesh.mesh[[0, -1]].flatten(1).T.tolist()
-            self.ends, _ = dist.new_subgroups_by_enumeration(ends)
+            first_and_last = self.mesh.mesh[[0, -1]]
+            pairs = first_and_last.flatten(1).T
+            self.ends, _ = dist.new_subgroups_by_enumeration(pairs.tolist())
 
     @property
     def computes_loss(self) -> bool:
-        return self.has_last and super().computes_loss
+        return self.pp_rank == self.last_rank and super().computes_loss
 
     # --- weights ----------------------------------------------------------------------------------
 
-    def home(self, name: str) -> int:
-        """The pp rank that a parameter lives on; of a tied matrix that of the embedding."""
+    def stage_of(self, name: str) -> int:
+        """The stage that a parameter lives in; of a tied matrix that of the embedding."""
         block = re.search(r"blocks\.(\d+)\.", name)
-        if block is None:
-            return 0 if re.search(r"wte|wpe", name) else self.depth - 1
-        layer = int(block[1])
-        (stage,) = (number for number, layers in enumerate(self.layers) if layer in layers)
-        return stage % self.depth
+        if block:
+            layer = int(block[1])
+            return next(number for number, layers in enumerate(self.layers) if layer in layers)
+        is_embedding = re.search(r"wte|wpe", name)
+        return 0 if is_embedding else self.s.stages - 1
 
     def gather(self, name: str, parameter: nn.Parameter | None) -> Tensor:
-        home = self.home(name)
+        device = self.world.device
+        home = self.stage_of(name) % self.depth
         if self.pp_rank == home:
-            whole = whole_of(parameter).to(self.world.device)
+            whole = whole_of(parameter).to(device)
         else:
-            dtype = next(self.model.parameters()).dtype
-            whole = torch.empty(self.shapes[name], dtype=dtype, device=self.world.device)
-        if home:
+            shape = self.shapes[name]
+            whole = torch.empty(shape, dtype=self.parameter_dtype, device=device)
+        _, *place = self.mesh.get_coordinate()
+        if home and not any(place):  # of all pipelines that of the main process
             dist.broadcast(whole, group=self.pp_group, group_src=home)
         return whole
 
     def tied(self) -> nn.Parameter | None:
         """This process's copy of the tied matrix, if it has one."""
-        if not gpt_of(self.model).config.tie_weights:
-            return None
-        copies = (p for name, p in self.names().items() if name.endswith("wte.weight"))
-        return next(copies, None)
+        gpt = gpt_of(self.model)
+        if gpt.config.tie_weights and gpt.wte is not None:
+            return gpt.wte.weight
+        return None
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -173,16 +185,17 @@ class Pipeline(Mesh):
             return loss * (self.gradient_scale * scale)
 
         # what was drawn before is the same on all stages; their dropout is not
-        torch.manual_seed(int(torch.randint(2**48, ())) + self.pp_rank)
+        seed = int(torch.randint(2**48, ()))
+        torch.manual_seed(seed + self.pp_rank)
         self.run(batches, finish, training=True)
         self.sum_tied_gradient()
         return sum(losses)
 
     def run(self, batches: Sequence[HasInputs], finish: Finish, training: bool) -> None:
         """Take all micro-batches through the pipeline, and in training back."""
-        shapes = [batch.inputs[0].shape[:2] for batch in batches]
-        rows = max(rows for rows, _ in shapes)
-        length = max(length for _, length in shapes)
+        tokens = [batch.inputs[0] for batch in batches]
+        rows = max(x.size(0) for x in tokens)
+        length = max(x.size(1) for x in tokens)
         for stage in self.stages.values():
             stage.queue = iter(batches)
             stage.size = (rows, length)
@@ -197,31 +210,29 @@ class Pipeline(Mesh):
         """The order of work for `count` micro-batches, with buffers for their hidden states
         (rows, length, C)."""
         shape = (rows, length, gpt_of(self.model).config.n_embd)
-        dtype = next(self.model.parameters()).dtype
-        needs_grad = [*self.in_graph, True]  # behind the last stage is the loss
-        hidden = [
-            torch.empty(shape, dtype=dtype, device="meta", requires_grad=needed)
-            for needed in needs_grad
-        ]
+        like = torch.empty(shape, dtype=self.parameter_dtype, device="meta")
         stages = []
         for number, module in self.stages.items():
+            # gradients travel as far as something trains
+            before = like.clone().requires_grad_(number > self.first_trained)
+            behind = like.clone().requires_grad_(number >= self.first_trained)
             stage = PipelineStage(
                 module,
                 number,
                 self.s.stages,
                 self.world.device,
-                input_args=(hidden[number],) if number else (),
-                output_args=(hidden[number + 1],),
+                input_args=(before,) if number else (),
+                output_args=(behind,),
                 group=self.pp_group,
             )
             stages.append(stage)
-        make = SCHEDULES[self.s.schedule]
-        if not training and make is Schedule1F1B:
-            make = ScheduleGPipe  # takes any number of micro-batches
-        return make(
-            stages if make is ScheduleInterleaved1F1B else stages[0],
+        kind = SCHEDULES[self.s.schedule]
+        if not training and kind is Schedule1F1B:
+            kind = ScheduleGPipe  # which takes any number of micro-batches
+        return kind(
+            stages if kind is ScheduleInterleaved1F1B else stages[0],
             count,
-            loss_fn=lambda loss, target: loss,  # which the last stage has computed
+            loss_fn=lambda loss, target: loss,  # the last stage has computed it
             scale_grads=False,
         )
 
@@ -237,27 +248,31 @@ class Pipeline(Mesh):
             # as a sum over tensor-parallel ranks it is cut in other ways than the matrix
             copy.grad = copy.grad.redistribute(placements=copy.placements)
             part = copy.grad.to_local()
-        dist.all_reduce(part, group=self.ends)
+        total = part.to(self.world.device)  # an offloaded one lies elsewhere
+        dist.all_reduce(total, group=self.ends)
+        part.copy_(total)
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        copy = self.tied() if self.has_last else None  # the first stage counts it
-        norm = super().gradient_norm([p for p in parameters if p is not copy])
-        square = norm.to(self.world.device).double().square()
+        if self.pp_rank == self.last_rank:
+            copy = self.tied()  # the first stage counts it
+            parameters = [p for p in parameters if p is not copy]
+        norm = super().gradient_norm(parameters)
+        square = norm.double().square().to(self.world.device)
         dist.all_reduce(square, group=self.pp_group)
-        return square.sqrt().to(next(self.model.parameters()).dtype)
+        return square.sqrt().to(self.parameter_dtype)
 
     @torch.no_grad()
     def evaluate(self, *inputs: Any) -> Any:
         self.model.eval()
-        parts = []  # of each input, one for a micro-batch
-        for x in inputs:
-            is_cut = isinstance(x, Tensor)
-            parts.append(x.chunk(self.depth) if is_cut else itertools.repeat(x))
-        batches = [Rows(inputs) for inputs in zip(*parts, strict=False)]
         outputs = []
-        self.run(batches, lambda output, _: outputs.append(output), training=False)
-        found = [join(outputs) if self.has_last else None]
-        dist.broadcast_object_list(found, group=self.pp_group, group_src=self.depth - 1)
+
+        def finish(output: Any, batch: HasInputs) -> None:
+            outputs.append(output)
+
+        batches = cut_rows(inputs, self.depth)
+        self.run(batches, finish, training=False)
+        found = [join(outputs)]
+        dist.broadcast_object_list(found, group=self.pp_group, group_src=self.last_rank)
         return found[0]
 
     def settle(self) -> None:
@@ -265,28 +280,7 @@ class Pipeline(Mesh):
         for stage in self.stages.values():
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()
-
-
-def cut_in_ranges(n_layer: int, stages: int) -> list[range]:
-    """The blocks of each stage. What is left over goes to the first ones: the last one has the LM
-    head, too."""
-    size, rest = divmod(n_layer, stages)
-    ranges = []
-    first = 0
-    for number in range(stages):
-        end = first + size + (number < rest)
-        ranges.append(range(first, end))
-        first = end
-    return ranges
-
-
-def trains_below(gpt: GPT, layer: int) -> bool:
-    """Does anything train that comes before this block?"""
-    below = [gpt.wte, gpt.wpe, *gpt.blocks[:layer]]
-    return layer > 0 and any(
-        p.requires_grad for part in below if part is not None for p in part.parameters()
-    )
+                    module.reshard()  # without a backward, it would stay gathered
 
 
 def keep_only(model: GPT | GPTClassifier, stages: Iterable[Stage]) -> None:
@@ -303,9 +297,24 @@ def keep_only(model: GPT | GPTClassifier, stages: Iterable[Stage]) -> None:
         model.head = None
 
 
+def cut_rows(inputs: tuple, parts: int) -> list[Rows]:
+    """The rows of a batch in so many micro-batches; in fewer where there are fewer rows."""
+    columns = []
+    for x in inputs:
+        if isinstance(x, Tensor):
+            columns.append(x.chunk(parts))
+        else:
+            columns.append(itertools.repeat(x))
+    return [Rows(of_part) for of_part in zip(*columns, strict=False)]
+
+
 def join(outputs: list) -> Any:
-    """What the model makes of a batch, from what it made of parts of it: rows go one under another,
-    losses are added up."""
+    """What the model makes of a batch, from what it made of its parts: rows go one under another,
+    losses are added up. None from nothing."""
+    if not outputs:
+        return None
     if isinstance(outputs[0], tuple):
-        return tuple(join(list(of_parts)) for of_parts in zip(*outputs, strict=True))
-    return torch.cat(outputs) if outputs[0].dim() else torch.stack(outputs).sum()
+        kinds = zip(*outputs, strict=True)
+        return tuple(join(list(of_kind)) for of_kind in kinds)
+    has_rows = outputs[0].dim() > 0
+    return torch.cat(outputs) if has_rows else torch.stack(outputs).sum()

@@ -27,7 +27,7 @@ from smallgpt.hardware import choose_device
 from smallgpt.parallel.peers import Peers, choose_interface, meet
 
 # machines may see the same files in different places
-PATHS = ("out_dir", "data.path", "data.cache", "trunk", "resume", "init_from")
+PATHS = ("out_dir", "data.path", "data.test_path", "data.cache", "trunk", "resume", "init_from")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def join_group(world: World, peers: Peers, timeout: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a device id was set on the line above
         torch.distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            # what mesh.offload keeps in CPU memory goes by gloo
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=peers.store,
             rank=world.rank,
             world_size=world.size,

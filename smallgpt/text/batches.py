@@ -3,9 +3,12 @@
 The batch of a step is a pure function of (data, seed, indices). So resuming is exact, the number of
 processes may change between runs, and there is no loader state to save, or to lose."""
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +25,38 @@ FEISTEL_ROUNDS = 6
 GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+COUNTED_AT_ONCE = 1 << 24  # tokens
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Token ids on disk: `file[start:stop]` reads those and no others.
+
+    It is not mapped into memory. The pages of a mapped file, and their page tables, stay with the
+    process: 8 to 10 KiB for each row it ever read of a large corpus. And each mapping holds a
+    descriptor, of which a process may have about a thousand.
+    """
+
+    path: Path
+    dtype: np.dtype
+    length: int  # tokens
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """OSError: the file is gone, or shorter than it was."""
+        start, stop, _ = part.indices(self.length)
+        tokens = np.empty(max(stop - start, 0), self.dtype)
+        rest = memoryview(tokens.view(np.uint8))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(start * self.dtype.itemsize)
+            while len(rest):  # one call reads 2 GiB at most
+                n_bytes = file.readinto(rest)
+                if not n_bytes:
+                    raise OSError(f"{self.path} became shorter while it was read: start again")
+                rest = rest[n_bytes:]
+        return tokens
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -41,25 +76,30 @@ def key_of(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     return key
 
 
-def permute(i: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+def permute(i: np.ndarray, n: np.ndarray | int, key: np.ndarray) -> np.ndarray:
     """Where shuffling range(n) with `key` puts i: int64 (K,) in [0, n), in O(K) memory whatever n.
 
-    A Feistel network permutes [0, 4**half_bits); whatever lands outside [0, n) goes round again
-    (cycle walking), four times at most on average (Black and Rogaway 2002)."""
-    largest = max(n - 1, 1)
-    half_bits = (largest.bit_length() + 1) // 2
-    x = i.astype(np.uint64)
+    n and key may differ from one to the next. A Feistel network permutes [0, 4**half_bits);
+    whatever lands outside [0, n) goes round again (cycle walking), four times at most on average
+    (Black and Rogaway 2002)."""
+    n = np.broadcast_to(n, i.shape).astype(np.uint64)
     key = np.broadcast_to(key, i.shape)
+    largest = np.maximum(n, 2) - 1
+    _, bit_length = np.frexp(largest.astype(np.float64))  # exact below 2**53
+    half_bits = (bit_length + 1) // 2
+    half_bits = half_bits.astype(np.uint64)
+    x = i.astype(np.uint64)
     outside = np.arange(len(x))
     while len(outside):
-        x[outside] = _feistel(x[outside], half_bits, key[outside])
-        outside = outside[x[outside] >= n]
+        x[outside] = _feistel(x[outside], half_bits[outside], key[outside])
+        is_outside = x[outside] >= n[outside]
+        outside = outside[is_outside]
     return x.astype(np.int64)
 
 
-def _feistel(x: np.ndarray, half_bits: int, key: np.ndarray) -> np.ndarray:
+def _feistel(x: np.ndarray, half_bits: np.ndarray, key: np.ndarray) -> np.ndarray:
     """A bijection of [0, 4**half_bits): each round scrambles one half by the other."""
-    low_bits = 2**half_bits - 1
+    low_bits = (np.uint64(1) << half_bits) - np.uint64(1)
     left = x >> half_bits
     right = x & low_bits
     for i in range(FEISTEL_ROUNDS):
@@ -80,7 +120,7 @@ class Corpus:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        tokens: list[list[np.ndarray]],
+        tokens: list[list[TokenFile]],
         weights: list[float],
         fingerprint: str,
         block_size: int,
@@ -94,8 +134,8 @@ class Corpus:
         self.sources = list(sources)
         self._bytes = tokenizer.token_bytes()
 
-        self._train: list[np.ndarray] = []
-        self._val: list[np.ndarray] = []
+        self._train: list[TokenFile] = []
+        self._val: list[TokenFile] = []
         train_weights: list[float] = []
         for (train, val), weight in zip(tokens, weights, strict=True):
             self._val.append(val)
@@ -107,7 +147,8 @@ class Corpus:
         self._check_sizes()
 
         # an epoch draws weight * n_blocks blocks of each source
-        self._n_blocks = [max(1, len(train) // block_size) for train in self._train]
+        n_blocks = [max(1, len(train) // block_size) for train in self._train]
+        self._n_blocks = np.array(n_blocks, np.int64)
         wanted = np.array(train_weights) * self._n_blocks
         rounded = wanted.round().astype(np.int64)
         self._draws = rounded.clip(min=1)
@@ -150,9 +191,11 @@ class Corpus:
 
     def _count_dialogues(self) -> int:
         total = 0
-        for tokens in [*self._train, *self._val]:
-            starts = tokens == self.tokenizer.bos
-            total += np.count_nonzero(starts)
+        for file in [*self._train, *self._val]:
+            for first in range(0, len(file), COUNTED_AT_ONCE):
+                tokens = file[first : first + COUNTED_AT_ONCE]
+                starts = tokens == self.tokenizer.bos
+                total += np.count_nonzero(starts)
         return total
 
     def train_batch(self, indices: range, seed: int) -> "tuple[Tensor, Tensor]":
@@ -161,22 +204,12 @@ class Corpus:
         An epoch visits its blocks in an order of its own, and every pass over a source shifts the
         block grid.
         """
-        sample = np.arange(indices.start, indices.stop, indices.step)
+        sample = np.arange(indices.start, indices.stop, indices.step, dtype=np.int64)
         epoch, position = np.divmod(sample, self.blocks_per_epoch)
         key = key_of(seed, 0, epoch)
         draw = permute(position, self.blocks_per_epoch, key)
-        source_of = self._draws_end.searchsorted(draw, side="right")
-        rows = np.empty((len(sample), self._row_length), np.int64)
-        for source in np.unique(source_of):
-            mine = source_of == source
-            rows[mine] = self._train_rows(source, epoch[mine], draw[mine], seed)
-        return self._inputs_and_targets(rows)
+        source = self._draws_end.searchsorted(draw, side="right")
 
-    def _train_rows(
-        self, source: int, epoch: np.ndarray, draw: np.ndarray, seed: int
-    ) -> np.ndarray:
-        """Rows (K, block_size + 1) of one source: its draws (K,) in their epochs (K,)."""
-        tokens = self._train[source]
         n_blocks = self._n_blocks[source]
         draws_per_epoch = self._draws[source]
         first_draw = self._draws_end[source] - draws_per_epoch
@@ -187,8 +220,25 @@ class Corpus:
         block = permute(nth_of_pass, n_blocks, key)
         shift = (key % self.block_size).astype(np.int64)
         start = block * self.block_size + shift
-        positions = start[:, None] + np.arange(self._row_length)
-        return tokens[positions % len(tokens)]
+
+        rows = np.empty((len(sample), self._row_length), np.int64)
+        places = zip(source.tolist(), start.tolist(), strict=True)
+        for row, place in zip(rows, places, strict=True):
+            row[:] = self._train_tokens(*place)
+        return self._inputs_and_targets(rows)
+
+    def _train_tokens(self, source: int, start: int) -> np.ndarray:
+        """The row (block_size + 1,) of a source that begins there."""
+        tokens = self._train[source]
+        start %= len(tokens)
+        parts = []
+        n_missing = self._row_length
+        while n_missing:
+            part = tokens[start : start + n_missing]
+            parts.append(part)
+            n_missing -= len(part)
+            start = 0  # round the circle
+        return np.concatenate(parts)
 
     def val_batch(self, indices: range) -> "tuple[Tensor, Tensor]":
         """x, y int64 (len(indices), block_size) of the fixed validation blocks range(n_val_blocks).
@@ -206,11 +256,14 @@ class Corpus:
 
     def _val_tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop of the validation text, fewer at its end."""
-        parts = []
-        for tokens, source_end in zip(self._val, self._val_ends, strict=True):
-            source_start = source_end - len(tokens)
+        first = bisect.bisect_right(self._val_ends, start)
+        last = bisect.bisect_left(self._val_ends, stop)
+        parts = [np.empty(0, np.int64)]
+        for source in range(first, min(last + 1, len(self._val))):
+            tokens = self._val[source]
+            source_start = self._val_ends[source] - len(tokens)
             left = max(start - source_start, 0)
-            right = max(stop - source_start, 0)
+            right = stop - source_start
             parts.append(tokens[left:right])
         return np.concatenate(parts)
 

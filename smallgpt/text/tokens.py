@@ -9,7 +9,6 @@ import contextlib
 import functools
 import glob
 import json
-import mmap
 import multiprocessing
 import os
 import shutil
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from smallgpt import files
 from smallgpt.console import UserError
 from smallgpt.settings import Count, Free, Share
-from smallgpt.text.batches import Corpus
+from smallgpt.text.batches import Corpus, TokenFile
 from smallgpt.text.claims import is_first, make_together
 from smallgpt.text.formats import (
     TEXT,
@@ -78,10 +77,10 @@ class Source(NamedTuple):
 
 
 class TokenFiles(NamedTuple):
-    """The tokens of a source, mapped from disk."""
+    """The tokens of a source, on disk."""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: TokenFile
+    val: TokenFile
     counts: Counts  # what was read, and what was dropped
 
 
@@ -264,28 +263,18 @@ def open_tokens(folder: Path) -> TokenFiles | None:
     if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
         return None
     dtype = np.dtype(meta["dtype"])
-    arrays = []
+    opened = []
     for side in SIDES:
         file, length = folder / f"{side}.bin", meta.get(side)
         if not isinstance(length, int) or not file.is_file():
             return None
         if file.stat().st_size != length * dtype.itemsize:
             return None
-        arrays.append(map_tokens(file, dtype) if length else np.empty(0, dtype))
+        opened.append(TokenFile(file, dtype, length))
     try:
-        return TokenFiles(*arrays, Counts(**meta.get("counts", {})))
+        return TokenFiles(*opened, Counts(**meta.get("counts", {})))
     except TypeError:
         return None
-
-
-def map_tokens(file: Path, dtype: np.dtype) -> np.ndarray:
-    """The tokens of a file that is not empty, read only where they are looked at."""
-    with open(file, "rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mapped, "madvise"):  # Windows has none
-        # a row is a few KB anywhere; the kernel would read megabytes around it
-        mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype)
 
 
 def find_tokens(

@@ -2,7 +2,6 @@
 process. Each case prints a line {"case": ..., what was found}."""
 
 import json
-import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,10 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from model import GPT, IGNORE, GPTClassifier, GPTConfig
 from smallgpt.optim import OptimSettings, make_optimizers, update
 from smallgpt.parallel.layout import MeshSettings, MeshSpread
+from smallgpt.parallel.mesh import whole_of
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World, start
 
@@ -42,7 +43,10 @@ class Case:
     classifier: dict | None = None  # arguments of GPTClassifier: fine-tuning
     lm_weight: float = 0.0  # of the language-model loss beside the classifier's
     frozen: int = 0  # blocks that do not train, nor the embedding
-    dtype: torch.dtype = torch.float64
+
+    @property
+    def processes(self) -> int:
+        return self.mesh.pp * self.mesh.replicate * self.mesh.shard * self.mesh.tp
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -117,12 +121,11 @@ CASES = {
     "classifier, frozen": Case(mesh(**GPIPE), classifier={}, frozen=5),
     "pp 4": Case(mesh(4)),
     "pp 4, untied": Case(mesh(4), {"tie_weights": False}, classifier={}),
-    "fsdp": Case(mesh(shard=2)),
+    "fsdp": Case(mesh(shard=2), recompute=1),
     "fsdp, interleaved": Case(mesh(shard=2, **INTERLEAVED), classifier={}, lm_weight=0.1),
-    "fsdp, gpt2": Case(mesh(shard=2, **GPIPE), GPT2),
-    "replicate": Case(mesh(replicate=2), recompute=1),
+    "fsdp, frozen": Case(mesh(shard=2), {"tie_weights": False}, classifier={}, frozen=3),
+    "replicate, gpt2": Case(mesh(replicate=2, **GPIPE), GPT2),
     "tp": Case(mesh(tp=2)),
-    "tp, interleaved": Case(mesh(tp=2, **INTERLEAVED), {"n_kv_head": 1}, classifier={}),
 }
 
 
@@ -156,53 +159,87 @@ def copies(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in weights.items()}
 
 
+def everyones(value: object) -> list:
+    """The value of each process."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def held(strategy: Single) -> int:
+    """How many numbers of the model lie on this process."""
+    parts = [p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters()]
+    return sum(part.numel() for part in parts)
+
+
+def draws(case: Case, strategy: Single) -> list[tuple[int, int]]:
+    """Random numbers of this process, drawn before and behind the passes of two steps, and of the
+    first again."""
+    found = []
+    for step in (0, 1, 0):
+        strategy.seed(0, step)
+        before = int(torch.randint(2**40, ()))
+        strategy.forward_backward(case.batches(step, 1), case.loss_of, 1.0)
+        found.append((before, int(torch.randint(2**40, ()))))
+        strategy.model.zero_grad()
+    return found
+
+
+def embedding(strategy: Single) -> list[float] | None:
+    """Of a process that holds a part of it."""
+    found = [p for name, p in strategy.names().items() if name.endswith("wte.weight")]
+    return whole_of(found[0]).flatten().tolist() if found else None
+
+
 def compare(case: Case, world: World) -> dict:
     """The cut model beside one process, on the main process."""
     spread = MeshSpread(world, case.mesh)
     spread.check(GPTConfig(**{**TINY, **case.config}))
     with spread.birthplace:
         model = case.model()
-    strategy = spread.build(model, case.dtype)
+    strategy = spread.build(model, torch.float64)
     begun = copies(strategy.gather_weights())
     trained = train(case, strategy, strategy.data_size)
     ended = copies(strategy.gather_weights())
+    embeddings = everyones(embedding(strategy))
     weights = [begun]
     dist.broadcast_object_list(weights)
     strategy.set_weights(weights[0])
-    put_back = copies(strategy.gather_weights())
-    held = sum(p.numel() for p in strategy.model.parameters())
+    put_back = strategy.gather_weights()
+    everyone = {
+        "held": everyones(held(strategy)),
+        "draws": everyones(draws(case, strategy)),
+        "copies": [x == embeddings[0] for x in embeddings if x is not None],
+    }
     if not world.main:
         return {}
-    one = Single(case.model(), World(0, 1, world.device), case.dtype)
-    same_start = begun.keys() == one.names().keys()
-    for name, p in one.names().items():
-        same_start = same_start and begun[name].equal(p)
+    one = Single(case.model(), World(0, 1, world.device), torch.float64)
+    start = copies(one.gather_weights())
     alone = train(case, one, strategy.data_size)
     differences = {}
-    for name, p in one.names().items():
+    for name, weight in one.gather_weights().items():
         if not name.endswith("k.bias"):  # its gradient is 0: Adam makes steps of the rounding
-            differences[name] = float((ended[name] - p.detach()).norm() / p.detach().norm())
+            differences[name] = float((ended[name] - weight).norm() / weight.norm())
     return {
-        "same_start": same_start,
-        "put_back": all(put_back[name].equal(weights[0][name]) for name in begun),
+        "same_start": same(begun, start),
+        "put_back": same(put_back, start),
         "weights": max(differences.values()),
-        "held": held,
+        "all": held(one),
+        **everyone,
         **{key: [trained[key], alone[key]] for key in alone},
     }
 
 
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in b)
+
+
 def main() -> int:
     torch.set_default_dtype(torch.float64)
-    wanted = sys.argv[1:]
     with start("cpu") as world:
         for name, case in CASES.items():
-            m = case.mesh
-            if m.pp * m.shard * m.replicate * m.tp == world.size and (not wanted or name in wanted):
+            if case.processes == world.size:
                 found = compare(case, world)
                 if world.main:
                     print(json.dumps({"case": name, **found}), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -45,7 +45,7 @@ LAYOUTS = {
     "hsdp": (dict(mesh__shard=2, mesh__offload=True), ["losses"]),
     "tp": (dict(mesh__tp=2), ["losses", "adversarial", "last_block", "new_tokens"]),
     "tp_fsdp": (dict(mesh__tp=2, mesh__shard=2), ["losses"]),
-    "sequence": (dict(mesh__tp=2, mesh__sequence=True), ["losses", "adversarial"]),
+    "sequence": (dict(mesh__tp=2, mesh__sequence=True), ["losses"]),
     "pp": (dict(mesh__pp=2, mesh__schedule="gpipe"), ["losses", "frozen_trunk", "new_tokens"]),
     "pp_fsdp": (dict(mesh__pp=2, mesh__shard=2), ["losses", "last_block"]),
     "pp_tp": (dict(mesh__pp=2, mesh__tp=2), ["losses", "token_dropout"]),

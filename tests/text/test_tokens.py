@@ -29,7 +29,7 @@ def test_tokens_are_the_dialogues_in_order(settings, ready):
     made = ready(data)
     for side, stored in ((False, made._train[0]), (True, made._val[0])):
         wanted = [turns for turns in read_dialogues(data.path[0]) if held_out(turns, data) == side]
-        assert stored.tolist() == [
+        assert stored[:].tolist() == [
             id for turns in wanted for id in made.tokenizer.encode_dialogue(turns)
         ]
         assert wanted and stored.dtype == np.uint16
@@ -47,7 +47,7 @@ def test_duplicates_are_never_on_both_sides(tmp_path, settings, ready):
     made = ready(settings(a, b))
     sides = []
     for sources in (made._train, made._val):
-        text = made.tokenizer.decode(np.concatenate(sources), specials=True)
+        text = made.tokenizer.decode(np.concatenate([file[:] for file in sources]), specials=True)
         sides.append(text.split("<|bos|>")[1:])
     assert len(sides[0]) + len(sides[1]) == 600 and not set(sides[0]) & set(sides[1])
     assert 20 < len(sides[1]) < 120
@@ -90,7 +90,7 @@ def test_token_files_do_not_depend_on_the_number_of_workers(
     for cores in (1, 2):
         monkeypatch.setattr(tokens, "usable_cores", lambda cores=cores: cores)
         made = ready(settings(path, cache=str(tmp_path / f"cache{cores}")))
-        found.append((made._train[0].tobytes(), made._val[0].tobytes(), made.fingerprint))
+        found.append((made._train[0][:].tobytes(), made._val[0][:].tobytes(), made.fingerprint))
     assert started == [2] and found[0] == found[1]
 
 
@@ -151,7 +151,7 @@ def test_a_changed_file_is_prepared_anew(tmp_path, settings, ready, write_chat):
     write_chat(moved, seed=1)
     changed = ready(settings(moved))
     assert changed.fingerprint != first.fingerprint
-    assert changed._train[0].tobytes() != first._train[0].tobytes()
+    assert changed._train[0][:].tobytes() != first._train[0][:].tobytes()
     changes: list[dict] = [{}, {"split_seed": 1}, {"val_fraction": 0.2}]
     prints = {ready(settings(moved, **change)).fingerprint for change in changes}
     assert len(prints) == 3
@@ -165,7 +165,7 @@ def test_the_name_of_a_file_changes_nothing(tmp_path, settings, ready):
         (tmp_path / name).write_text(lines, encoding="utf-8")
         made.append(ready(settings(tmp_path / name)))
     assert len({corpus.fingerprint for corpus in made}) == 1
-    assert "[" not in made[0].tokenizer.decode(made[0]._train[0])
+    assert "[" not in made[0].tokenizer.decode(made[0]._train[0][:])
 
 
 KILLED = """
@@ -199,7 +199,7 @@ def test_a_killed_preparation_leaves_nothing_that_is_trusted(tmp_path, settings,
     assert not list((tmp_path / "cache").glob("*/meta.json"))
     after, clean = ready(settings(path)), ready(settings(path, cache=str(tmp_path / "clean")))
     assert (
-        after._train[0].tobytes() == clean._train[0].tobytes()
+        after._train[0][:].tobytes() == clean._train[0][:].tobytes()
         and after.fingerprint == clean.fingerprint
     )
     assert not list((tmp_path / "cache").glob("*.tmp"))
@@ -213,12 +213,12 @@ def test_what_is_damaged_in_the_cache_is_made_again(settings, ready, name, conte
     """Regression: an emptied index, as a full disk leaves it, stopped every start."""
     data = settings()
     first = ready(data)
-    good = [array.tobytes() for array in (first._train[0], first._val[0])]
+    good = [file[:].tobytes() for file in (first._train[0], first._val[0])]
     for file in Path(data.cache).glob(name):
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     again = ready(data)
-    assert [array.tobytes() for array in (again._train[0], again._val[0])] == good
+    assert [file[:].tobytes() for file in (again._train[0], again._val[0])] == good
     assert again.fingerprint == first.fingerprint and again.tokenizer.hash == first.tokenizer.hash
     assert not list(Path(data.cache).rglob("*.tmp"))
 
@@ -286,6 +286,25 @@ def test_every_rank_may_call_prepare(tmp_path, settings):
     out, err = zip(*(rank.communicate() for rank in ranks), strict=True)
     assert len(set(out)) == 1 and out[0].strip(), err
     assert "tokenised" in err[0] and err[1:] == ("", "")  # one line, from rank 0
+
+
+def test_many_files_need_few_descriptors(tmp_path, settings, ready, write_chat):
+    """Regression: a mapped file has one, so a corpus of 600 files exceeded the usual limit."""
+    resource = pytest.importorskip("resource")
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(60):
+        write_chat(folder / f"{i}.txt", 20, seed=i)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open(os.devnull, os.O_RDONLY)
+    os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 20, hard))
+    try:
+        made = ready(settings(folder / "*"))
+        x, _ = made.train_batch(range(made.blocks_per_epoch), 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(made._train) == 60 and len(x) >= 60
 
 
 def test_paths_globs_and_weights(tmp_path, settings, write_chat):
@@ -435,6 +454,6 @@ def test_real_chinese_chats(settings, ready):
     made = ready(settings(*paths, val_fraction=0.02), 64)
     x, _ = made.train_batch(range(8), 0)
     assert made.n_train_tokens > 90_000 and x.max() < made.tokenizer.vocab_size
-    text = made.tokenizer.decode(made._val[0].tolist())
+    text = made.tokenizer.decode(made._val[0][:].tolist())
     assert "\ufffd" not in text
     assert sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 2

@@ -1,0 +1,110 @@
+"""What a large corpus costs: its start, and a batch of it, by time and by memory.
+
+    python bench/large.py [--tokens 10_000_000 1_000_000_000_000] [--files 1 1000]
+
+The token files are sparse: they have the size named and take no room on the disk. Each row is
+measured in a process of its own. Its batches have 64 rows of 1,024 tokens, are all different, and
+the best of 20 counts. The batches of a sparse file come through the page cache like those of a
+real one, without the time of the disk.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from smallgpt.text.tokens import DataSettings, prepare  # noqa: E402
+from smallgpt.tokenizer import TokenizerSettings  # noqa: E402
+
+TOKENIZER = TokenizerSettings("char", min_count=1)
+ROWS, BLOCK_SIZE, ROUNDS = 64, 1024, 20
+
+
+def make(folder: Path, n_files: int, n_tokens: int) -> DataSettings:
+    """A cache of small chats, its token files then stretched to n_tokens in all."""
+    chats = folder / "chats"
+    chats.mkdir()
+    for i in range(n_files):
+        lines = [f"question {i} {k}\nanswer {i * k}\n\n" for k in range(300)]
+        (chats / f"{i}.txt").write_text("".join(lines), encoding="utf-8")
+    data = DataSettings(path=str(chats / "*.txt"), cache=str(folder / "cache"))
+    prepare(data, TOKENIZER, BLOCK_SIZE, quiet=True)
+    for file in Path(data.cache).glob("*/meta.json"):
+        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta["val"] = n_tokens // n_files // 100
+        meta["train"] = n_tokens // n_files - meta["val"]
+        for side in ("train", "val"):
+            os.truncate(file.parent / f"{side}.bin", meta[side] * 2)  # uint16
+        file.write_text(json.dumps(meta), encoding="utf-8")
+    return data
+
+
+def memory() -> int:
+    """MiB that this process holds."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
+
+
+def one(path: str, cache: str) -> None:
+    """In a process of its own: print what a start and a batch cost."""
+    import torch  # noqa: F401, its import is not what is measured
+
+    import model  # noqa: F401
+
+    data = DataSettings(path=path, cache=cache)
+    start = time.perf_counter()
+    corpus = prepare(data, TOKENIZER, BLOCK_SIZE, quiet=True)
+    startup = time.perf_counter() - start
+    corpus.train_batch(range(ROWS), 1)
+    before = memory()
+    times = {"train": [], "val": []}
+    for i in range(ROUNDS):
+        rows = range(i * ROWS, (i + 1) * ROWS)
+        start = time.perf_counter()
+        corpus.train_batch(rows, 0)
+        times["train"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        corpus.val_batch(range(i, i + ROWS))
+        times["val"].append(time.perf_counter() - start)
+    print(startup, *(min(found) * 1e3 for found in times.values()), before, memory() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[10**7, 10**12])
+    parser.add_argument("--files", nargs="+", type=int, default=[1, 1000])
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(*args.one)
+        return
+    print("| tokens | files | start, s | batch, ms | validation, ms | MiB: then, 20 batches more |")
+    print("|---|---|---|---|---|---|")
+    for n_files in args.files:
+        for n_tokens in args.tokens:
+            with tempfile.TemporaryDirectory() as folder:
+                data = make(Path(folder), n_files, n_tokens)
+                command = [sys.executable, __file__, "--one", data.path, data.cache]
+                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            startup, train, val, before, more = map(float, out.split())
+            row = (
+                f"{n_tokens:,}",
+                f"{n_files:,}",
+                f"{startup:.2f}",
+                f"{train:.1f}",
+                f"{val:.1f}",
+                f"{before:.0f}, {more:.0f}",
+            )
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
