@@ -139,7 +139,6 @@ def shrunk(work: Work, layout: Layout) -> tuple[Work, Layout]:
         replicate=min(2, layout.replicate),
         shard=min(2, layout.shard),
         tp=min(2, layout.tp),
-        sequence=layout.sequence,
         accum=1,
     )
     return replace(work, config=config, kernels="cpu"), small
@@ -160,7 +159,6 @@ def simulate(work: Work, layout: Layout) -> Simulated:
         replicate=layout.replicate,
         tp=layout.tp,
         sequence=layout.sequence,
-        offload=layout.offload,
         reduce="float32" if layout.reduce == F32 else "bfloat16",
     )
     dtype = torch.float32 if work.product == F32 else torch.bfloat16
