@@ -121,6 +121,8 @@ CASES = [
     Case(4, {"pp": 2, **DDP2}, accum=4),
     Case(4, {"pp": 4}, accum=4),
 ]
+LARGE = {"vocab_size": 8192, "block_size": 256, "n_layer": 12, "n_head": 12, "n_embd": 768}
+CASES += [Case(1, model=LARGE), Case(2, model=LARGE), Case(2, {"tp": 2}, model=LARGE, recompute=2)]
 
 
 # --- in each process ------------------------------------------------------------------------------

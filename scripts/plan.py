@@ -42,7 +42,7 @@ Sections = dict[str, dict[str, str]]  # title -> rows of a column: name -> value
 
 
 @dataclass
-class PlanSettings(MeshTrainSettings):
+class Machines:
     world_size: Positive = 8  # processes, one for each GPU
     gpu: str = "H100"  # H100, H200, B200, A100, ...: its data sheet
     gpus_per_node: Positive = 8  # GPUs of one machine
@@ -54,6 +54,9 @@ class PlanSettings(MeshTrainSettings):
     simulate: bool = True  # check the plan against a simulated step of a small part of it
     out: str = ""  # the picture; default: plan_<run>.png in out_dir
 
+
+@dataclass
+class PlanSettings(MeshTrainSettings, Machines):  # --help shows those of Machines first
     def check(self) -> list[str]:
         problems = super().check()
         if self.gpu not in GPUS:
@@ -222,7 +225,7 @@ def column(s: PlanSettings, work: Work, cluster: Cluster, found: Plan) -> Sectio
 
 def memory_rows(found: Plan, cluster: Cluster) -> dict[str, str]:
     rows = {part: size(n_bytes) for part, n_bytes in memory_parts(found).items()}
-    too_much = "" if found.fits else " (!)"
+    too_much = "" if found.fits else " (too much)"
     rows["fullest"] = found.memory.moment.name
     rows[f"all, of {size(cluster.gpu.memory)}"] = size(found.memory.total) + too_much
     return rows
@@ -245,7 +248,7 @@ def traffic_rows(found: Plan, cluster: Cluster) -> dict[str, str]:
     sent: dict[str, float] = {}
     for collective in found.traffic:
         group = found.layout.group(collective.axis, cluster.per_node)
-        link = "NVLink" if group.nodes == 1 else "network"
+        link = "in a node" if group.nodes == 1 else "network"
         name = f"{collective.axis} {collective.operation}, {link}"
         sent[name] = sent.get(name, 0.0) + collective.bytes
     return {name: size(n_bytes) for name, n_bytes in sent.items() if n_bytes > 10_000}

@@ -328,7 +328,9 @@ def candidates(work: Work, cluster: Cluster, batch_tokens: int) -> Iterator[Layo
                 continue
             sequences = {False, tp > 1 and c.block_size % tp == 0}
             virtuals = {1, 2 if 1 < pp <= c.n_layer // 2 else 1}
-            cuts = itertools.product(divisors(data), divisors(turns), sequences, virtuals)
+            # of equally fast ones the largest micro-batch, as large products are faster
+            of_rows = reversed(divisors(turns))
+            cuts = itertools.product(divisors(data), of_rows, sequences, virtuals)
             for shard, rows, sequence, virtual in cuts:
                 yield Layout(
                     pp=pp,

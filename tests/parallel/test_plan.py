@@ -15,6 +15,7 @@ from bench import plan as bench
 from bench.plan import DDP2, FEW_HEADS, GPT2, HSDP, Case
 from model import GPT, GPTConfig
 from smallgpt.console import UserError
+from smallgpt.hardware import PEAK_FLOPS
 from smallgpt.parallel import footprint
 from smallgpt.parallel.footprint import Collective, Group, Layout, Work, kept_by_block
 from smallgpt.parallel.layout import MeshSettings
@@ -172,6 +173,11 @@ def test_the_model_is_the_model(form, tied):
     work = Work(config)
     assert work.parameters == sum(p.numel() for p in model.parameters())
     assert work.flops_per_token == flops_per_token(model)
+
+
+def test_every_gpu_has_a_data_sheet():
+    """A GPU whose MFU train.py shows could not be planned for."""
+    assert GPUS.keys() == PEAK_FLOPS.keys()
 
 
 def test_a_ring_through_nodes():
