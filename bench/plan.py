@@ -11,9 +11,11 @@ bandwidth, which the plan is given, are measured, too.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,8 +32,8 @@ from smallgpt.optim import OptimSettings, make_optimizers  # noqa: E402
 from smallgpt.parallel import footprint  # noqa: E402
 from smallgpt.parallel.footprint import Layout, Process, Work  # noqa: E402
 from smallgpt.parallel.layout import MeshSettings, MeshSpread  # noqa: E402
-from smallgpt.parallel.plan import layout_of  # noqa: E402
-from smallgpt.parallel.simulate import Batch, Kind, Traffic, step  # noqa: E402
+from smallgpt.parallel.plan import Cluster, Gpu, layout_of, plan  # noqa: E402
+from smallgpt.parallel.simulate import Batch, Kind, Traffic, planned, step  # noqa: E402
 from smallgpt.parallel.world import World, start  # noqa: E402
 
 SHAPE = {"vocab_size": 512, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 128}
@@ -159,7 +161,7 @@ def peak_memory(work: Callable[[], None]) -> int:
     live: dict[int, int] = {}  # by address
     now = peak = 0
     for _, address, size in sorted(allocations):
-        # a tensor that another thread has freed is known by its address's next tensor
+        # what a thread of gloo has freed is not reported: it shows when its address is used again
         now -= live.pop(address, 0)
         if size > 0:
             live[address] = size
@@ -187,27 +189,76 @@ def counted(result: dict) -> Counter[Kind]:
     return calls
 
 
-def planned(case: Case, rank: int) -> Counter[Kind]:
-    """The same by the plan. An axis with all processes in it has their group."""
-    layout = case.layout
-    calls: Counter[Kind] = Counter()
-    for collective in footprint.traffic(case.process(rank)):
-        group = layout.group(collective.axis, layout.size)
-        axis = "all" if group.size == layout.size else collective.axis
-        calls[axis, collective.operation, round(collective.size)] += collective.count
-    return calls
-
-
 def total_bytes(calls: Counter[Kind]) -> int:
     return sum(size * count for (_, _, size), count in calls.items())
 
 
 def same_traffic(case: Case, rank: int, result: dict) -> bool:
     """Is every collective as planned? DDP chooses its buckets as it runs: there, every byte."""
-    found, expected = counted(result), planned(case, rank)
+    found, expected = counted(result), planned(case.process(rank))
     if case.layout.is_plain:
         return total_bytes(found) == total_bytes(expected)
     return found == expected
+
+
+def memory_ratios(case: Case, results: list[dict]) -> list[float]:
+    """Planned memory as a fraction of the measured, for each stage. Its processes hold the same; a
+    buffer that a thread of gloo frees is seen too late, so the smallest of their peaks counts."""
+    each = len(results) // case.layout.pp
+    ratios = []
+    for first in range(0, len(results), each):
+        peak = min(result["peak"] for result in results[first : first + each])
+        ratios.append(case.process(first).memory().total / peak)
+    return ratios
+
+
+# --- the time of a step ---------------------------------------------------------------------------
+
+
+def median_seconds(work: Callable[[], object], rounds: int = 7) -> float:
+    """Of the processor: what else runs on this machine is left out."""
+    work()
+    times = []
+    for _ in range(rounds):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return statistics.median(times)
+
+
+def this_machine(config: GPTConfig, rows: int) -> Gpu:
+    """The speed of this process in a product of the model's MLP, and of passing over memory."""
+    x = torch.randn(rows * config.block_size, config.n_embd)
+    weight = torch.randn(config.n_embd, config.mlp_size)
+    flops = 2 * x.numel() * config.mlp_size / median_seconds(lambda: x @ weight)
+    large = torch.ones(2**25)
+    out = torch.empty_like(large)
+    moved = 2 * large.nbytes / median_seconds(lambda: torch.mul(large, 2.0, out=out))
+    return Gpu(memory=0, bandwidth=moved, nvlink=1, flops=flops)
+
+
+def report_time(rounds: int) -> None:
+    """Steps of one thread in float32, measured and planned, in alternating rounds."""
+    torch.set_num_threads(1)
+    config = GPTConfig(8000, n_layer=6, n_head=6, n_embd=384, block_size=256)
+    rows = 8
+    world = World(0, 1, torch.device("cpu"))
+    strategy = MeshSpread(world, MeshSettings()).build(GPT(config), torch.float32)
+    optimizers = make_optimizers(strategy.names(), OptimSettings())
+    batches = [Batch(rows, config.block_size)]
+    layout = Layout(pp=1, replicate=1, shard=1, tp=1, rows=rows, accum=1)
+    work = Work(config, product=4, kernels="cpu")
+    print("| matrix products, GFLOP/s | memory, GB/s | step, s | planned | planned / measured |")
+    print("|---|---|---|---|---|")
+    for _ in range(rounds):
+        gpu = this_machine(config, rows)
+        measured = median_seconds(lambda: step(strategy, optimizers, batches), 3)
+        cluster = Cluster(gpu, size=1, per_node=1, link=1, efficiency=1, reached=1)
+        expected = plan(work, layout, cluster).time.expected
+        print(
+            f"| {gpu.flops / 1e9:.0f} | {gpu.bandwidth / 1e9:.1f} | {measured:.3f} "
+            f"| {expected:.3f} | {expected / measured:.2f} |"
+        )
 
 
 # --- the benchmark --------------------------------------------------------------------------------
@@ -229,14 +280,10 @@ def measure(cases: list[Case], folder: Path) -> list[list[dict]]:
 def report(cases: list[Case], ranks: list[list[dict]]) -> None:
     """A line of a Markdown table for each case; of its processes the one furthest from the plan."""
     for number, case in enumerate(cases):
-        furthest = 1.0
-        equal = True
-        for rank, results in enumerate(ranks):
-            result = results[number]
-            ratio = case.process(rank).memory().total / result["peak"]
-            furthest = max(furthest, ratio, key=lambda ratio: abs(ratio - 1))
-            equal = equal and same_traffic(case, rank, result)
-        first = ranks[0][number]
+        results = [of_rank[number] for of_rank in ranks]
+        equal = all(same_traffic(case, rank, result) for rank, result in enumerate(results))
+        furthest = max(memory_ratios(case, results), key=lambda ratio: abs(ratio - 1))
+        first = results[0]
         sent = total_bytes(counted(first))
         peak = first["peak"] / 2**20
         traffic = "equal" if equal else "NOT EQUAL"
@@ -248,9 +295,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--worker", help=argparse.SUPPRESS)
+    p.add_argument("--rounds", type=int, default=5, help="of measuring time")
     args = p.parse_args()
     if args.worker:
         return worker(args.worker)
+    report_time(args.rounds)
+    print()
     print("| case | bytes sent by rank 0 | traffic | peak MiB of rank 0 | planned / measured |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,6 @@ GPU. docs/scaling.md has the formulas, and what they were checked against.
 
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from smallgpt import console, plots, settings
 from smallgpt.console import UserError
-from smallgpt.parallel.footprint import Layout, Work
+from smallgpt.parallel.footprint import Layout, Work, processes
 from smallgpt.parallel.plan import GPUS, Cluster, Plan, layout_of, plan, search
 from smallgpt.settings import Amount, Count, Positive, PositiveFraction
 from train import round_vocabulary
@@ -30,9 +29,16 @@ if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.axes import Axes
 
 GB = 1e9
+UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 LINK = re.compile(r"(\d+(?:\.\d+)?) ?(Gb|GB)(?:/s)?")
 # tokens of the published encodings, with the six that this project adds
-VOCABULARIES = {"gpt2": 50263, "r50k_base": 50263, "p50k_base": 50287, "cl100k_base": 100283}
+VOCABULARIES = {
+    "gpt2": 50263,
+    "r50k_base": 50263,
+    "p50k_base": 50287,
+    "cl100k_base": 100283,
+}
+Sections = dict[str, dict[str, str]]  # title -> rows of a column: name -> value
 
 
 @dataclass
@@ -45,47 +51,63 @@ class PlanSettings(MeshTrainSettings):
     tokens: Amount = 0  # budget of the whole run; 0 = max_steps x batch_tokens
     price: Amount = 0  # of one GPU for one hour; 0 = no cost is shown
     best: Count = 3  # layouts to look for, beside that of the settings
+    simulate: bool = True  # check the plan against a simulated step of a small part of it
     out: str = ""  # the picture; default: plan_<run>.png in out_dir
 
     def check(self) -> list[str]:
         problems = super().check()
         if self.gpu not in GPUS:
-            known = ", ".join(GPUS)
-            problems.append(f"gpu={self.gpu} is not known: choose one of {known}")
+            problems.append(f"gpu={self.gpu} is not known: choose one of {', '.join(GPUS)}")
         if not LINK.fullmatch(self.link):
             problems.append(f"link={self.link} is no speed: write it as 400Gb (bits) or 50GB")
-        if self.world_size > self.gpus_per_node and self.world_size % self.gpus_per_node:
+        has_nodes = self.world_size > self.gpus_per_node
+        if has_nodes and self.world_size % self.gpus_per_node:
             problems.append(
                 f"world_size={self.world_size} is not a multiple of "
                 f"gpus_per_node={self.gpus_per_node}"
             )
-        if self.dtype not in ("auto", "bfloat16"):
-            problems.append(
-                f"dtype={self.dtype}: speeds are known in bfloat16 only; use dtype=auto"
-            )
-        if self.out and Path(self.out).suffix.lower() != ".png":
+        if self.out and not self.out.lower().endswith(".png"):
             problems.append(f"out={self.out} must end with .png")
+        return [*problems, *self.not_known()]
+
+    def not_known(self) -> list[str]:
+        """Settings of train_fsdp.py of which there are no formulas."""
+        problems = []
+        if self.init_from:
+            problems.append("init_from: give the model's shape as settings (model.n_layer=...)")
+        if self.optim.name != "adamw":
+            problems.append(f"optim.name={self.optim.name}: the plan knows AdamW only")
+        if self.mesh.offload:
+            problems.append("mesh.offload=true: the plan knows nothing of the CPUs' memory")
+        if self.dtype not in ("auto", "bfloat16"):
+            problems.append(f"dtype={self.dtype}: speeds are known in bfloat16; use auto")
         return problems
+
+    @property
+    def budget(self) -> float:
+        """Tokens of the run."""
+        return self.tokens or self.max_steps * self.batch_tokens
 
 
 def main() -> None:
     s = settings.load(PlanSettings, doc=__doc__)
-    if s.init_from:
-        raise UserError("init_from: give the model's shape as settings (model.n_layer=...)")
     round_vocabulary(s.model, vocabulary(s))
-    work = Work(
-        s.model,
-        kernels="cuda" if s.compile == "false" else "compiled",
-        muon=s.optim.name == "muon",
-    )
+    kernels = "cuda" if s.compile == "false" else "compiled"
+    work = Work(s.model, kernels=kernels)
     cluster = cluster_of(s)
     plans = plans_of(s, work, cluster)
-    print(headline(s, work))
+    print(headline(s, work, cluster))
     for name, found in plans.items():
-        print(f"{name:8}  {found.layout.describe()}")
-    print()
-    print(table(s, work, cluster, plans))
-    out = Path(s.out) if s.out else Path(s.out_dir) / f"plan_{s.run}.png"
+        layout = found.layout
+        print(f"{name:8}  {layout.describe()}: {words(layout)}")
+    columns = {name: column(s, work, cluster, found) for name, found in plans.items()}
+    print(f"\n{table(columns)}")
+    if s.simulate:
+        first, *_ = plans.values()
+        print(f"\n{checked(work, first.layout)}")
+    out = Path(s.out_dir, f"plan_{s.run}.png")
+    if s.out:
+        out = Path(s.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(plans, cluster, out)
     print(f"\nwrote {out}")
@@ -105,13 +127,15 @@ def vocabulary(s: PlanSettings) -> int:
 
 def cluster_of(s: PlanSettings) -> Cluster:
     number, unit = LINK.fullmatch(s.link).groups()
-    per_second = float(number) * GB / (8 if unit == "Gb" else 1)
+    link = float(number) * GB
+    if unit == "Gb":
+        link /= 8
     per_node = min(s.world_size, s.gpus_per_node)
-    return Cluster(GPUS[s.gpu], s.world_size, per_node, per_second, s.efficiency)
+    return Cluster(GPUS[s.gpu], s.world_size, per_node, link, s.efficiency)
 
 
 def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
-    """The layout of the settings, where there is one, and the fastest that fit."""
+    """The layout of the settings, where there is one, and the fastest others that fit."""
     plans: dict[str, Plan] = {}
     mistake = None
     try:
@@ -132,126 +156,164 @@ def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
     return plans
 
 
+def words(layout: Layout) -> str:
+    """The settings that give this layout: mesh.shard=4 mesh.tp=2 micro_batch=8 recompute=0"""
+    chosen = [f"mesh.shard={layout.shard}"]
+    for axis in ("pp", "replicate", "tp"):
+        size = getattr(layout, axis)
+        if size > 1:
+            chosen.append(f"mesh.{axis}={size}")
+    if layout.sequence:
+        chosen.append("mesh.sequence=true")
+    if layout.pp > 1 and layout.schedule != "1f1b":
+        chosen.append(f"mesh.schedule={layout.schedule}")
+    if layout.virtual > 1:
+        chosen.append(f"mesh.virtual={layout.virtual}")
+    return " ".join([*chosen, f"micro_batch={layout.rows}", f"recompute={layout.recompute}"])
+
+
+def checked(work: Work, layout: Layout) -> str:
+    """How a step of the layout, shrunk and simulated, compares with its plan."""
+    from smallgpt.parallel.simulate import planned, shrunk, simulate  # a second of imports
+
+    if layout.is_plain:
+        return "simulated: nothing, as every process holds a whole model"
+    small_work, small = shrunk(work, layout)
+    (process,) = processes(small_work, small)
+    found = simulate(small_work, small)
+    expected = planned(process)
+    traffic = "the traffic is equal to the byte"
+    if found.traffic != expected:
+        differences = (found.traffic - expected) + (expected - found.traffic)
+        traffic = f"the traffic DIFFERS in {sorted(differences)}"
+    need = process.memory().total
+    return (
+        f"simulated: 2 blocks on CPUs, {small.describe()}: {traffic}; "
+        f"memory {size(found.peak)}, by the plan {size(need)}"
+    )
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
-def headline(s: PlanSettings, work: Work) -> str:
-    network = f", {s.link}/s for each GPU between nodes" if s.world_size > s.gpus_per_node else ""
+def headline(s: PlanSettings, work: Work, cluster: Cluster) -> str:
     c = s.model
+    millions = work.parameters / 1e6
+    network = ""
+    if cluster.size > cluster.per_node:
+        network = f", {s.link}/s for each GPU between nodes"
     return (
-        f"model     {work.parameters / 1e6:,.0f}M parameters: {c.n_layer} blocks, {c.n_embd} wide, "
+        f"model     {millions:,.0f}M parameters: {c.n_layer} blocks, {c.n_embd} wide, "
         f"vocabulary {c.vocab_size:,}\n"
-        f"machines  {s.world_size:,} x {s.gpu}, "
-        f"{min(s.world_size, s.gpus_per_node)} in a node{network}\n"
+        f"machines  {cluster.size:,} x {s.gpu}, {cluster.per_node} in a node{network}\n"
         f"step      {s.batch_tokens:,} tokens in sequences of {c.block_size:,}\n"
     )
 
 
-def table(s: PlanSettings, work: Work, cluster: Cluster, plans: dict[str, Plan]) -> str:
-    """A column for each plan."""
-    rows: list[tuple[str, list[str]]] = [("", list(plans))]
-    found = list(plans.values())
-
-    def row(name: str, of: Callable[[Plan], str]) -> None:
-        rows.append((name, [of(each) for each in found]))
-
-    def title(name: str) -> None:
-        rows.append((name, [""] * len(found)))
-
-    title("memory of a GPU")
-    for part in PARTS:
-        row(f"  {part}", lambda each, part=part: size(memory_parts(each)[part]))
-    row("  fullest", lambda each: each.memory.moment.name)
-    row(f"  all, of {size(cluster.gpu.memory)}", in_all)
-    title("sent in a step, by each GPU")
-    for key in traffic_keys(found, cluster):
-        row(f"  {key}", lambda each, key=key: size(sent(each, cluster).get(key, 0.0)))
-    title("a step")
-    flops = work.flops_per_token * s.batch_tokens / cluster.size
-    row("  FLOPs of a GPU", lambda each: f"{flops / 1e12:,.1f}e12")
-    row("  seconds", lambda each: f"{each.time.expected:.3f}")
-    row("  of these computing", lambda each: f"{each.time.compute:.3f}")
-    row("  all overlapped", lambda each: f"{each.time.optimistic:.3f}")
-    row("  none overlapped", lambda each: f"{each.time.pessimistic:.3f}")
-    row("  pipeline bubble", lambda each: f"{each.time.bubble:.1%}")
-    title("the run")
-    row("  tokens/s", lambda each: f"{each.tokens_per_second:,.0f}")
-    row("  MFU", lambda each: f"{each.mfu:.1%}")
-    row("  MFU, bounds", mfu_bounds)
-    tokens = s.tokens or s.max_steps * s.batch_tokens
-    row(f"  days for {tokens:.3g} tokens", lambda each: f"{days(each, tokens):,.2f}")
-    if s.price:
-        hour = cluster.size * s.price
-        row("  cost", lambda each: f"{24 * hour * days(each, tokens):,.0f}")
-    return aligned(rows)
+def column(s: PlanSettings, work: Work, cluster: Cluster, found: Plan) -> Sections:
+    """All that the table says of one plan."""
+    return {
+        "memory of a GPU": memory_rows(found, cluster),
+        "sent in a step, by each GPU": traffic_rows(found, cluster),
+        "a step": time_rows(s, work, found),
+        "the run": run_rows(s, cluster, found),
+    }
 
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
+def memory_rows(found: Plan, cluster: Cluster) -> dict[str, str]:
+    rows = {part: size(n_bytes) for part, n_bytes in memory_parts(found).items()}
+    too_much = "" if found.fits else " (!)"
+    rows["fullest"] = found.memory.moment.name
+    rows[f"all, of {size(cluster.gpu.memory)}"] = size(found.memory.total) + too_much
+    return rows
 
 
 def memory_parts(found: Plan) -> dict[str, float]:
-    memory, moment = found.memory, found.memory.moment
-    values = (
-        memory.weights,
-        moment.gradients,
-        memory.optimizer,
-        moment.activations,
-        moment.temporary,
-    )
-    return dict(zip(PARTS, values, strict=True))
+    memory = found.memory
+    moment = memory.moment
+    return {
+        "weights": memory.weights,
+        "gradients": moment.gradients,
+        "optimizer": memory.optimizer,
+        "activations": moment.activations,
+        "temporary": moment.temporary,
+    }
 
 
-def in_all(found: Plan) -> str:
-    return size(found.memory.total) + ("" if found.fits else " (!)")
-
-
-def sent(found: Plan, cluster: Cluster) -> dict[str, float]:
-    """Bytes by what is done, along which axis and over which link."""
-    by_kind: dict[str, float] = {}
+def traffic_rows(found: Plan, cluster: Cluster) -> dict[str, str]:
+    """Bytes by axis, operation and link; the sums of a few numbers are left out."""
+    sent: dict[str, float] = {}
     for collective in found.traffic:
         group = found.layout.group(collective.axis, cluster.per_node)
         link = "NVLink" if group.nodes == 1 else "network"
         name = f"{collective.axis} {collective.operation}, {link}"
-        by_kind[name] = by_kind.get(name, 0.0) + collective.bytes
-    return by_kind
+        sent[name] = sent.get(name, 0.0) + collective.bytes
+    return {name: size(n_bytes) for name, n_bytes in sent.items() if n_bytes > 10_000}
 
 
-def traffic_keys(plans: list[Plan], cluster: Cluster) -> list[str]:
-    keys: dict[str, None] = {}
-    for found in plans:
-        keys |= dict.fromkeys(sent(found, cluster))
-    return list(keys)
+def time_rows(s: PlanSettings, work: Work, found: Plan) -> dict[str, str]:
+    flops = work.flops_per_token * s.batch_tokens / found.layout.size
+    time = found.time
+    return {
+        "TFLOPs of a GPU": f"{flops / 1e12:,.1f}",
+        "seconds": f"{time.expected:.3f}",
+        "of these computing": f"{time.compute:.3f}",
+        "all overlapped": f"{time.optimistic:.3f}",
+        "none overlapped": f"{time.pessimistic:.3f}",
+        "pipeline bubble": f"{time.bubble:.1%}",
+    }
 
 
-def mfu_bounds(found: Plan) -> str:
-    low = found.mfu * found.time.expected / found.time.pessimistic
-    high = found.mfu * found.time.expected / found.time.optimistic
-    return f"{low:.1%} to {high:.1%}"
+def run_rows(s: PlanSettings, cluster: Cluster, found: Plan) -> dict[str, str]:
+    slow, fast = bounds(found)
+    hours = s.budget / found.tokens_per_second / 3600
+    rows = {
+        "tokens/s": f"{found.tokens_per_second:,.0f}",
+        "MFU": f"{found.mfu:.1%}",
+        "MFU, bounds": f"{slow * found.mfu:.1%} to {fast * found.mfu:.1%}",
+        f"days for {s.budget:.3g} tokens": f"{hours / 24:,.2f}",
+    }
+    if s.price:
+        rows["cost"] = f"{hours * cluster.size * s.price:,.0f}"
+    return rows
 
 
-def days(found: Plan, tokens: float) -> float:
-    return tokens / found.tokens_per_second / 86400
+def bounds(found: Plan) -> tuple[float, float]:
+    """Lowest and highest speed, as multiples of the expected one."""
+    time = found.time
+    return time.expected / time.pessimistic, time.expected / time.optimistic
 
 
 def size(n_bytes: float) -> str:
     """1.2 GB, 340 MB, 16 B; a dash for nothing."""
     if not n_bytes:
         return "-"
-    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= of:
-            return f"{n_bytes / of:.3g} {unit}"
+    for unit, of_bytes in UNITS.items():
+        if n_bytes >= of_bytes:
+            return f"{n_bytes / of_bytes:.3g} {unit}"
     return f"{n_bytes:.0f} B"
 
 
-def aligned(rows: list[tuple[str, list[str]]]) -> str:
-    """Names on the left, numbers on the right."""
-    label = max(len(name) for name, _ in rows)
-    width = max(len(cell) for _, cells in rows for cell in cells)
-    lines = []
-    for name, cells in rows:
-        padded = [f"{cell:>{width}}" for cell in cells]
-        lines.append("  ".join([f"{name:<{label}}", *padded]).rstrip())
-    return "\n".join(lines)
+def table(columns: dict[str, Sections]) -> str:
+    """Names on the left, a column for each plan. A dash where a plan has no such row."""
+    lines = [("", list(columns))]
+    first, *_ = columns.values()
+    for title in first:
+        parts = [sections[title] for sections in columns.values()]
+        lines.append((title, []))
+        names: dict[str, None] = {}
+        for part in parts:
+            names |= dict.fromkeys(part)
+        for name in names:
+            cells = [part.get(name, "-") for part in parts]
+            lines.append((f"  {name}", cells))
+    label = max(len(name) for name, _ in lines)
+    width = 2 + max(len(cell) for _, cells in lines for cell in cells)
+    texts = []
+    for name, cells in lines:
+        padded = [cell.rjust(width) for cell in cells]
+        texts.append(name.ljust(label) + "".join(padded))
+    return "\n".join(text.rstrip() for text in texts)
 
 
 # --- the picture ----------------------------------------------------------------------------------
@@ -259,40 +321,44 @@ def aligned(rows: list[tuple[str, list[str]]]) -> str:
 
 def draw(plans: dict[str, Plan], cluster: Cluster, out: Path) -> None:
     """Memory of a GPU, part by part, and tokens/s with its bounds, a bar for each layout."""
-    fig, (memory, speed) = plots.figure(11, 1.6 + 0.6 * len(plans), columns=2)
-    names = [name_of(name, found.layout) for name, found in plans.items()]
-    names.reverse()
-    found = list(plans.values())
-    found.reverse()
+    height = 1.6 + 0.6 * len(plans)
+    fig, (memory, speed) = plots.figure(11, height, columns=2)
+    names = []
+    found = []
+    for name, each in reversed(plans.items()):  # the first bar is the lowest
+        names.append(f"{name}\n{each.layout.describe()}")
+        found.append(each)
     draw_memory(memory, names, found, cluster)
     draw_speed(speed, names, found)
     plots.save(fig, out)
 
 
-def name_of(name: str, layout: Layout) -> str:
-    return f"{name}\n{layout.describe()}"
-
-
 def draw_memory(ax: "Axes", names: list[str], plans: list[Plan], cluster: Cluster) -> None:
+    parts = [memory_parts(found) for found in plans]
     left = [0.0] * len(plans)
-    for part in PARTS:
-        widths = [memory_parts(found)[part] / GB for found in plans]
+    for part in parts[0]:
+        widths = [of_plan[part] / GB for of_plan in parts]
         ax.barh(names, widths, left=left, label=part, height=0.6)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    ax.axvline(cluster.gpu.memory / GB, color="black", lw=1, label="the GPU's")
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    whole = cluster.gpu.memory / GB
+    ax.axvline(whole, color="black", lw=1, label="the GPU's")
     ax.set(xlabel="memory of a GPU, GB")
     ax.tick_params(axis="y", labelsize=8)
     ax.legend(frameon=False, fontsize=8)
 
 
 def draw_speed(ax: "Axes", names: list[str], plans: list[Plan]) -> None:
-    speeds = [found.tokens_per_second / 1e6 for found in plans]
-    below, above = [], []
-    for found, speed in zip(plans, speeds, strict=True):
-        time = found.time
-        below.append(speed * (1 - time.expected / time.pessimistic))
-        above.append(speed * (time.expected / time.optimistic - 1))
-    ax.barh(names, speeds, xerr=[below, above], height=0.6, color="C0", capsize=3)
+    speeds = []
+    below = []
+    above = []
+    for found in plans:
+        speed = found.tokens_per_second / 1e6
+        slow, fast = bounds(found)
+        speeds.append(speed)
+        below.append(speed * (1 - slow))
+        above.append(speed * max(0.0, fast - 1))
+    errors = [below, above]
+    ax.barh(names, speeds, xerr=errors, height=0.6, capsize=3)
     ax.set(xlabel="million tokens/s (none to all of the communication hidden)")
     ax.set_yticks([])
 

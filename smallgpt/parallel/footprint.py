@@ -10,13 +10,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 
 from model import GPT, GPTConfig
-from smallgpt.parallel.pipeline import cut_in_ranges
+from smallgpt.parallel.layout import cut_in_ranges
 
 F32 = 4  # bytes of weights, gradients and the residual stream, for each number
 BUCKET = 25 * 2**20  # of gradients that DDP sums at a time
@@ -53,7 +53,6 @@ class Layout:
     sequence: bool = False
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     virtual: int = 1  # stages on each process
-    offload: bool = False
     reduce: int = F32  # bytes of a number in the sum of gradients
 
     @property
@@ -69,23 +68,32 @@ class Layout:
     @property
     def is_plain(self) -> bool:
         """Does every process hold a whole model? Then it is DDP, or a single process."""
-        return self.pp * self.shard * self.tp == 1 and not self.offload
+        return self.pp * self.shard * self.tp == 1
+
+    @property
+    def share(self) -> int:
+        """Parts that the positions are cut into, between the matrices of a block."""
+        return self.tp if self.sequence else 1
 
     @property
     def has_fsdp(self) -> bool:
-        return not self.is_plain and (self.data > 1 or self.offload)
+        return not self.is_plain and self.data > 1
 
     def group(self, axis: str, per_node: int) -> Group:
         """The processes along an axis, "ends" of the pipeline, or "all". tp's are neighbours."""
         if axis == "all":
             return Group(self.size, min(self.size, per_node))
-        distance = {"tp": 1, "shard": self.tp, "replicate": self.tp * self.shard}
-        between = distance.get(axis, self.tp * self.data)
+        of_stage = self.data * self.tp
+        distance = {
+            "tp": 1,
+            "shard": self.tp,
+            "replicate": self.tp * self.shard,
+            "pp": of_stage,
+            "ends": of_stage * (self.pp - 1),
+        }
         size = 2 if axis == "ends" else getattr(self, axis)
-        if axis == "ends":
-            between *= self.pp - 1
-        on_node = min(size, max(1, per_node // between))
-        return Group(size, on_node)
+        on_node = max(1, per_node // distance[axis])
+        return Group(size, min(size, on_node))
 
     def describe(self) -> str:
         """pp 2 (1f1b) x hsdp 4x8 x tp 2, recompute 1, 8 sequences x 4"""
@@ -133,9 +141,10 @@ def stages(n_layer: int, layout: Layout) -> list[Stage]:
         elif layout.schedule == "1f1b":
             in_flight = min(accum, behind + 1)
         else:  # parts of a micro-batch before the first backward (Narayanan et al. 2021)
-            parts = (virtual - 1) * pp + 2 * behind + 1
-            in_flight = min(accum, parts / virtual)
-        found.append(Stage(ranges[rank::pp], rank == 0, rank == pp - 1, in_flight))
+            begun = (virtual - 1) * pp + 2 * behind + 1
+            in_flight = min(accum, begun / virtual)
+        parts = ranges[rank::pp]
+        found.append(Stage(parts, rank == 0, behind == 0, in_flight))
     return found
 
 
@@ -146,7 +155,6 @@ class Work:
     config: GPTConfig
     product: int = 2  # bytes of a number in matrix products
     kernels: Literal["cpu", "cuda", "compiled"] = "compiled"  # they decide what backward needs
-    muon: bool = False
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -176,13 +184,16 @@ class Work:
     def parameters(self) -> int:
         """Numbers of the whole model."""
         whole = Stage([], is_first=True, is_last=True, in_flight=0)
-        return self.config.n_layer * numbers(self.block()) + numbers(self.root(whole))
+        of_block = numbers(self.block())
+        of_root = numbers(self.root(whole))
+        return self.config.n_layer * of_block + of_root
 
     @property
     def flops_per_token(self) -> int:
         """As runs.metrics counts them: without recomputation, with all attention scores."""
         c = self.config
-        weights = c.n_layer * matrices(self.block()) + c.vocab_size * c.n_embd
+        head = c.vocab_size * c.n_embd
+        weights = c.n_layer * matrices(self.block()) + head
         scores = 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * weights + scores
 
@@ -224,27 +235,29 @@ def kept_by_block(work: Work, tp: int = 1, sequence: bool = False) -> dict[str, 
     low = work.product  # bytes of a number in matrix products
     is_eager = work.kernels != "compiled"
     copies = is_eager and low < F32  # autocast makes one for each matrix that reads a tensor
-    stream = c.n_embd / (tp if sequence else 1)
+    share = tp if sequence else 1  # of the positions
+    stream = c.n_embd / share
     heads = c.n_head / tp
     kv_heads = max(1, c.kv_heads / tp)
     queries = heads * c.head_size
     keys = kv_heads * c.head_size
-    scale = norm_scale(c) / (tp if sequence else 1)
+    scale = norm_scale(c) / share
 
-    readers = {"attention": 3, "mlp": 2 if c.mlp == "swiglu" else 1}
+    readers = {"attention": 3, "mlp": 2 if c.mlp == "swiglu" else 1}  # matrices
     kept: dict[str, float] = {}
-    for half, matrices_reading in readers.items():
+    for half, count in readers.items():
         # compiled, the sum in the middle is computed again, from the projection's output
         in_float32 = is_eager or half == "attention"
         kept[f"{half}: stream"] = (F32 if in_float32 else low) * stream
         kept[f"{half}: norm's scale"] = scale
         if work.kernels == "cpu" and c.norm == "rmsnorm":
             kept[f"{half}: normalised"] = F32 * stream
-        kept[f"{half}: input"] = (matrices_reading if copies else 1) * low * c.n_embd
+        inputs = count if copies else 1
+        kept[f"{half}: input"] = inputs * low * c.n_embd
     if c.qk_norm:
         # a fused norm keeps its input in float32, the CPU's also what it made of it
-        each = {"cpu": 2 * F32, "cuda": F32, "compiled": low}[work.kernels]
-        kept["before qk_norm"] = each * (queries + keys)
+        each = {"cpu": 2 * F32, "cuda": F32, "compiled": low}
+        kept["before qk_norm"] = each[work.kernels] * (queries + keys)
         kept["qk_norm's scale"] = F32 * (heads + kv_heads)
     kept["q, k, v"] = low * (queries + 2 * keys)
     kept["attended"] = low * queries
@@ -253,7 +266,8 @@ def kept_by_block(work: Work, tp: int = 1, sequence: bool = False) -> dict[str, 
         kept["attended, positions first"] = low * queries
     kept["hidden"] = hidden_bytes(work) * c.mlp_size / tp
     if c.dropout:
-        kept["dropout"] = 2 * stream * (low if work.kernels == "cpu" else 1)
+        each = low if work.kernels == "cpu" else 1  # noise, or a mask
+        kept["dropout"] = 2 * each * stream
     return kept
 
 
@@ -307,20 +321,20 @@ class Process:
 
     def __init__(self, work: Work, layout: Layout, stage: Stage):
         self.work = work
+        self.config = work.config
         self.layout = layout
         self.stage = stage
+        self.low = work.product  # bytes of a number in matrix products
+        self.is_low = self.low < F32
         self.parts = layout.shard if layout.has_fsdp else 1
         self.blocks = len(stage.layers)
         # numbers of a block and of the root, gathered over `shard`
-        self.block = numbers(work.block(layout.tp), self.parts)
-        self.root = numbers(work.root(stage, layout.tp), self.parts)
-        self.tokens = layout.rows * work.config.block_size
-        self.stream = F32 * work.config.n_embd * self.tokens  # the residual stream, whole
-
-    @property
-    def is_low(self) -> bool:
-        """Are products computed in less than float32?"""
-        return self.work.product < F32
+        block = work.block(layout.tp)
+        root = work.root(stage, layout.tp)
+        self.block = numbers(block, self.parts)
+        self.root = numbers(root, self.parts)
+        self.tokens = layout.rows * self.config.block_size
+        self.stream = F32 * self.config.n_embd * self.tokens  # the residual stream, whole
 
     @property
     def weight_count(self) -> float:
@@ -329,13 +343,8 @@ class Process:
 
     def memory(self) -> Memory:
         weights = F32 * self.weight_count
-        optimizer = 2 * weights  # AdamW's two means
-        if self.work.muon:  # which has one for a matrix of a block
-            optimizer -= F32 * self.blocks * self.block / self.parts
         fullest = max(self.moments(), key=lambda moment: moment.total)
-        if self.layout.offload:
-            weights = optimizer = 0.0
-        return Memory(weights, optimizer, fullest)
+        return Memory(weights, optimizer=2 * weights, moment=fullest)  # AdamW's two means
 
     # what is there for a while
 
@@ -357,12 +366,13 @@ class Process:
 
     @property
     def gathered_block(self) -> float:
-        return self.work.product * self.block if self.layout.has_fsdp else 0.0
+        return self.low * self.block if self.layout.has_fsdp else 0.0
 
     @cached_property
     def kept(self) -> float:
         """Activations of a block."""
-        kept = kept_by_block(self.work, self.layout.tp, self.layout.sequence)
+        layout = self.layout
+        kept = kept_by_block(self.work, layout.tp, layout.sequence)
         return self.tokens * sum(kept.values())
 
     def is_recomputed(self, layer: int) -> bool:
@@ -377,27 +387,33 @@ class Process:
     @cached_property
     def activations(self) -> float:
         """Of all blocks and micro-batches, where the first backward begins."""
-        c = self.work.config
+        layout = self.layout
         whole = self.blocks - self.recomputed
-        inputs = self.stream / (self.layout.tp if self.layout.sequence else 1)
-        total = self.stage.in_flight * (whole * self.kept + self.recomputed * inputs)
-        if self.is_low and not self.layout.has_fsdp:
-            # autocast's copies of the weights
-            total += self.work.product * self.blocks * self.block
-        if self.layout.pp > 1:
+        inputs = self.stream / layout.share
+        of_blocks = whole * self.kept + self.recomputed * inputs
+        if self.is_low and not layout.has_fsdp:
+            # autocast's copies of the weights, which each micro-batch makes anew
+            of_blocks += self.low * self.blocks * self.block
+        total = self.stage.in_flight * of_blocks
+        if layout.pp > 1:
             total += self.travelling
         if self.stage.is_last:
-            tensors = 2 if self.work.kernels == "cpu" and c.norm == "rmsnorm" else 1
-            total += tensors * self.stream + norm_scale(c) * self.tokens
+            total += self.final_norm
         return total
 
     @property
+    def final_norm(self) -> float:
+        keeps_two = self.work.kernels == "cpu" and self.config.norm == "rmsnorm"
+        tensors = 2 if keeps_two else 1
+        return tensors * self.stream + norm_scale(self.config) * self.tokens
+
+    @property
     def travelling(self) -> float:
-        """A pipeline's buffers to receive into, for each micro-batch of a step, and the outputs of
-        the stages, which wait for their gradients."""
-        received = len(self.neighbours) * self.layout.accum
-        ends = len(self.stage.parts) - self.stage.is_last
-        return (received + ends * self.stage.in_flight / len(self.stage.parts)) * self.stream
+        """What a pipeline receives into, and the outputs that its stages send: both are there for
+        each micro-batch of a step."""
+        received = len(self.neighbours)
+        sent = self.neighbours.count("behind")
+        return self.layout.accum * (received + sent) * self.stream
 
     @property
     def neighbours(self) -> list[str]:
@@ -415,7 +431,8 @@ class Process:
 
     def moments(self) -> Iterator[Moment]:
         """Of the last micro-batch."""
-        stays = self.layout.accum > 1 or (self.layout.is_plain and self.layout.data > 1)
+        has_buckets = self.layout.is_plain and self.layout.data > 1  # DDP's, which stay
+        stays = has_buckets or self.layout.accum > 1
         before = self.gradients if stays else 0.0
         if self.stage.is_last:
             yield from self.at_the_loss(before)
@@ -424,7 +441,7 @@ class Process:
 
     def at_the_loss(self, gradients: float) -> Iterator[Moment]:
         """LinearCrossEntropy computes the gradients in its forward, and scales them in backward."""
-        c = self.work.config
+        c = self.config
         tokens = self.tokens / self.layout.tp  # tensor-parallel ranks share them
         matrix = c.vocab_size * c.n_embd
         results = F32 * (matrix + tokens * c.n_embd)
@@ -432,37 +449,45 @@ class Process:
         if self.layout.tp > 1:
             forward += F32 * matrix  # gathered
         if self.is_low:
-            forward += self.work.product * (matrix + tokens * c.n_embd)
-        yield Moment("loss", gradients, self.activations, forward)
-        yield Moment("loss", gradients, self.activations, self.gathered + 2 * results)
+            forward += self.low * (matrix + tokens * c.n_embd)
+        backward = self.gathered + 2 * results
+        temporary = max(forward, backward)
+        yield Moment("loss", gradients, self.activations, temporary)
 
     def slice_of_logits(self, tokens: float) -> float:
         """cross_entropy_slice: logits, and temporary numbers for each of them."""
-        low = self.work.product
+        vocabulary = self.config.vocab_size
         most = 2**22 if self.work.kernels == "cpu" else 2**25
-        rows = min(tokens, max(64, most // self.work.config.vocab_size))
-        each = 3 * F32 + 1 + F32 + (low if self.is_low else 0)
+        rows = max(64, most // vocabulary)
+        each = 4 * F32 + 1
+        if self.is_low:
+            each += self.low
         if self.work.kernels == "compiled":
-            each = 2 * low
+            each = 2 * self.low
         if rows < tokens:
-            each += low  # the gradient of the slice before
-        return each * rows * self.work.config.vocab_size
+            each += self.low  # the gradient of the slice before
+        return each * min(rows, tokens) * vocabulary
 
     def in_the_last_block(self, gradients: float) -> Iterator[Moment]:
         """Backward begins it, and has ended it."""
         is_again = self.is_recomputed(self.stage.layers[-1])
-        begun = self.activations + (self.kept if is_again else 0.0)
-        ended = self.activations - (0.0 if is_again else self.kept)
+        begun = ended = self.activations
+        if is_again:
+            begun += self.kept
+        else:
+            ended -= self.kept
         temporary = self.gathered + self.stream
         if self.layout.pp == 1:
             temporary += 2 * self.gathered_block  # it, and the next one early
         if self.stage.is_last:
             temporary += F32 * self.root  # the head's gradient
-        yield Moment("last block", gradients, begun, temporary + self.backward_of_mlp())
+        of_mlp = self.backward_of_mlp()
+        yield Moment("last block", gradients, begun, temporary + of_mlp)
         each = F32
         if self.layout.has_fsdp and self.layout.pp == 1:  # as computed, and on its way
-            each = self.work.product + self.layout.reduce
-        yield Moment("last block", gradients, ended, temporary + self.stream + each * self.block)
+            each = self.low + self.layout.reduce
+        of_block = self.stream + each * self.block
+        yield Moment("last block", gradients, ended, temporary + of_block)
 
     def backward_of_mlp(self) -> float:
         """The largest temporary tensors of a block: those of its activation function, and the
@@ -541,12 +566,14 @@ def of_shard(process: Process) -> Iterator[Collective]:
         return
     times = layout.accum if layout.pp == 1 else 1
     gathers = 2 * times if layout.pp == 1 else 1
-    blocks, low, reduce = process.blocks, process.work.product, layout.reduce
-    yield Collective("shard", "all_gather", "blocks", gathers * blocks, low * process.block)
-    yield Collective("shard", "reduce_scatter", "blocks", times * blocks, reduce * process.block)
+    shard = partial(Collective, "shard")
+    weights = process.low * process.block
+    gradients = layout.reduce * process.block
+    yield shard("all_gather", "blocks", gathers * process.blocks, weights)
+    yield shard("reduce_scatter", "blocks", times * process.blocks, gradients)
     if process.root:
-        yield Collective("shard", "all_gather", "root", times, F32 * process.root)
-        yield Collective("shard", "reduce_scatter", "root", times, reduce * process.root)
+        yield shard("all_gather", "root", times, F32 * process.root)
+        yield shard("reduce_scatter", "root", times, layout.reduce * process.root)
 
 
 def of_replicate(process: Process) -> Iterator[Collective]:
@@ -554,15 +581,16 @@ def of_replicate(process: Process) -> Iterator[Collective]:
     layout = process.layout
     if layout.replicate == 1:
         return
+    all_reduce = partial(Collective, "replicate", "all_reduce")
     if layout.is_plain:
         size = F32 * process.weight_count
         buckets = math.ceil(size / BUCKET)
-        yield Collective("replicate", "all_reduce", "gradients", buckets, size / buckets)
+        yield all_reduce("gradients", buckets, size / buckets)
         return
     part = layout.reduce / process.parts
-    yield Collective("replicate", "all_reduce", "blocks", process.blocks, part * process.block)
+    yield all_reduce("blocks", process.blocks, part * process.block)
     if process.root:
-        yield Collective("replicate", "all_reduce", "root", 1, part * process.root)
+        yield all_reduce("root", 1, part * process.root)
 
 
 def of_tp(process: Process) -> Iterator[Collective]:
@@ -571,50 +599,57 @@ def of_tp(process: Process) -> Iterator[Collective]:
     layout = process.layout
     if layout.tp == 1:
         return
-    c = process.work.config
+    tp = partial(Collective, "tp")
+    c = process.config
     accum = layout.accum
     halves = 2 * accum * process.blocks
     again = accum * process.recomputed  # a block is not computed again behind its last product
     stream = process.stream
-    low = stream * process.work.product / F32
+    low = process.low * c.n_embd * process.tokens
     if layout.sequence:
-        yield Collective("tp", "all_gather", "blocks, forward", halves + 2 * again, stream)
-        yield Collective("tp", "reduce_scatter", "blocks, forward", halves + again, low)
-        yield Collective("tp", "all_gather", "blocks, backward", halves, low)
-        yield Collective("tp", "reduce_scatter", "blocks, backward", halves, stream)
+        yield tp("all_gather", "blocks, forward", halves + 2 * again, stream)
+        yield tp("reduce_scatter", "blocks, forward", halves + again, low)
+        yield tp("all_gather", "blocks, backward", halves, low)
+        yield tp("reduce_scatter", "blocks, backward", halves, stream)
         parts = len(process.stage.parts)
-        yield Collective("tp", "all_gather", "stream", 2 * accum * parts, stream)
+        yield tp("all_gather", "stream", 2 * accum * parts, stream)
     else:
-        yield Collective("tp", "all_reduce", "blocks, forward", halves + again, low)
-        yield Collective("tp", "all_reduce", "blocks, backward", halves, stream)
+        yield tp("all_reduce", "blocks, forward", halves + again, low)
+        yield tp("all_reduce", "blocks, backward", halves, stream)
     if c.kv_heads < layout.tp:
-        keys = process.work.product * c.kv_heads * c.head_size * process.tokens
-        yield Collective("tp", "all_gather", "keys, values", halves + 2 * again, keys)
-        yield Collective("tp", "reduce_scatter", "keys, values", halves, keys)
+        width = c.kv_heads * c.head_size
+        keys = process.low * width * process.tokens
+        yield tp("all_gather", "keys, values", halves + 2 * again, keys)
+        yield tp("reduce_scatter", "keys, values", halves, keys)
     if process.stage.is_first:
-        yield Collective("tp", "all_reduce", "embedding", accum, stream)
+        yield tp("all_reduce", "embedding", accum, stream)
     if process.stage.is_last:
         head = F32 * c.vocab_size * c.n_embd
-        yield Collective("tp", "all_gather", "head", accum, head)
-        yield Collective("tp", "reduce_scatter", "head", accum, head)
-        yield Collective("tp", "all_gather", "gradient of the loss", accum, stream)
-        yield Collective("tp", "all_reduce", "loss", accum, F32)
+        yield tp("all_gather", "head", accum, head)
+        yield tp("reduce_scatter", "head", accum, head)
+        yield tp("all_gather", "gradient of the loss", accum, stream)
+        yield tp("all_reduce", "loss", accum, F32)
     yield from of_whole_weights(process)
 
 
 def of_whole_weights(process: Process) -> Iterator[Collective]:
     """Weights that every tensor-parallel rank holds, but has only a part of the gradient of. FSDP
-    takes a sum from each micro-batch, AdamW one from each step."""
+    takes a sum from each micro-batch, in a pipeline one from each step; without FSDP the norm and
+    AdamW take one each."""
     layout = process.layout
-    c = process.work.config
-    summed_often = layout.has_fsdp and layout.pp == 1
-    times = 2 * process.blocks * (layout.accum if summed_often else 1)
-    size = process.work.product if layout.has_fsdp else F32
+    c = process.config
+    tp = partial(Collective, "tp")
+    sums, size = 2, F32
+    if layout.has_fsdp and layout.pp == 1:
+        sums, size = layout.accum, process.low
+    elif layout.has_fsdp:
+        sums, size = 1, layout.reduce
+    of_blocks = 2 * process.blocks * sums
     if c.qk_norm:
-        yield Collective("tp", "all_reduce", "qk_norm", times, size * c.head_size)
+        yield tp("all_reduce", "qk_norm", of_blocks, size * c.head_size)
     if layout.sequence:
         tensors = 2 if c.norm == "layernorm" and c.bias else 1
-        yield Collective("tp", "all_reduce", "norms", times * tensors, size * c.n_embd)
+        yield tp("all_reduce", "norms", of_blocks * tensors, size * c.n_embd)
 
 
 def of_pp(process: Process) -> Iterator[Collective]:
@@ -625,9 +660,11 @@ def of_pp(process: Process) -> Iterator[Collective]:
         return
     sends = layout.accum * len(process.neighbours)
     yield Collective("pp", "send", "stream, gradients", sends, process.stream)
-    if process.work.config.tie_weights and (stage.is_first or stage.is_last):
-        tied = {"wte.weight": process.work.root(stage, layout.tp)["wte.weight"]}
-        part = numbers(tied) / process.parts
+    is_end = stage.is_first or stage.is_last
+    if process.config.tie_weights and is_end:
+        root = process.work.root(stage, layout.tp)
+        tied = {"wte.weight": root["wte.weight"]}
+        part = numbers(tied, process.parts) / process.parts
         yield Collective("ends", "all_reduce", "tied matrix", 1, F32 * part)
 
 
@@ -635,9 +672,11 @@ def of_step(process: Process) -> Iterator[Collective]:
     """Once a step: the norm of the gradient, from that of each parameter; the number of targets,
     and the loss."""
     layout, stage = process.layout, process.stage
-    tensors = process.blocks * len(process.work.block())
-    tensors += len(process.work.root(stage))
-    if stage.is_last and not stage.is_first and process.work.config.tie_weights:
+    of_block = process.work.block()
+    of_root = process.work.root(stage)
+    tensors = process.blocks * len(of_block) + len(of_root)
+    is_other_end = stage.is_last and not stage.is_first
+    if is_other_end and process.config.tie_weights:
         tensors -= 1  # the first stage counts the tied matrix
     for axis in ("shard", "tp"):
         if getattr(layout, axis) > 1:

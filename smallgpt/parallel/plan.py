@@ -286,7 +286,6 @@ def layout_of(
         sequence=mesh.sequence,
         schedule=mesh.schedule,
         virtual=mesh.virtual if is_interleaved else 1,
-        offload=mesh.offload,
         reduce=work.product if is_low else F32,
     )
 

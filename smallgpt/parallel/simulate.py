@@ -1,22 +1,18 @@
 """A step of train_fsdp.py without its machines, to count what footprint.py computes.
 
 The processes are PyTorch's fake group, whose collectives return at once. The tensors are fake, too:
-they have shapes, but no memory. So the code of the true step runs at full width on any computer; a
-process simulates rank 0, and one mesh.
+they have shapes, but no memory. So the code of the true step runs at full width on any computer.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import FSDPModule
@@ -25,8 +21,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import GPT, GPTConfig
+from model import GPT
 from smallgpt.optim import OptimSettings, make_optimizers, update
+from smallgpt.parallel import footprint
+from smallgpt.parallel.footprint import F32, Layout, Process, Work
 from smallgpt.parallel.layout import AXES, MeshSettings, MeshSpread
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
@@ -110,6 +108,18 @@ def step(
     update(optimizers, strategy.scaler, 1.0)
 
 
+def planned(process: Process) -> Counter[Kind]:
+    """What Traffic should count in a step, by footprint.py. All processes are one group, whatever
+    the axis."""
+    layout = process.layout
+    calls: Counter[Kind] = Counter()
+    for collective in footprint.traffic(process):
+        group = layout.group(collective.axis, layout.size)
+        axis = "all" if group.size == layout.size else collective.axis
+        calls[axis, collective.operation, round(collective.size)] += collective.count
+    return calls
+
+
 @dataclass(frozen=True)
 class Simulated:
     """What one step of a process did."""
@@ -118,14 +128,20 @@ class Simulated:
     peak: int  # bytes of tensors at a time
 
 
-@contextmanager
-def fake_processes(rank: int, size: int) -> Iterator[None]:
-    """Among so many processes, of which only this one runs."""
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def shrunk(work: Work, layout: Layout) -> tuple[Work, Layout]:
+    """The same with a few blocks on up to eight processes: one stage, one micro-batch. What CPUs
+    keep for backward, since they run it."""
+    config = replace(work.config, n_layer=2)
+    small = replace(
+        layout,
+        pp=1,
+        virtual=1,
+        replicate=min(2, layout.replicate),
+        shard=min(2, layout.shard),
+        tp=min(2, layout.tp),
+        accum=1,
+    )
+    return replace(work, config=config, kernels="cpu"), small
 
 
 class FakeWorld(World):
@@ -134,30 +150,33 @@ class FakeWorld(World):
     main = False
 
 
-def simulate(
-    config: GPTConfig,
-    mesh: MeshSettings,
-    size: int,
-    dtype: torch.dtype,
-    rows: int,
-    recompute: int = 0,
-) -> Simulated:
-    """A step of the first of `size` processes on a mesh without a pipeline, as on CPUs, with one
-    micro-batch. Only this process's part of the weights is real."""
-    world = FakeWorld(0, size, torch.device("cpu"))
-    with fake_processes(world.rank, world.size):
-        with torch.device("meta"):
-            model = GPT(config)
-        strategy = MeshSpread(world, mesh).build(model, dtype)
-        strategy.model.recompute = recompute
-        optimizers = make_optimizers(strategy.names(), OptimSettings())
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            batches = [Batch(rows, config.block_size)]
-            # fills the caches of shapes, whose tensors would be counted, and makes Adam's state
+def simulate(work: Work, layout: Layout) -> Simulated:
+    """A step of the first process of a layout without pipeline, with one micro-batch, on CPUs. Only
+    this process's part of the weights is real. Once in a process of its own: torch remembers the
+    groups of a mesh."""
+    mesh = MeshSettings(
+        shard=layout.shard,
+        replicate=layout.replicate,
+        tp=layout.tp,
+        sequence=layout.sequence,
+        reduce="float32" if layout.reduce == F32 else "bfloat16",
+    )
+    dtype = torch.float32 if work.product == F32 else torch.bfloat16
+    world = FakeWorld(0, layout.size, torch.device("cpu"))
+    dist.init_process_group("fake", rank=0, world_size=layout.size, store=FakeStore())
+    with torch.device("meta"):
+        model = GPT(work.config)
+    strategy = MeshSpread(world, mesh).build(model, dtype)
+    strategy.model.recompute = layout.recompute
+    optimizers = make_optimizers(strategy.names(), OptimSettings())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batches = [Batch(layout.rows, work.config.block_size)]
+        # fills the caches of shapes, whose tensors would be counted, and makes Adam's state
+        step(strategy, optimizers, batches)
+        tracker = memory_tracker(strategy, optimizers, batches)
+        with tracker, Traffic() as traffic:
             step(strategy, optimizers, batches)
-            tracker = memory_tracker(strategy, optimizers, batches)
-            with tracker, Traffic() as traffic:
-                step(strategy, optimizers, batches)
+    dist.destroy_process_group()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     return Simulated(traffic.calls, peak["Total"])
 
