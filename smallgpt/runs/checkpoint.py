@@ -404,6 +404,9 @@ def publish(temporary: Path, final: Path, meta: dict) -> None:
     sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
     content = json.dumps({"format": FORMAT, **meta, "files": sizes}, indent=1, ensure_ascii=False)
     (temporary / "meta.json").write_text(content, encoding="utf-8")
+    usual_mode = (temporary / "meta.json").stat().st_mode
+    for file in files:
+        file.chmod(usual_mode)  # safetensors lets only their owner read them
     for file in [*files, temporary / "meta.json", temporary / "state", temporary]:
         flush(file)
     shutil.rmtree(final, ignore_errors=True)  # a damaged folder of the same step
