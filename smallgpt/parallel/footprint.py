@@ -375,6 +375,11 @@ class Process:
         kept = kept_by_block(self.work, layout.tp, layout.sequence)
         return self.tokens * sum(kept.values())
 
+    @property
+    def input(self) -> float:
+        """What goes into a block: all that a recomputed one keeps."""
+        return self.stream / self.layout.share
+
     def is_recomputed(self, layer: int) -> bool:
         """Does a block keep its input only?"""
         every = self.layout.recompute
@@ -389,8 +394,7 @@ class Process:
         """Of all blocks and micro-batches, where the first backward begins."""
         layout = self.layout
         whole = self.blocks - self.recomputed
-        inputs = self.stream / layout.share
-        of_blocks = whole * self.kept + self.recomputed * inputs
+        of_blocks = whole * self.kept + self.recomputed * self.input
         if self.is_low and not layout.has_fsdp:
             # autocast's copies of the weights, which each micro-batch makes anew
             of_blocks += self.low * self.blocks * self.block
@@ -473,7 +477,7 @@ class Process:
         is_again = self.is_recomputed(self.stage.layers[-1])
         begun = ended = self.activations
         if is_again:
-            begun += self.kept
+            begun += self.kept - self.input
         else:
             ended -= self.kept
         temporary = self.gathered + self.stream
