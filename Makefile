@@ -31,10 +31,10 @@ quickstart: $(VENV)/.installed
 	@echo "Classify with:  $(PY) scripts/classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
 
 test: lint
-	$(PY) -m pytest -q -n 2 --dist worksteal
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 check: lint
-	$(PY) -m pytest -q -n 2 --dist worksteal -m "not slow"
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 parity: $(VENV)/.installed
 	$(PY) bench/parity.py

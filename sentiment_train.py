@@ -366,11 +366,11 @@ def finetune(s: SentimentSettings, world: World) -> int:
 
         model = make_classifier(s, task, spread.birthplace).to(hardware.weights_dtype(dtype))
         task.trunk.weights = {}  # the model has them, where this process holds a whole one
-        if s.compile == "true":
-            model.gpt.compile_parts()
         trainable = freeze.count_trainable(model)
         perturbation = perturbation_norm(s, model, world)
         strategy = spread.build(model, dtype)
+        if s.compile == "true":
+            strategy.model.gpt.compile_parts()
         objective = Objective(s, task, strategy, perturbation)
         scale = partial(layer_scale, n_layer=task.config.n_layer, decay=s.layer_decay)
         optimizers = make_optimizers(strategy.names(), s.optim, scale, freeze.undecayed(model))

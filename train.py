@@ -121,7 +121,7 @@ def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict
 
 def sample_replies(strategy: Single, corpus: Corpus, s: TrainSettings) -> str:
     """The answer to each of s.prompts, a line each; from the main process. A collective."""
-    model = strategy.whole()
+    model = strategy.whole() if s.prompts else None
     if model is None:
         return ""
     # the cache's growing shapes would compile again and again, and mark the training's as dynamic

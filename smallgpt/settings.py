@@ -285,6 +285,12 @@ def _find(keys: Keys, name: str) -> Key:
             return Key(name, key.value, item, key.item_hint)
     *_, last = name.split(".")
     namesakes = [key.name for key in keys.values() if key.field == last]  # lr -> optim.lr
+    sections = [key.name for key in keys.values() if key.is_section]
+    if not namesakes and name.partition(".")[0] not in sections and "." in name:
+        raise ValueError(
+            f"unknown key {name}: this script has no section {name.partition('.')[0]}, but "
+            f"{', '.join(sections)} (--help lists every key)"
+        )
     candidates = namesakes or keys
     (near,) = get_close_matches(name, candidates, n=1, cutoff=0.0)
     raise ValueError(f"unknown key {name}; did you mean {near}? (--help lists every key)")

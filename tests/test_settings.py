@@ -425,3 +425,13 @@ def test_settings_do_not_import_torch():
     code = "import sys, smallgpt.settings; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ)
     assert done.returncode == 0
+
+
+def test_a_section_of_another_script_is_named(tmp_path):
+    """Regression: train.py mesh.shard=2 was answered by "did you mean optim.schedule?"."""
+    from train import TrainSettings
+
+    with pytest.raises(UserError, match="this script has no section mesh, but data, tokenizer"):
+        settings.load(TrainSettings, ["mesh.shard=2"])
+    with pytest.raises(UserError, match="did you mean optim.lr?"):
+        settings.load(TrainSettings, ["optm.lr=2"])

@@ -39,6 +39,8 @@ class Mesh(Single):
     Only the main process's model has weights at first; the others' lies on the meta device. The
     main one hands them out tensor by tensor, so that no other ever holds the whole."""
 
+    frees_weights = True  # of a block, as soon as its forward has run
+
     def __init__(
         self, model: nn.Module, world: World, dtype: torch.dtype, mesh: DeviceMesh, s: MeshSettings
     ):
@@ -87,13 +89,11 @@ class Mesh(Single):
         # keep: the whole model, on each process.
         low = self.dtype if self.dtype == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(low, reduce, cast_forward_inputs=False)
-        # the micro-batches in a pipeline take turns: the weights would be gathered for each anew
-        frees = self.s.pp == 1
         for block in blocks:
             fully_shard(
                 block,
                 mesh=mesh,
-                reshard_after_forward=frees,
+                reshard_after_forward=self.frees_weights,
                 mp_policy=policy,
                 offload_policy=offload,
             )
@@ -150,7 +150,7 @@ class Mesh(Single):
             model = GPT(self.model.config)
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie()
-        return model.to(self.world.device)
+        return model  # in CPU memory: a GPU that holds a part of it need not have room for it
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -214,5 +214,5 @@ def layout_name(mesh: DeviceMesh, s: MeshSettings) -> str:
     elif shard > 1:
         parts.append(f"fsdp {shard}")
     if tp > 1:
-        parts.append(f"tp {tp}")
-    return " x ".join(parts)
+        parts.append(f"tp {tp}{' (sequence)' if s.sequence else ''}")
+    return " x ".join(parts) + (", offloaded" if s.offload else "")

@@ -422,7 +422,7 @@ def network_error(error: BaseException | None) -> str:
     """The reason in brackets, if the error came from the connection to other processes; else ""."""
     while error is not None and not isinstance(error, UserError):
         text = str(error)
-        if isinstance(error, DistError) or "gloo" in text:
+        if isinstance(error, DistError) or "gloo" in text or "NCCL" in text:
             first_line = text.partition("\n")[0]
             first_sentence = first_line.partition(". ")[0]
             reason = first_sentence.partition("] ")[2]  # behind gloo's source file and line

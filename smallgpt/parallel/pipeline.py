@@ -70,7 +70,9 @@ class Stage(nn.Module):
         # the model itself is no submodule: it may hold other stages, too
         self.forward_stage = model.forward_stage
         self.autocast = autocast
-        self.queue: Iterator[HasInputs] = iter(())  # the micro-batches to come, in order
+        # The micro-batches to come, in order. A schedule passes tensors only, and takes the
+        # micro-batches through every stage in their order.
+        self.queue: Iterator[HasInputs] = iter(())
         self.size = (0, 0)  # rows and positions of the hidden states that travel
         self.finish: Finish | None = None  # what follows the last stage
 
@@ -107,6 +109,8 @@ class Pipeline(Mesh):
     `model` is a GPT or GPTClassifier that lacks what other processes hold. Of a tied matrix the
     first and the last stage have a copy each, under the name of the embedding; their gradients are
     added up, so the copies stay equal."""
+
+    frees_weights = False  # the micro-batches take turns: each would gather them anew
 
     def cut_layers(self) -> None:
         pp = self.mesh["pp"]
@@ -267,7 +271,7 @@ class Pipeline(Mesh):
         outputs = []
 
         def finish(output: Any, batch: HasInputs) -> None:
-            outputs.append(output)
+            outputs.append(on_cpu(output))  # what is sent as an object remembers its GPU
 
         batches = cut_rows(inputs, self.depth)
         self.run(batches, finish, training=False)
@@ -306,6 +310,11 @@ def cut_rows(inputs: tuple, parts: int) -> list[Rows]:
         else:
             columns.append(itertools.repeat(x))
     return [Rows(of_part) for of_part in zip(*columns, strict=False)]
+
+
+def on_cpu(output: Any) -> Any:
+    """A tensor, or each of a tuple, in CPU memory."""
+    return tuple(map(on_cpu, output)) if isinstance(output, tuple) else output.cpu()
 
 
 def join(outputs: list) -> Any:

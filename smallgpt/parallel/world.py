@@ -91,7 +91,7 @@ def start(
         said = choose_interface(peers.me, peers.everyone)
         if said and world.main:
             print(f"network  {said}", flush=True)
-        join_group(world, peers, timeout)
+        join_group(world, peers, timeout, offload=(settings or {}).get("mesh.offload", False))
         yield world
         peers.leave()
     except Exception as error:
@@ -124,11 +124,16 @@ def device_of_rank(device: str) -> torch.device:
     return choose_device(device, int(os.environ["LOCAL_RANK"]))
 
 
-def join_group(world: World, peers: Peers, timeout: int) -> None:
-    """Connect this process with the others that answered, and try the connection."""
+def join_group(world: World, peers: Peers, timeout: int, offload: bool) -> None:
+    """Connect this process with the others that answered, and try the connection.
+
+    offload: will weights lie in CPU memory beside GPUs?"""
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu and offload:
+        backend = "cpu:gloo,cuda:nccl"  # what lies in CPU memory goes by gloo
     limit = timedelta(seconds=timeout)
     # of the groups that a mesh or an asynchronous save makes later: torch's own is 30 minutes
     distributed_c10d.default_pg_timeout = limit
@@ -136,8 +141,7 @@ def join_group(world: World, peers: Peers, timeout: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a device id was set on the line above
         torch.distributed.init_process_group(
-            # what mesh.offload keeps in CPU memory goes by gloo
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            backend,
             store=peers.store,
             rank=world.rank,
             world_size=world.size,

@@ -297,18 +297,19 @@ class Saver:
 
     def check(self, failed: float) -> None:
         """UserError if so many processes failed to save."""
-        if failed:
-            raise UserError(self.give_up())
-
-    def give_up(self) -> str:
-        """Leave nothing of this checkpoint; returns why, in words."""
-        final = self.final
+        if not failed:
+            return
+        problem = self.problem()
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.step = 0
+        raise UserError(problem)
+
+    def problem(self) -> str:
+        """Why this checkpoint could not be saved, and what to do, in words."""
+        why = self.error or "another process failed"
         return (
-            f"could not save {final} ({self.error or 'another process failed'}); is the disk full? "
-            "The older checkpoints are intact: make room, then the same command continues from the "
-            "last"
+            f"could not save {self.final} ({why}); is the disk full? The older checkpoints are "
+            "intact: make room, then the same command continues from the last"
         )
 
     def finish(self) -> None:
@@ -322,7 +323,11 @@ class Saver:
         returns why they could not be saved, in words. (A process that died is told elsewhere.)"""
         if self.thread:
             self.thread.exception()
-        return self.give_up() if self.step and self.error else ""
+        if not self.step or not self.error:
+            return ""
+        if self.world.main:  # whose writing ends after that of all others
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        return self.problem()
 
     def name_best(self, step: int) -> None:
         """Make `best` name this step, whose folder is there or being written."""
@@ -399,6 +404,9 @@ def publish(temporary: Path, final: Path, meta: dict) -> None:
     sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
     content = json.dumps({"format": FORMAT, **meta, "files": sizes}, indent=1, ensure_ascii=False)
     (temporary / "meta.json").write_text(content, encoding="utf-8")
+    usual_mode = (temporary / "meta.json").stat().st_mode
+    for file in files:
+        file.chmod(usual_mode)  # safetensors lets only their owner read them
     for file in [*files, temporary / "meta.json", temporary / "state", temporary]:
         flush(file)
     shutil.rmtree(final, ignore_errors=True)  # a damaged folder of the same step

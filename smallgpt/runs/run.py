@@ -92,6 +92,7 @@ class Run:
     def __enter__(self) -> "Run":
         self.stack.enter_context(lock(self.folder, self.world.main))
         try:
+            self.world.sum(0)  # what this one replaces has written its last checkpoint
             self.look_up()
         except BaseException:
             self.stack.close()
@@ -115,7 +116,7 @@ class Run:
         self.found = starting_point(self.folder, self.s.resume, self.say)
         if self.found:
             self.step = self.found.step
-            self.saved = self.step if self.found.run == self.folder else 0
+            self.saved = self.step if self.found.run.resolve() == self.folder.resolve() else 0
         records = metrics.read(self.folder, "val")
         self.history = {r["step"]: r for r in records if r["step"] <= self.step}
         self.began = time.time()
@@ -350,6 +351,7 @@ class Run:
             if not checkpoint.why_damaged(folder):
                 break
             del self.history[self.best]
+        self.world.must_agree(self.s.out_dir, len(self.history), self.best)
         if not self.world.main:
             return
         if self.history:

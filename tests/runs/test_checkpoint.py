@@ -179,6 +179,15 @@ def test_weights_of_another_shape_are_refused(saved):
         checkpoint.load_weights(checkpoint.find(saved), tiny_module(9)[0])
 
 
+def test_every_file_can_be_read_by_those_who_can_read_the_settings(trained):
+    """Regression: safetensors makes files that only their owner can read, so that a colleague could
+    not chat with a run on a shared disk."""
+    run, _ = trained
+    usual = (run / "config.yaml").stat().st_mode
+    for file in checkpoint.find(run).path.rglob("*"):
+        assert file.is_dir() or file.stat().st_mode == usual, file
+
+
 def test_state_of_other_parameters_is_refused(saved):
     other = nn.Linear(8, 8, bias=False)
     with pytest.raises(UserError, match="belongs to another optimizer or other parameters"):
