@@ -1,8 +1,8 @@
 """One loss curve: every parallel layout against one process, through the real training loops.
 
-    python bench/parity.py                    all layouts, forms and precisions: ten minutes
+    python bench/parity.py                    all layouts, forms and precisions: half an hour
     python bench/parity.py --reshard          save on each layout, go on on each other
-    python bench/parity.py --only "PP 2" --columns tied classifier
+    python bench/parity.py --only "PP 2" --columns tied --dtypes float64
 
 Runs on the CPU with gloo. A cell holds the largest relative difference to one process over the
 losses of all steps, and over the weights (worst tensor, ||a - b|| / ||b||). `attn.k.bias` of the
@@ -136,7 +136,7 @@ def pretraining(folder: Path, dtype: str) -> tuple[str, ...]:
         "compile=false",
         f"max_steps={STEPS}",
         "batch_tokens=512",
-        "micro_batch=2",
+        "micro_batch=4",
         "eval_every=10",
         f"save_every={SAVED_AT}",
         "log_every=1",
@@ -285,10 +285,12 @@ def job_of(folder: Path, layout: Layout, column: str, dtype: str) -> Job:
     return Job("sentiment_train", layout, finetuning(folder, dtype, trunk) + HEADS[column], name)
 
 
-def compare_layouts(folder: Path, layouts: list[Layout], columns: list[str]) -> list[Table]:
-    """Every layout against one process, pretraining and classifier, in both precisions."""
+def compare_layouts(
+    folder: Path, layouts: list[Layout], columns: list[str], dtypes: list[str]
+) -> list[Table]:
+    """Every layout against one process, pretraining and classifier."""
     jobs = []
-    for dtype in BOUNDS:
+    for dtype in dtypes:
         for column in dict.fromkeys(["tied", *columns]):  # the classifiers' trunk comes first
             jobs.append(job_of(folder, ONE, column, dtype))
         for layout in layouts:
@@ -297,7 +299,7 @@ def compare_layouts(folder: Path, layouts: list[Layout], columns: list[str]) -> 
                     jobs.append(job_of(folder, layout, column, dtype))
     run(jobs, folder)
     tables = []
-    for dtype in BOUNDS:
+    for dtype in dtypes:
         table = Table(f"{dtype}: losses / weights", columns)
         for layout in layouts:
             cells = []
@@ -363,6 +365,7 @@ def main() -> int:
     p.add_argument("--only", nargs="*", metavar="LAYOUT", help="begin of a layout's name")
     columns = [*FORMS, *HEADS]
     p.add_argument("--columns", nargs="*", metavar="COLUMN", choices=columns, default=columns)
+    p.add_argument("--dtypes", nargs="*", metavar="DTYPE", choices=BOUNDS, default=list(BOUNDS))
     p.add_argument("--reshard", action="store_true", help="save on each layout, resume on each")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -377,7 +380,7 @@ def main() -> int:
         if args.reshard:
             tables = [compare_resharding(folder, layouts)]
         else:
-            tables = compare_layouts(folder, layouts, args.columns)
+            tables = compare_layouts(folder, layouts, args.columns, args.dtypes)
             if not args.only:
                 tables.append(compare_dropout(folder))
     print("\n\n".join(map(str, tables)))
