@@ -172,7 +172,7 @@ class Work:
         """What a stage holds that is in no block. A tied matrix is at both ends."""
         held = {}
         for name, shape in self.shapes.items():
-            is_embedding = name.startswith("w")
+            is_embedding = name.startswith("w")  # wte, wpe
             is_tied = name == "wte.weight" and self.config.tie_weights
             at_first = stage.is_first and is_embedding
             at_last = stage.is_last and (is_tied or not is_embedding)
@@ -439,11 +439,11 @@ class Process:
         stays = has_buckets or self.layout.accum > 1
         before = self.gradients if stays else 0.0
         if self.stage.is_last:
-            yield from self.at_the_loss(before)
+            yield self.at_the_loss(before)
         yield from self.in_the_last_block(before)
         yield self.at_the_embedding()
 
-    def at_the_loss(self, gradients: float) -> Iterator[Moment]:
+    def at_the_loss(self, gradients: float) -> Moment:
         """LinearCrossEntropy computes the gradients in its forward, and scales them in backward."""
         c = self.config
         tokens = self.tokens / self.layout.tp  # tensor-parallel ranks share them
@@ -456,7 +456,7 @@ class Process:
             forward += self.low * (matrix + tokens * c.n_embd)
         backward = self.gathered + 2 * results
         temporary = max(forward, backward)
-        yield Moment("loss", gradients, self.activations, temporary)
+        return Moment("loss", gradients, self.activations, temporary)
 
     def slice_of_logits(self, tokens: float) -> float:
         """cross_entropy_slice: logits, and temporary numbers for each of them."""

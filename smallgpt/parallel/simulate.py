@@ -30,14 +30,18 @@ from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
 
 Kind = tuple[str, str, int]  # axis, operation, bytes of the whole
-OPERATIONS = {  # of c10d and of its functional form -> ours
+OPERATIONS = {  # of c10d and of its functional form -> ours; others keep their names
     "_allgather_base_": "all_gather",
     "all_gather_into_tensor": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
     "allreduce_": "all_reduce",
     "all_reduce": "all_reduce",
-    "send": "send",  # what one process receives another one sends
+}
+UNCOUNTED = {
+    "wait_tensor",
+    "_wrap_tensor_autograd",
+    "recv_",  # another process sends it
 }
 
 
@@ -57,13 +61,13 @@ class Traffic(TorchDispatchMode):
 
     def count(self, func, args: tuple) -> None:
         name, _, _ = func.__name__.partition(".")
-        if name not in OPERATIONS:
-            return  # waiting for one
-        operation = OPERATIONS[name]
+        if name in UNCOUNTED:
+            return
+        operation = OPERATIONS.get(name, name)
         leaves = tree_leaves(args)
         sizes = [leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)]
         group = group_of(leaves)
-        size = max(sizes)
+        size = max(sizes, default=0)
         if func.namespace == "_c10d_functional" and operation == "all_gather":
             size *= group.size()  # it is given a part, and makes the whole
         self.calls[axis_of(group), operation, size] += 1

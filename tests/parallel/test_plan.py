@@ -39,7 +39,7 @@ TWO = [
 FOUR = [
     Case(4, HSDP, rows=8, accum=2),
     Case(4, {"tp": 2, "sequence": True}, rows=8, low=True, model=FEW_HEADS),
-    Case(4, {"tp": 4}, model=FEW_HEADS, accum=2),
+    Case(4, {"tp": 4}, rows=8, model=FEW_HEADS, accum=2),
     Case(4, {"pp": 2}, low=True, accum=4),
     Case(4, {"pp": 2, "tp": 2}, low=True, accum=4),
 ]
