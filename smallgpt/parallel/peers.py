@@ -35,7 +35,7 @@ from smallgpt import console
 from smallgpt.console import PeerError, UserError
 
 POLL = 0.1  # seconds between looks at the store
-GRACE = 2.0  # seconds in which a living process answers the alarm
+GRACE = 5.0  # seconds in which a living process answers the alarm, on a busy machine, too
 LAST = 30.0  # seconds after the alarm in which the main thread may end by itself
 WAITING = "waits for others"
 SIOCGIFADDR = 0x8915  # Linux: give the IPv4 address of a network interface
