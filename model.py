@@ -214,6 +214,12 @@ class MLP(nn.Module):
         return self.proj(h)
 
 
+def take_position(x: Tensor, at: Tensor) -> Tensor:
+    """Of each row of x (B, T, C) the position named by at (B,), as (B, 1, C)."""
+    rows = torch.arange(x.size(0), device=x.device)
+    return x[rows, at][:, None]
+
+
 class Block(nn.Module):
     """Attention, then MLP, each on the normalised stream and added to it (pre-norm)."""
 
@@ -230,8 +236,7 @@ class Block(nn.Module):
         the MLP, two thirds of the block, then reads no other."""
         x = x + self.drop(self.attn(self.norm1(x), context, layer))
         if at is not None:
-            rows = torch.arange(x.size(0), device=x.device)
-            x = x[rows, at][:, None]
+            x = take_position(x, at)
         return x + self.drop(self.mlp(self.norm2(x)))
 
 

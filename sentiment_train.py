@@ -488,9 +488,7 @@ def describe_data(s: SentimentSettings, task: Task) -> str:
 
 
 def describe_batch(s: SentimentSettings, steps_per_epoch: int, strategy: Single) -> str:
-    size = strategy.data_size
-    readers = f"{size} process(es)" if size == strategy.world.size else f"{size} replica(s)"
-    return f"{s.batch_size} examples, {steps_per_epoch} steps an epoch, {readers}"
+    return f"{s.batch_size} examples, {steps_per_epoch} steps an epoch, {strategy.readers}"
 
 
 def main() -> int:

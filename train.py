@@ -275,11 +275,9 @@ def describe_data(corpus: Corpus, rows: int) -> str:
 
 
 def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
-    size = strategy.data_size
-    readers = f"{size} process(es)" if size == strategy.world.size else f"{size} replica(s)"
     return (
         f"{s.batch_tokens:,} tokens = {shares.rows} sequences of {s.model.block_size} = "
-        f"{readers} x {shares.accum} accumulation x {shares.micro} sequences"
+        f"{strategy.readers} x {shares.accum} accumulation x {shares.micro} sequences"
     )
 
 

@@ -1,6 +1,6 @@
 """One loss curve: every parallel layout against one process, through the real training loops.
 
-    python bench/parity.py                    all layouts, forms and precisions: half an hour
+    python bench/parity.py                    all layouts, forms and precisions: takes long
     python bench/parity.py --reshard          save on each layout, go on on each other
     python bench/parity.py --only "PP 2" --columns tied --dtypes float64
 

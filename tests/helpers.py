@@ -99,6 +99,23 @@ class Started:
         return result
 
 
+def run_cases(
+    start_ranks: Callable[..., list[Started]], script: str, timeout: float
+) -> dict[str, dict]:
+    """What the processes of a script found, by case: two run most of them, four the rest. The main
+    one prints a line {"case": ..., what was found} for each."""
+    cases = {}
+    for size in (2, 4):
+        group = start_ranks(size, [], script=script)
+        results = [process.wait(timeout) for process in group]
+        for result in results:
+            assert result.status == 0 and result.err == "", result.err[-3000:]
+        for line in results[0].out.splitlines():
+            case = json.loads(line)
+            cases[case.pop("case")] = case
+    return cases
+
+
 def wait_for(condition: Callable[[], object], what: str, timeout: float = 60) -> None:
     end = time.monotonic() + timeout
     while not condition():

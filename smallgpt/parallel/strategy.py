@@ -108,6 +108,12 @@ class Single:
         self.wrapped: Callable[..., Any] = model  # what runs forward in training
         self.gradient_scale = 1.0  # makes the synchronised gradient that of the summed loss
 
+    @property
+    def readers(self) -> str:
+        """Those that read different rows, in words: each process, or each replica of several."""
+        is_each = self.data_size == self.world.size
+        return f"{self.data_size} {'process(es)' if is_each else 'replica(s)'}"
+
     def names(self) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, a tied matrix once. Checkpoints and optimizers use these."""
         return dict(self.model.named_parameters())

@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from model import GPT, Attention, Block, Context, GPTClassifier, GPTConfig
+from model import GPT, Attention, Block, Context, GPTClassifier, GPTConfig, take_position
 from smallgpt.console import UserError
 
 
@@ -241,10 +241,7 @@ class CutGPT(GPT):
             return super().run_blocks(x, context, first, end, at)
         shares = self.share(x, dim=1)
         x = super().run_blocks(shares, context, first, end).full_tensor()
-        if at is None:
-            return x
-        rows = torch.arange(x.size(0), device=x.device)
-        return x[rows, at][:, None]
+        return x if at is None else take_position(x, at)
 
     def compile_parts(self) -> str:
         """Only the loss: torch 2.13 cannot compile blocks that are cut over one axis of a mesh."""

@@ -1,12 +1,10 @@
 """Pipelines: the numbers are those of one process, in every schedule and form of the model."""
 
-import json
-
 import pytest
 import torch
 from parallel.pipeline_cases import CASES, STEPS
 
-from helpers import losses
+from helpers import losses, run_cases
 from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.parallel.layout import MeshSettings, MeshSpread, cut_in_ranges
@@ -18,17 +16,7 @@ TIED = [name for name, case in CASES.items() if case.config.get("tie_weights", T
 
 @pytest.fixture(scope="module")
 def found(start_ranks) -> dict[str, dict]:
-    """What the processes found, case by case: two run most of them, four the rest."""
-    cases = {}
-    for size in (2, 4):
-        group = start_ranks(size, [], script="parallel.pipeline_cases")
-        results = [process.wait(120) for process in group]
-        for result in results:
-            assert result.status == 0 and result.err == "", result.err[-3000:]
-        for line in results[0].out.splitlines():
-            case = json.loads(line)
-            cases[case.pop("case")] = case
-    return cases
+    return run_cases(start_ranks, "parallel.pipeline_cases", timeout=120)
 
 
 @pytest.mark.slow

@@ -1,10 +1,9 @@
 """Tensor parallelism: the numbers are those of one process, in every form of the model."""
 
-import json
-
 import pytest
 from parallel.tensor_cases import CASES
 
+from helpers import run_cases
 from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.parallel.tensor import check_cut
@@ -12,17 +11,7 @@ from smallgpt.parallel.tensor import check_cut
 
 @pytest.fixture(scope="module")
 def found(start_ranks) -> dict[str, dict]:
-    """What the processes found, case by case: two run most of them, four the rest."""
-    cases = {}
-    for size in (2, 4):
-        group = start_ranks(size, [], script="parallel.tensor_cases")
-        results = [process.wait(240) for process in group]
-        for result in results:
-            assert result.status == 0 and result.err == "", result.err[-3000:]
-        for line in results[0].out.splitlines():
-            case = json.loads(line)
-            cases[case.pop("case")] = case
-    return cases
+    return run_cases(start_ranks, "parallel.tensor_cases", timeout=240)
 
 
 @pytest.mark.slow
