@@ -56,6 +56,7 @@ class TrainSettings:
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
     micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
+    negatives: Count = 0  # tokens that the training loss samples beside the targets; 0 = exact loss
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Positive] = 100  # steps between evaluations (and sample replies)
     save_every: Free[Positive] = 100  # steps between checkpoints
@@ -189,6 +190,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         with spread.birthplace:
             model = GPT(s.model).to(hardware.weights_dtype(dtype))
         model.recompute = s.recompute
+        model.negatives = s.negatives
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
         if s.init == "bigrams" and world.main and not parent:
             model_line += f"; {begin_with_bigrams(model, corpus, s.seed)}"
