@@ -250,6 +250,32 @@ def test_machines_with_different_settings_are_told(out, tiny, start, change):
     assert f"{value} in process 1 on " in message
 
 
+def main() -> None:
+    """What each of two processes does: it may wait for the other one for two seconds only."""
+    with world.start("cpu", timeout=2) as both:
+
+        def work() -> str:
+            assert both.main
+            time.sleep(4)
+            return "found"
+
+        assert both.by_main(work) == "found"
+        print("all know it", flush=True)
+
+        def fail() -> None:
+            raise UserError("what the main process reads is damaged")
+
+        both.by_main(fail)
+
+
+def test_the_others_wait_for_long_work_of_the_main_process(run_ranks):
+    """Regression: a search of many minutes, such as the one for test texts in a corpus, ended the
+    run: the others waited for it in a sum of their own, which has a time limit."""
+    results = run_ranks(2, [], script="parallel.test_world")
+    assert [result.out for result in results] == ["all know it\n"] * 2, results[0].err
+    assert one_message(results).endswith("what the main process reads is damaged")
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
 def test_a_variable_that_is_no_number_is_named(by_hand, monkeypatch, name):
     """Regression: RANK=$SLURM_PROCID outside Slurm was a ValueError of int()."""
