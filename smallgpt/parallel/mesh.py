@@ -61,7 +61,7 @@ class Mesh(Single):
         self.model.to_empty(device="cpu" if s.offload else world.device)
         if gpt_of(self.model).lm_head is not None:  # a stage of a pipeline may have none
             gpt_of(self.model).tie()
-        self.hand_out(weights)
+        self.set_weights(weights)
 
     def cut(self) -> None:
         """Cut the model, which lies on the meta device, in place."""
@@ -111,8 +111,9 @@ class Mesh(Single):
 
     # --- weights ----------------------------------------------------------------------------------
 
-    def hand_out(self, weights: Mapping[str, Tensor]) -> None:
-        """Give each process its part of the weights, which the main process holds whole. A
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give each process its part of the weights, which the main process alone reads. A
         collective."""
         mine = self.names()
         dtype = next(self.model.parameters()).dtype
@@ -137,10 +138,6 @@ class Mesh(Single):
         """A parameter, of which this process has this part, whole: at least on the main process. A
         collective."""
         return whole_of(parameter)
-
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.names().items():
-            set_parameter(parameter, weights[name])
 
     def whole(self) -> GPT | None:
         weights = self.gather_weights()

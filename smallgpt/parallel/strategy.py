@@ -128,8 +128,8 @@ class Single:
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put all weights, whole, by canonical name, into the model. A collective; every process
-        can read them."""
+        """Put all weights, whole, by canonical name, into the model. A collective; each process
+        reads those that it needs, but where the model is cut the main process reads for all."""
         for name, p in self.names().items():
             p.copy_(weights[name])
 

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,8 +41,11 @@ from smallgpt.console import UserError
 from smallgpt.files import flush, write_atomic
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
+from smallgpt.runs import lazy
+from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import Tokenizer
 
+WEIGHTS = "model.safetensors"
 FORMAT = 2  # of meta.json
 READABLE = (1, 2)  # 1 had no sources and no settings: its runs can be used, but not continued
 
@@ -86,7 +89,7 @@ def why_damaged(path: Path) -> str:
         return "its meta.json is unreadable"
     if meta.get("format") not in READABLE:
         return f"its format is {meta.get('format')}, this program reads {READABLE[-1]}"
-    if path / "model.safetensors" not in sizes:
+    if path / WEIGHTS not in sizes:
         return "it has no weights"
     for file, size in sizes.items():
         found = file.stat().st_size if file.is_file() else 0
@@ -266,7 +269,7 @@ class Saver:
             write_state()
             if self.world.main:
                 contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-                save_file(contiguous, self.temporary / "model.safetensors")
+                save_file(contiguous, self.temporary / WEIGHTS)
                 publish(self.temporary, self.final, meta)
                 point(self.run, "latest", self.step)
         except (OSError, SafetensorError, CheckpointException) as problem:
@@ -426,35 +429,17 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
-class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file by name, on the CPU, each read when it is asked for: a
-    process that keeps a part of each never holds them all."""
-
-    def __init__(self, file: Path):
-        self.file = safe_open(file, framework="pt")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        names = self.file.keys()
-        for name in names:
-            self.shapes[name] = tuple(self.file.get_slice(name).get_shape())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self.file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+def open_weights(checkpoint: Checkpoint) -> Weights:
+    """The saved weights."""
+    file = checkpoint.path / WEIGHTS
+    with reading(file):
+        return lazy.in_file(file)
 
 
 def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> Weights:
     """The saved weights. Every name and shape must be as wanted, or UserError names one that is
     not."""
-    file = checkpoint.path / "model.safetensors"
-    with reading(file):
-        weights = Weights(file)
+    weights = open_weights(checkpoint)
     found = weights.shapes
     names = sorted(wanted.keys() | found.keys())
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
@@ -517,12 +502,14 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
         dcp.load(targets, storage_reader=reader, no_dist=strategy.world.size == 1)
 
 
-def digest(weights: dict[str, torch.Tensor]) -> str:
-    """A hash of weights by name: whether two are the same, wherever they lie."""
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of weights by name: whether two are the same, wherever they lie. They are read one
+    after the other."""
     found = hashlib.blake2b(digest_size=12)
     for name in sorted(weights):
+        content = weights[name].cpu().flatten().view(torch.uint8)
         found.update(name.encode())
-        found.update(weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(content.numpy())
     return found.hexdigest()
 
 
