@@ -3,6 +3,7 @@
 A process that keeps a part of each tensor, or hands them out one by one, never holds them all.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,14 +48,22 @@ class Weights(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def in_file(file: Path) -> Weights:
-    """The tensors of a safetensors file. SafetensorError if it is none, or cut short."""
+def in_file(file: Path, verify: Callable[[], None] = lambda: None) -> Weights:
+    """The tensors of a safetensors file. SafetensorError if it is none, or cut short.
+
+    verify: is called once, before the first tensor is read."""
     opened = safe_open(file, framework="pt")
+    verify_once = functools.cache(verify)
+
+    def read(name: str) -> Tensor:
+        verify_once()
+        return opened.get_tensor(name)
+
     tensors = {}
     names = opened.keys()
     for name in names:
         like = torch.empty(opened.get_slice(name).get_shape(), device="meta")
-        tensors[name] = LazyTensor(like, partial(opened.get_tensor, name))
+        tensors[name] = LazyTensor(like, partial(read, name))
     return Weights(tensors)
 
 

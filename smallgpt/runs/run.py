@@ -92,6 +92,8 @@ class Run:
     def __enter__(self) -> "Run":
         self.stack.enter_context(lock(self.folder, self.world.main))
         try:
+            if self.world.main:
+                checkpoint.put_back(self.folder)
             self.world.sum(0)  # what this one replaces has written its last checkpoint
             self.look_up()
         except BaseException:
