@@ -352,7 +352,7 @@ MISTAKES = [
     ("data.path={empty}", "the corpus is empty"),
     ("data.path={short}", "shorter than one block of block_size=32"),
     ("data.path={latin}", "latin.txt, line 3: not UTF-8"),
-    ("batch_tokens=250", "multiple of model.block_size=32 x 1 process(es) = 32, for example 256"),
+    ("batch_tokens=250", "model.block_size=32 x 1 data-parallel reader(s) = 32, for example 256"),
     ("run=../x", "run='../x' must be a plain folder name"),
     ("run=step-2", "run='step-2'"),
     ("resume={empty}", "there is no checkpoint"),

@@ -72,11 +72,12 @@ def share_batch(
     unit = block_size * data_size * depth
     if batch_tokens % unit:
         nearest = max(1, round(batch_tokens / unit)) * unit
-        stages = f" x {depth} micro-batches (mesh.pp)" if depth > 1 else ""
-        readers = f"{data_size} {'replica(s)' if depth > 1 else 'process(es)'}"
+        parts = f"{data_size} data-parallel reader(s)"
+        if depth > 1:
+            parts += f" x {depth} micro-batches (mesh.pp)"
         raise UserError(
             f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of "
-            f"model.block_size={block_size} x {readers}{stages} = {unit}, for example {nearest}"
+            f"model.block_size={block_size} x {parts} = {unit}, for example {nearest}"
         )
     turns = batch_tokens // unit  # sequences of each of `depth` equal parts
     micro = min(micro_batch, turns)

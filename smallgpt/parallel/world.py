@@ -26,7 +26,8 @@ from torch.distributed import distributed_c10d
 
 from smallgpt.console import UserError
 from smallgpt.hardware import choose_device
-from smallgpt.parallel.peers import Peers, choose_interface, meet
+from smallgpt.parallel.peers import Peers
+from smallgpt.parallel.roll_call import choose_interface, meet
 
 PULSE = 0.5  # seconds after which the others hear that the main process still works
 T = TypeVar("T")
@@ -167,6 +168,7 @@ def join_group(world: World, peers: Peers, timeout: int, offload: bool) -> None:
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
+        peers.gpu = world.device
     backend = "nccl" if on_gpu else "gloo"
     if on_gpu and offload:
         backend = "cpu:gloo,cuda:nccl"  # what lies in CPU memory goes by gloo

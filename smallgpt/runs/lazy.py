@@ -4,7 +4,7 @@ A process that keeps a part of each tensor, or hands them out one by one, never 
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ class LazyTensor:
 
     def then(self, change: Callable[[Tensor], Tensor]) -> "LazyTensor":
         """What `change` will make of it."""
-        return LazyTensor(change(self.like), lambda: change(self.read()))
+        like = change(self.like)
+        return LazyTensor(like, lambda: change(self.read()))
 
 
 class Weights(Mapping[str, Tensor]):
@@ -36,7 +37,10 @@ class Weights(Mapping[str, Tensor]):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, of which none is read."""
-        return {name: tuple(tensor.like.shape) for name, tensor in self.tensors.items()}
+        shapes = {}
+        for name, tensor in self.tensors.items():
+            shapes[name] = tuple(tensor.like.shape)
+        return shapes
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].read()
@@ -62,9 +66,14 @@ def in_file(file: Path, verify: Callable[[], None] = lambda: None) -> Weights:
     tensors = {}
     names = opened.keys()
     for name in names:
-        like = torch.empty(opened.get_slice(name).get_shape(), device="meta")
-        tensors[name] = LazyTensor(like, partial(read, name))
+        shape = opened.get_slice(name).get_shape()
+        tensors[name] = LazyTensor(of_shape(shape), partial(read, name))
     return Weights(tensors)
+
+
+def of_shape(shape: Sequence[int]) -> Tensor:
+    """No numbers, and no memory."""
+    return torch.empty(shape, device="meta")
 
 
 def in_memory(values: Mapping[str, Any]) -> Weights:
@@ -72,6 +81,5 @@ def in_memory(values: Mapping[str, Any]) -> Weights:
     tensors = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
-            like = torch.empty(value.shape, device="meta")
-            tensors[name] = LazyTensor(like, value.detach)
+            tensors[name] = LazyTensor(of_shape(value.shape), value.detach)
     return Weights(tensors)

@@ -191,7 +191,7 @@ def test_mistakes_are_said_once(out, tiny, run_ranks):
         run_ranks(2, tiny(out, run="x", data__path="/no/such/file.txt"))
     )
     message = one_message(run_ranks(2, tiny(out, run="x", batch_tokens=32)))
-    assert "multiple of model.block_size=32 x 2 process(es) = 64, for example 64" in message
+    assert "model.block_size=32 x 2 data-parallel reader(s) = 64, for example 64" in message
 
 
 @pytest.fixture
