@@ -98,6 +98,10 @@ def to_batch(x: Tensor, y: Tensor, corpus: Corpus, isolate: bool, device: torch.
     return Batch((x, y, segments), n_targets)
 
 
+def count_targets(batches: list[Batch]) -> int:
+    return sum(batch.n_targets for batch in batches)
+
+
 def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict[str, float]:
     """Mean loss per target token in nats, and bits per byte, over the fixed validation blocks.
 
@@ -225,6 +229,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             return run_model(*batch.inputs)
 
         batches = load(run.step)
+        (targets,) = strategy.sum(count_targets(batches))
         for step in run.steps(s.max_steps, s.save_every):
             if run.due(s.eval_every):
                 result = evaluate(strategy, corpus, s.data.isolate, shares.micro)
@@ -235,11 +240,12 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             strategy.seed(s.seed, step)  # of dropout
-            (targets,) = strategy.sum(sum(batch.n_targets for batch in batches))
             nats = strategy.forward_backward(batches, loss_of, 1 / targets)
             batches = load(step + 1)  # while a GPU is still computing
-            (nats,) = strategy.sum(float(nats))
+            # in one sum: reading a number waits for the GPU
+            nats, next_targets = strategy.sum(float(nats), count_targets(batches))
             loss = nats / targets
+            targets = next_targets
             norm = strategy.clip(optimizers, s.optim.clip)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
