@@ -40,7 +40,7 @@ from smallgpt.optim import (
     update,
 )
 from smallgpt.parallel.layout import MeshSettings, MeshSpread
-from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import Facts, Run, merge_sources
@@ -357,11 +357,12 @@ def finetune(s: SentimentSettings, world: World) -> int:
         run.identify(task.facts(s))
         spread.check(task.config)
 
-        model = make_classifier(s, task, spread.birthplace).to(hardware.weights_dtype(dtype))
+        model = make_classifier(s, task, spread.birthplace()).to(hardware.weights_dtype(dtype))
         task.trunk.weights = {}  # the model has them, where this process holds a whole one
         trainable = freeze.count_trainable(model)
         perturbation = perturbation_norm(s, model, world)
-        strategy = spread.build(model, dtype)
+        weights = checkpoint.read_weights(run.found, shapes_of(model)) if run.found else None
+        strategy = spread.build(model, dtype, weights)
         if s.compile == "true":
             strategy.model.gpt.compile_parts()
         objective = Objective(s, task, strategy, perturbation)

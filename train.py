@@ -28,7 +28,7 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel.strategy import Shares, Single, Spread, share_batch
+from smallgpt.parallel.strategy import Shares, Single, Spread, shapes_of, share_batch
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
@@ -183,15 +183,14 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         spread.check(s.model)
 
         torch.manual_seed(s.seed)  # the same weights on every rank
-        with spread.birthplace:
+        with spread.birthplace(drawn=parent is None):
             model = GPT(s.model).to(hardware.weights_dtype(dtype))
         model.recompute = s.recompute
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
-        strategy = spread.build(model, dtype)
+        weights = checkpoint.read_weights(parent, shapes_of(model)) if parent else None
+        strategy = spread.build(model, dtype, weights)
         parts_compiled = strategy.model.compile_parts() if compiled else "off"
-        if parent and not run.found:
-            strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
         shares = share_batch(
             s.batch_tokens,
             s.model.block_size,

@@ -36,15 +36,23 @@ from smallgpt.parallel.world import World
 class Mesh(Single):
     """A model cut over the axes shard, replicate and tp of a mesh.
 
-    Only the main process's model has weights at first; the others' lies on the meta device. The
-    main one hands them out tensor by tensor, so that no other ever holds the whole."""
+    Only the main process has weights at first, those of its model or those given; the models of the
+    others lie on the meta device. The main one hands them out tensor by tensor, so that no other
+    ever holds the whole."""
 
     frees_weights = True  # of a block, as soon as its forward has run
 
     def __init__(
-        self, model: nn.Module, world: World, dtype: torch.dtype, mesh: DeviceMesh, s: MeshSettings
+        self,
+        model: nn.Module,
+        world: World,
+        dtype: torch.dtype,
+        mesh: DeviceMesh,
+        s: MeshSettings,
+        weights: Mapping[str, Tensor] | None = None,
     ):
-        weights = {name: p.detach() for name, p in model.named_parameters()} if world.main else {}
+        if weights is None:
+            weights = {name: p.detach() for name, p in model.named_parameters()}
         model.to("meta")
         gpt_of(model).tie()
         super().__init__(model, world, dtype)

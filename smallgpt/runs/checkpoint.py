@@ -45,7 +45,7 @@ from torch.optim import Optimizer
 from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.files import flush, write_atomic
-from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World
 from smallgpt.runs import lazy
 from smallgpt.runs.lazy import Weights
@@ -530,11 +530,9 @@ def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put the saved weights into a plain model."""
-    parameters = dict(model.named_parameters())
-    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
-    weights = read_weights(checkpoint, wanted)
+    weights = read_weights(checkpoint, shapes_of(model))
     with torch.no_grad():
-        for name, p in parameters.items():
+        for name, p in model.named_parameters():
             p.copy_(weights[name])
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from smallgpt.console import UserError
+from smallgpt.parallel.strategy import shapes_of
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import STAND_INS, Tokenizer, bytes_of, named
@@ -270,7 +271,7 @@ def check_shapes(found: dict[str, tuple[int, ...]], config: GPTConfig, file: Pat
     """UserError unless the shapes, of weights in `file`, are all those of GPT(config)."""
     with torch.device("meta"):  # names and shapes only: no memory, no random numbers
         model = GPT(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = shapes_of(model)
     surplus = sorted(found.keys() - expected.keys())
     for name in [*expected, *surplus]:
         is_now, should_be = found.get(name, "absent"), expected.get(name, "absent")

@@ -215,13 +215,16 @@ def test_who_reads_the_trunk(tmp_path, fine, trunk, gpt2, start_ranks):
     for name, mesh in meshes.items():
         of_gpt2 = {"trunk": gpt2} if name == "tp" else {}
         jobs.append(fine(tmp_path, run=name, max_steps=1, **mesh, **of_gpt2))
+    jobs.append(fine(tmp_path, run="fsdp", max_steps=2, **meshes["fsdp"]))  # which goes on
     (tmp_path / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     processes = start_ranks(2, [tmp_path / "jobs.json"], script="sentiment.test_parallel")
     reads = []  # by process: run -> counts
+    resumed = []
     for process in processes:
         result = process.wait()
         assert result.status == 0, result.err
         lines = [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
+        resumed.append(lines.pop()["reads"])
         reads.append({line["run"]: line["reads"] for line in lines})
     names = load_file(trunk / "step-00000004" / "model.safetensors").keys()
     once = {f"step-00000004/{name}": 1 for name in names}
@@ -230,5 +233,6 @@ def test_who_reads_the_trunk(tmp_path, fine, trunk, gpt2, start_ranks):
         twice = dict.fromkeys(once, 2)
         assert reads[0][layout] == twice | dict.fromkeys(best, 1)
         assert reads[1][layout] == {}
+    assert best <= resumed[0].keys() and resumed[1] == {}
     assert reads[0]["tp"] and reads[1]["tp"] == {}
     assert reads[1]["ddp"] == once | dict.fromkeys(best, 1)  # it holds the whole model
