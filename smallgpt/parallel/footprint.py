@@ -673,8 +673,8 @@ def of_pp(process: Process) -> Iterator[Collective]:
 
 
 def of_step(process: Process) -> Iterator[Collective]:
-    """Once a step: the norm of the gradient, from that of each parameter; the number of targets,
-    and the loss."""
+    """Once a step: the norm of the gradient, from that of each parameter; the loss, with the number
+    of targets of the next step."""
     layout, stage = process.layout, process.stage
     of_block = process.work.block()
     of_root = process.work.root(stage)
@@ -688,4 +688,4 @@ def of_step(process: Process) -> Iterator[Collective]:
     if layout.pp > 1:
         yield Collective("pp", "all_reduce", "norm", 1, 8)
     if layout.size > 1:
-        yield Collective("all", "all_reduce", "targets, loss", 2, 8)
+        yield Collective("all", "all_reduce", "loss, targets", 1, 2 * 8)

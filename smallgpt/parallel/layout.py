@@ -11,11 +11,13 @@ communicates most has neighbours:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.distributed import DeviceMesh, init_device_mesh
 
 from model import GPTConfig
@@ -112,14 +114,16 @@ class MeshSpread(Spread):
 
             check_cut(config, self.s.tp)
 
-    @property
-    def birthplace(self) -> torch.device:
-        is_whole = self.is_plain or self.world.main
+    def birthplace(self, drawn: bool = True) -> torch.device:
+        hands_out = self.world.main and drawn
+        is_whole = self.is_plain or hands_out
         return torch.device("cpu" if is_whole else "meta")
 
-    def build(self, model: nn.Module, dtype: torch.dtype) -> Single:
+    def build(
+        self, model: nn.Module, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None
+    ) -> Single:
         if self.is_plain:
-            return super().build(model, dtype)
+            return super().build(model, dtype, weights)
         if dtype == torch.float16:
             raise UserError(
                 "dtype=float16 needs a whole model on each process (mesh.shard=1, tp=1, pp=1): "
@@ -130,7 +134,7 @@ class MeshSpread(Spread):
             from smallgpt.parallel.pipeline import Pipeline as Strategy
         else:
             from smallgpt.parallel.mesh import Mesh as Strategy
-        return Strategy(model, self.world, dtype, self.make_mesh(), self.s)
+        return Strategy(model, self.world, dtype, self.make_mesh(), self.s, weights)
 
     def make_mesh(self) -> DeviceMesh:
         """The processes as a mesh. A collective."""

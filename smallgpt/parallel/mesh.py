@@ -36,15 +36,23 @@ from smallgpt.parallel.world import World
 class Mesh(Single):
     """A model cut over the axes shard, replicate and tp of a mesh.
 
-    Only the main process's model has weights at first; the others' lies on the meta device. The
-    main one hands them out tensor by tensor, so that no other ever holds the whole."""
+    Only the main process has weights at first, those of its model or those given; the models of the
+    others lie on the meta device. The main one hands them out tensor by tensor, so that no other
+    ever holds the whole."""
 
     frees_weights = True  # of a block, as soon as its forward has run
 
     def __init__(
-        self, model: nn.Module, world: World, dtype: torch.dtype, mesh: DeviceMesh, s: MeshSettings
+        self,
+        model: nn.Module,
+        world: World,
+        dtype: torch.dtype,
+        mesh: DeviceMesh,
+        s: MeshSettings,
+        weights: Mapping[str, Tensor] | None = None,
     ):
-        weights = {name: p.detach() for name, p in model.named_parameters()} if world.main else {}
+        if weights is None:
+            weights = {name: p.detach() for name, p in model.named_parameters()}
         model.to("meta")
         gpt_of(model).tie()
         super().__init__(model, world, dtype)
@@ -61,7 +69,7 @@ class Mesh(Single):
         self.model.to_empty(device="cpu" if s.offload else world.device)
         if gpt_of(self.model).lm_head is not None:  # a stage of a pipeline may have none
             gpt_of(self.model).tie()
-        self.hand_out(weights)
+        self.set_weights(weights)
 
     def cut(self) -> None:
         """Cut the model, which lies on the meta device, in place."""
@@ -111,8 +119,9 @@ class Mesh(Single):
 
     # --- weights ----------------------------------------------------------------------------------
 
-    def hand_out(self, weights: Mapping[str, Tensor]) -> None:
-        """Give each process its part of the weights, which the main process holds whole. A
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give each process its part of the weights, which the main process alone reads. A
         collective."""
         mine = self.names()
         dtype = next(self.model.parameters()).dtype
@@ -137,10 +146,6 @@ class Mesh(Single):
         """A parameter, of which this process has this part, whole: at least on the main process. A
         collective."""
         return whole_of(parameter)
-
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.names().items():
-            set_parameter(parameter, weights[name])
 
     def whole(self) -> GPT | None:
         weights = self.gather_weights()
