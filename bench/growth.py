@@ -78,7 +78,7 @@ def points(args: argparse.Namespace) -> list[Point]:
                 changed.batch = base.batch * base.block_size // value
             elif option == "batch":
                 changed.steps = max(1, base.batch // value)  # a round is as long as the others'
-            found.append(Point(f"{axis}: {value:,}", axis, value, changed))
+            found.append(Point(f"{axis}: {short(value)}", axis, value, changed))
     return found
 
 
@@ -239,7 +239,11 @@ def draw(results: list[Measured], out: Path) -> None:
                 of_axis[result.point.value] = result
         handles = draw_axis(panel, dict(sorted(of_axis.items())))
         panel.set_title(axis)
-    fig.suptitle("Cost of training around one shape: everything else stays")
+    at = base.point.args
+    fig.suptitle(
+        f"One thing changed at a time: {at.n_layer} layers, {at.n_embd} wide, context "
+        f"{at.block_size:,}, vocabulary {at.vocab_size:,}, {at.batch} sequences in a step"
+    )
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     plots.save(fig, out)
 
@@ -253,9 +257,17 @@ def draw_axis(panel: "Axes", of_axis: dict[int, Measured]) -> list:
     faster = [max(result.speeds) - result.speed for result in results]
     predicted = [result.predicted for result in results]
     memory = [result.memory / 2**30 for result in results]
-    by_operations = panel.plot(values, predicted, "--", color="C0", label="by the operations")
+    by_operations = panel.plot(
+        values, predicted, "--", color="C0", label="tokens/s by the operations"
+    )
     speed = panel.errorbar(
-        values, speeds, [slower, faster], fmt="o-", color="C0", capsize=3, label="tokens/s"
+        values,
+        speeds,
+        [slower, faster],
+        fmt="o-",
+        color="C0",
+        capsize=3,
+        label="tokens/s, measured",
     )
     right = panel.twinx()
     peak = right.plot(values, memory, "s:", color="0.5", ms=4, label="peak memory, GiB (right)")
@@ -264,8 +276,8 @@ def draw_axis(panel: "Axes", of_axis: dict[int, Measured]) -> list:
     panel.set_xticks(values, [short(value) for value in values])
     panel.minorticks_off()
     panel.yaxis.set_major_formatter("{x:,.0f}")
-    for axes in (panel, right):
-        axes.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.1 * max(*speeds, *predicted))
+    right.set_ylim(0, 1.1 * max(memory))
     return [speed, *by_operations, *peak]
 
 
