@@ -108,7 +108,7 @@ CASES = [
     Case(2, {"tp": 2}, model=GPT2),
     Case(2, {"pp": 2}, rows=8, accum=4),
     Case(2, {"pp": 2, "schedule": "gpipe"}, accum=4, recompute=1),
-    Case(2, {"pp": 2, "schedule": "gpipe"}, accum=4, model={"vocab_size": 8192}),
+    Case(2, {"pp": 2, "schedule": "gpipe"}, rows=1, accum=8, model={"vocab_size": 4096}),
     Case(2, {"pp": 2, "schedule": "gpipe"}, accum=2, low=True),
     Case(2, {"pp": 2}, accum=4, model={"vocab_size": 8192}),
     Case(2, {"pp": 2, "schedule": "interleaved"}, accum=4, model={"vocab_size": 8192}),

@@ -4,7 +4,7 @@
     python scripts/plan.py config/train1.5B_fsdp.yaml world_size=1024 gpu=H100 gpus_per_node=8 \\
         link=400Gb batch_tokens=4194304 tokens=1e12 price=2.5
 
-It reads the settings of train_fsdp.py and shows, for their layout and for the fastest ones it
+It reads the settings of train_fsdp.py and shows, for their layout and for the best ones it
 finds, what each GPU holds, what it sends and how long a step lasts. It is arithmetic and needs no
 GPU. docs/scaling.md has the formulas, and what they were checked against. The exit status is 0 if
 one of the layouts fits, 1 if none does; with best=0 there is only that of the settings.
@@ -69,13 +69,13 @@ class PlanSettings(MeshTrainSettings, Machines):  # --help shows those of Machin
         problems = super().check()
         if self.gpu not in GPUS:
             problems.append(f"gpu={self.gpu} is not known: choose one of {', '.join(GPUS)}")
-        if not LINK.fullmatch(self.link):
+        if not bytes_per_second(self.link):
             problems.append(f"link={self.link} is no speed: write it as 400Gb (bits) or 50GB")
         has_nodes = self.world_size > self.gpus_per_node
         if has_nodes and self.world_size % self.gpus_per_node:
             problems.append(
                 f"world_size={self.world_size} is not a multiple of "
-                f"gpus_per_node={self.gpus_per_node}"
+                f"gpus_per_node={self.gpus_per_node}: change one of them"
             )
         out = Path(self.out)
         if self.out and out.suffix.lower() != ".png":
@@ -145,12 +145,18 @@ def vocabulary(s: PlanSettings) -> int:
 
 
 def cluster_of(s: PlanSettings) -> Cluster:
-    number, unit = LINK.fullmatch(s.link).groups()
-    link = float(number) * GB
-    if unit == "Gb":
-        link /= 8
+    link = bytes_per_second(s.link)
     per_node = min(s.world_size, s.gpus_per_node)
     return Cluster(GPUS[s.gpu], s.world_size, per_node, link, s.efficiency)
+
+
+def bytes_per_second(link: str) -> float:
+    """Of 400Gb (bits) or 50GB, with or without /s; 0 where it is no speed."""
+    found = LINK.fullmatch(link)
+    if found is None:
+        return 0.0
+    number, unit = found.groups()
+    return float(number) * (GB / 8 if unit == "Gb" else GB)
 
 
 def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
@@ -165,8 +171,8 @@ def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
     except UserError as error:
         mistake = error
     layouts = [found.layout for found in plans.values()]
-    fastest = search(work, cluster, s.batch_tokens, s.best + 1)
-    others = [found for found in fastest if found.layout not in layouts]
+    found_best = search(work, cluster, s.batch_tokens, s.best + 1) if s.best else []
+    others = [found for found in found_best if found.layout not in layouts]
     for number, found in enumerate(others[: s.best], 1):
         plans[f"best {number}"] = found
     if s.best and not any(found.fits for found in plans.values()):
@@ -184,8 +190,8 @@ def why_none_fits(s: PlanSettings, cluster: Cluster, plans: dict[str, Plan]) -> 
     """What the smallest of the layouts needs, and what would help."""
     least = min(plans.values(), key=lambda found: found.memory.total)
     need = least.memory.total
-    gpu = size(cluster.gpu.memory)
-    excess = f"needs {size(need)}, and {size(cluster.room)} of a GPU's {gpu} may be filled"
+    whole = size(cluster.gpu.memory)
+    excess = f"needs {size(need)}, and {size(cluster.room)} of a GPU's {whole} may be filled"
     if not s.best:  # no other was looked for
         return f"the layout of the settings {excess}: set best=3 to look for one that fits"
     parts = memory_parts(least)

@@ -504,7 +504,8 @@ class Process:
             others = self.activations_of(stage.in_flight - 1, stage.losses - 1)
         temporary = self.gathered
         if self.stage.is_first:
-            temporary += 2 * F32 * self.root
+            added = 2 if self.stage.is_last else 1  # the head's, too, where it is here
+            temporary += added * F32 * self.root
         if self.layout.has_fsdp:
             temporary += self.layout.reduce * self.root
         return Moment("embedding", self.gradients, others, temporary)

@@ -46,7 +46,7 @@ TWO = [
     Case(2, {"tp": 2, "sequence": True}, rows=8),
     Case(2, {"pp": 2}, accum=4),
     Case(2, {"pp": 2, "schedule": "interleaved"}, accum=4, low=True),
-    Case(2, {"pp": 2, "schedule": "gpipe"}, accum=4, model={"vocab_size": 8192}),
+    Case(2, {"pp": 2, "schedule": "gpipe"}, rows=1, accum=8, model={"vocab_size": 4096}),
 ]
 FOUR = [
     Case(4, HSDP, rows=8, accum=2),

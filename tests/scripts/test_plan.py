@@ -141,6 +141,7 @@ def test_only_the_settings_layout_is_asked_for(show):
     [
         (["gpu=H1000"], "gpu=H1000 is not known: choose one of B200, H200, H100"),
         (["link=fast"], "link=fast is no speed: write it as 400Gb (bits) or 50GB"),
+        (["link=0Gb"], "link=0Gb is no speed"),
         (["world_size=12"], "world_size=12 is not a multiple of gpus_per_node=8"),
         (["mesh.shard=3", "best=0"], "3 processes, but there are 8"),
         (["mesh.tp=3", "world_size=3", "best=0"], "n_head=4 is no multiple of it"),
