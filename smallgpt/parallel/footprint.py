@@ -107,7 +107,7 @@ def stages(n_layer: int, layout: Layout) -> list[Stage]:
     """Those of the processes along the pipeline, in order."""
     pp, virtual, accum = layout.pp, layout.virtual, layout.accum
     ranges = cut_in_ranges(n_layer, pp * virtual)
-    # GPipe's backward begins behind the last forward; the others' behind each
+    # GPipe computes all losses before its first backward, the other schedules one at a time
     losses = accum if layout.all_forward_first else 1
     found = []
     for rank in range(pp):

@@ -86,16 +86,16 @@ class Cluster:
 
 
 def carried(group: Group, collective: Collective) -> tuple[float, float]:
-    """Bytes of one call that each GPU passes on: inside its node, and over its network card.
+    """Bytes of one call that each GPU passes on: over its network card, and inside its node.
 
     They go round a ring through all processes, or round as many rings as a node has members."""
     size = collective.size
     if collective.operation == "send":
-        return (0.0, size) if group.nodes > 1 else (size, 0.0)
+        return (size, 0.0) if group.nodes > 1 else (0.0, size)
     rounds = 2 if collective.operation == "all_reduce" else 1
-    inside = size * (group.size - 1) / group.size if group.on_node > 1 else 0.0
     between = size * (group.nodes - 1) / group.nodes / group.on_node
-    return rounds * inside, rounds * between
+    inside = size * (group.size - 1) / group.size if group.on_node > 1 else 0.0
+    return rounds * between, rounds * inside
 
 
 def seconds(cluster: Cluster, group: Group, collective: Collective) -> float:
@@ -111,7 +111,7 @@ def seconds(cluster: Cluster, group: Group, collective: Collective) -> float:
     elif collective.operation == "all_reduce":
         rounds = 2
     waiting = rounds * (hops_inside * cluster.hop_inside + hops_between * cluster.hop_between)
-    inside, between = carried(group, collective)
+    between, inside = carried(group, collective)
     moving = max(inside / cluster.gpu.nvlink, between / cluster.link) / cluster.reached
     return waiting + moving
 
@@ -244,7 +244,7 @@ class Clock:
 # --- the plan -------------------------------------------------------------------------------------
 
 
-SAME_SPEED = 0.02
+SAME_SPEED = 0.02  # speeds that differ by a smaller share count as equal
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ class Plan:
     layout: Layout
     memory: Memory  # of the process that needs most
     traffic: list[Collective]  # of the process that sends most
-    carried: tuple[float, float]  # bytes of it that each GPU passes on: between nodes, inside one
+    carried: tuple[float, float]  # bytes that each GPU passes on: between nodes, inside one
     time: Time  # of the slowest stage
     tokens_per_second: float
     mfu: float
@@ -269,7 +269,7 @@ def plan(work: Work, layout: Layout, cluster: Cluster) -> Plan:
     sent = max(map(footprint.traffic, found), key=lambda sent: sum(each.bytes for each in sent))
     network = in_node = 0.0
     for collective in sent:
-        inside, between = carried(layout.group(collective.axis, cluster.per_node), collective)
+        between, inside = carried(layout.group(collective.axis, cluster.per_node), collective)
         in_node += collective.count * inside
         network += collective.count * between
     tokens = layout.data * layout.accum * layout.rows * work.config.block_size

@@ -274,25 +274,26 @@ def test_what_goes_through_the_network():
     """Checked by hand: of a gigabyte gathered by 16 GPUs on two nodes, each of 8 cards carries a
     sixteenth; a sum among the nodes alone passes half of it twice."""
     gather = Collective("shard", "all_gather", "blocks", 1, 1e9)
-    assert carried(Group(16, 8), gather) == (15 / 16 * 1e9, 1e9 / 16)
+    assert carried(Group(16, 8), gather) == (1e9 / 16, 15 / 16 * 1e9)
     copies = replace(gather, operation="all_reduce")
-    assert carried(Group(2, 1), copies) == (0, 1e9)
+    assert carried(Group(2, 1), copies) == (1e9, 0)
     send = replace(gather, operation="send")
-    assert carried(Group(2, 1), send) == (0, 1e9) and carried(Group(2, 2), send) == (1e9, 0)
+    assert carried(Group(2, 1), send) == (1e9, 0) and carried(Group(2, 2), send) == (0, 1e9)
 
 
 def test_the_smallest_layout():
     """Where nothing fits, the proposal would need more memory than another layout."""
+    deep = Work(replace(LARGE.config, n_layer=192))
     cluster = Cluster(GPUS["4090"], size=4, per_node=4, link=50e9)
-    least = smallest(LARGE, cluster, 2**15)
-    assert not least.fits and not search(LARGE, cluster, 2**15, best=1)
+    least = smallest(deep, cluster, 2**15)
+    assert not least.fits and not search(deep, cluster, 2**15, best=1)
     needs = []
-    for candidate in candidates(LARGE, cluster, 2**15):
+    for candidate in candidates(deep, cluster, 2**15):
         for recompute in (0, 1, 2):
             layout = replace(candidate, recompute=recompute)
-            needs.append(footprint.memory(LARGE, layout).total)
+            needs.append(footprint.memory(deep, layout).total)
     assert least.memory.total == min(needs)
-    assert smallest(LARGE, cluster, 1000) is None, "no layout can share this batch"
+    assert smallest(deep, cluster, 1000) is None, "no layout can share this batch"
 
 
 def test_a_small_gpu_recomputes():
