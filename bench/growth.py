@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python bench/growth.py --json growth.json --out growth.png
 
-It takes about seven minutes on one core. One thing at a time is changed around the shape of
-bench/pretrain.py, by the calls of train.py, in alternating rounds. A step keeps its tokens where
-the context grows, and heads keep their size where the width does. Beside each speed stands the one
-that the floating-point operations predict from the base. The tokens are those of a sparse file of
-the size named, as in bench/large.py. Peak memory is that of the whole process, compiling included.
+It takes about seven minutes on one core, and up to 10 GiB. One thing at a time is changed around
+the shape of bench/pretrain.py, by the calls of train.py, in alternating rounds. A step keeps its
+tokens where the context grows, and heads keep their size where the width does. Beside each speed
+stands the one that the floating-point operations predict from the base. The tokens are those of a
+sparse file of the size named, as in bench/large.py. Peak memory is that of the whole process,
+compiling included.
 """
 
 import argparse
@@ -47,9 +48,10 @@ AXES = {
     "width": ("n_embd", (1 / 2, 2)),
     "context": ("block_size", (4, 16)),
     "vocabulary": ("vocab_size", (1 / 4, 4)),
-    "sequences in a step": ("batch", (1 / 16, 1 / 4, 2)),
+    "sequences in a step": ("batch", (1 / 16, 2)),
     "tokens in the corpus": ("corpus", (1 / 1000, 1000)),
 }
+AT_ONCE = 3  # axes: the processes of all would take 17 GiB
 QUICK = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 2048, "rounds": 1}
 
 
@@ -63,11 +65,21 @@ class Point:
     args: argparse.Namespace
 
 
-def points(args: argparse.Namespace) -> list[Point]:
+def groups(args: argparse.Namespace) -> list[list[Point]]:
+    """What is measured in the same rounds: the base, and the points of a few axes."""
+    axes = list(AXES)
+    found = []
+    for first in range(0, len(axes), AT_ONCE):
+        found.append(points(args, axes[first : first + AT_ONCE]))
+    return found
+
+
+def points(args: argparse.Namespace, axes: list[str]) -> list[Point]:
     """The base, which is on every axis, and what differs from it in one thing."""
     base = argparse.Namespace(**vars(args), micro_batch=args.batch, steps=1)
     found = [Point(BASE, "", 0, base)]
-    for axis, (option, multiples) in AXES.items():
+    for axis in axes:
+        option, multiples = AXES[axis]
         for multiple in multiples:
             value = int(multiple * getattr(base, option))
             changed = argparse.Namespace(**vars(base))
@@ -182,6 +194,7 @@ def size_and_flops(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def measured(found: list[Point], workers: list[Worker]) -> list[Measured]:
+    """Of a group, whose first one is the base."""
     base_speeds = workers[0].speeds()
     _, base_flops = size_and_flops(found[0].args)
     results = []
@@ -228,17 +241,21 @@ def table(results: list[Measured]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[Measured], out: Path) -> None:
+def draw(measured_groups: list[list[Measured]], out: Path) -> None:
     """A panel for each axis: tokens/s, measured and predicted, and memory."""
     fig, panels = plots.figure(11, 6.6, columns=3, rows=2)
-    base = results[0]
-    for panel, (axis, (option, _)) in zip(panels.flat, AXES.items(), strict=True):
-        of_axis = {getattr(base.point.args, option): base}
-        for result in results:
-            if result.point.axis == axis:
-                of_axis[result.point.value] = result
-        handles = draw_axis(panel, dict(sorted(of_axis.items())))
-        panel.set_title(axis)
+    left = iter(panels.flat)
+    for base, *others in measured_groups:
+        axes = dict.fromkeys(result.point.axis for result in others)
+        for axis in axes:
+            option, _ = AXES[axis]
+            of_axis = {getattr(base.point.args, option): base}
+            for result in others:
+                if result.point.axis == axis:
+                    of_axis[result.point.value] = result
+            panel = next(left)
+            panel.set_title(axis)
+            handles = draw_axis(panel, dict(sorted(of_axis.items())))
     at = base.point.args
     fig.suptitle(
         f"One thing changed at a time: {at.n_layer} layers, {at.n_embd} wide, context "
@@ -301,31 +318,42 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    found = points(args)
     if args.worker:
-        (point,) = [point for point in found if point.name == args.worker]
+        every = [point for group in groups(args) for point in group]
+        point = next(point for point in every if point.name == args.worker)
         serve(point.args, build)
         return
-    workers, skipped = start([point.name for point in found])
+    measured_groups = []
+    records = []
+    for group in groups(args):
+        results, content = compare(group, args)
+        measured_groups.append(results)
+        records.append(content)
+    if args.json:
+        Path(args.json).write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        draw(measured_groups, Path(args.out))
+
+
+def compare(group: list[Point], args: argparse.Namespace) -> tuple[list[Measured], dict]:
+    """Measure a group, print its table, and give its part of the JSON file, too."""
+    workers, skipped = start([point.name for point in group])
     load = [os.getloadavg()]
     alternate(workers, args.rounds)
     load.append(os.getloadavg())
+    results = measured(group, workers)
     print(f"\n{conditions(workers[0].about['machine'], args.rounds, load)}")
-    results = measured(found, workers)
-    print(f"\n{table(results)}")
-    if args.json:
-        content = record(args, workers, skipped, load)
-        for result in results:
-            content["contenders"][result.point.name] |= {
-                "parameters": result.parameters,
-                "flops_per_token": result.flops,
-                "predicted": result.predicted,
-                "measured_by_predicted": result.of_predicted,
-            }
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if args.out:
-        draw(results, Path(args.out))
+    print(f"\n{table(results)}", flush=True)
     finish(workers)
+    content = record(args, workers, skipped, load)
+    for result in results:
+        content["contenders"][result.point.name] |= {
+            "parameters": result.parameters,
+            "flops_per_token": result.flops,
+            "predicted": result.predicted,
+            "measured_by_predicted": result.of_predicted,
+        }
+    return results, content
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ def args(monkeypatch):
 
 def test_one_thing_is_changed_at_a_time(args):
     """With another number of tokens in a step, or other heads, a panel would show two things."""
-    base, *others = growth.points(args)
+    every = [point for group in growth.groups(args) for point in group]
+    base = every[0]
+    others = [point for point in every if point.name != growth.BASE]
+    assert {point.axis for point in others} == growth.AXES.keys()
     for point in others:
         found = vars(point.args)
         changed = {key for key, value in vars(base.args).items() if found[key] != value}
@@ -48,20 +51,22 @@ def test_one_thing_is_changed_at_a_time(args):
 def test_every_point_trains_and_is_shown(args, tmp_path):
     """A point that fails would be noticed only at the end of the benchmark. Speeds that are as the
     operations say are called so."""
-    found = growth.points(args)
-    workers = [Here(point) for point in found]
-    assert {worker.tokens for worker in workers} == {256, 512}, "rounds are of like length"
-    results = growth.measured(found, workers)
-    for result in results:
-        assert result.of_predicted == pytest.approx(1)
-        assert result.predicted == pytest.approx(result.speed)
+    measured = []
+    for group in growth.groups(args):
+        workers = [Here(point) for point in group]
+        assert {worker.tokens for worker in workers} <= {256, 512}, "rounds are of like length"
+        measured.append(growth.measured(group, workers))
+        for result in measured[-1]:
+            assert result.of_predicted == pytest.approx(1)
+            assert result.predicted == pytest.approx(result.speed)
     layers, width, context, vocabulary = 2, 32, 16, 2048
     matrices = layers * 12 * width**2 + vocabulary * width
+    results = measured[0]
     assert results[0].flops == 6 * matrices + 6 * layers * width * context
     text = growth.table(results)
-    assert len(text.splitlines()) == 2 + len(found) and "| context: 256 | " in text
+    assert len(text.splitlines()) == 2 + len(results) and "| context: 256 | " in text
     out = tmp_path / "growth.png"
-    growth.draw(results, out)
+    growth.draw(measured, out)
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
