@@ -373,16 +373,14 @@ def finetune(s: SentimentSettings, world: World) -> int:
         steps_per_epoch = objective.buckets.steps_per_epoch
         max_steps = s.max_steps or max(1, round(s.epochs * steps_per_epoch))
         eval_every = s.eval_every or steps_per_epoch
-        device_line = (
-            f"{world.device.type}, {strategy.name}; {hardware.name_of(dtype)}: {why_dtype}"
-        )
+        computed = f"{world.device.type}, {strategy.name}; {hardware.name_of(dtype)}"
         run.begin(
             max_steps,
             {
                 "model": describe_model(s, task, strategy, trainable),
                 "data": describe_data(s, task),
                 "batch": describe_batch(s, steps_per_epoch, strategy),
-                "device": device_line,
+                "device": f"{computed}: {why_dtype}",
             },
         )
         cache_states(s, run, strategy, task.inputs)
@@ -416,7 +414,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
             run.load_best()
             scores = score(strategy, task.inputs["test"], s.micro_tokens)
             if world.main:
-                write_report(s, run, task, scores, trainable)
+                write_report(s, run, task, scores, {"trainable": trainable, "device": computed})
         return run.status
 
 
@@ -434,10 +432,10 @@ def cache_states(
 
 
 def write_report(
-    s: SentimentSettings, run: Run, task: Task, scores: np.ndarray, trainable: int
+    s: SentimentSettings, run: Run, task: Task, scores: np.ndarray, facts: dict[str, Any]
 ) -> None:
     """The report of the test split's scores (N, n_classes), in the run's folder and on the
-    console."""
+    console. facts: what else it says of the run."""
     data = task.data
     labels = task.inputs["test"].data.labels
     result = {
@@ -453,7 +451,7 @@ def write_report(
         "test": report.evaluate(scores, labels),
         "baselines": report.baselines(data, cache_of(s)),
         "examples": {name: len(part) for name, part in data.splits.items()},
-        "trainable": trainable,
+        **facts,
         "seconds": round(run.seconds, 1),
         "notes": task.notes,
         "hashes": {"data": data.fingerprint, "trunk": task.digest},

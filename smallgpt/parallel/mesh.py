@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from model import GPT, GPTClassifier
 from smallgpt.hardware import DTYPES
-from smallgpt.parallel.layout import MeshSettings
+from smallgpt.parallel.layout import Axes, MeshSettings
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.tensor import cut_matrices
 from smallgpt.parallel.world import World
@@ -58,7 +58,9 @@ class Mesh(Single):
         super().__init__(model, world, dtype)
         self.mesh = mesh
         self.s = s
-        self.name = layout_name(mesh, s)
+        self.name = Axes(*mesh.shape).name(s.schedule, s.sequence)
+        if s.offload:
+            self.name += ", offloaded"
         data = mesh["replicate", "shard"]
         replicate, shard = data.get_coordinate()
         self.data_rank = replicate * data.size(1) + shard
@@ -206,18 +208,3 @@ def set_parameter(parameter: nn.Parameter, whole: Tensor) -> None:
         parameter.to_local().copy_(part.to_local())
     else:
         parameter.copy_(whole)
-
-
-def layout_name(mesh: DeviceMesh, s: MeshSettings) -> str:
-    """pp 2 (1f1b) x fsdp 4 x tp 2"""
-    parts = []
-    pp, replicate, shard, tp = mesh.shape
-    if pp > 1:
-        parts.append(f"pp {pp} ({s.schedule})")
-    if replicate > 1:
-        parts.append(f"hsdp {replicate}x{shard}")
-    elif shard > 1:
-        parts.append(f"fsdp {shard}")
-    if tp > 1:
-        parts.append(f"tp {tp}{' (sequence)' if s.sequence else ''}")
-    return " x ".join(parts) + (", offloaded" if s.offload else "")

@@ -101,7 +101,7 @@ class Single:
     batch this process reads; processes that hold parts of one replica have the same one.
     """
 
-    name = "single"
+    name = "one process"
     depth = 1  # processes in a pipeline: a step's micro-batches must be a multiple of it
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
@@ -201,10 +201,9 @@ class DDP(Single):
     """Every process holds the whole model and a share of each batch; gradients are averaged while
     backward runs (Li et al. 2020)."""
 
-    name = "ddp"
-
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
         super().__init__(model, world, dtype)
+        self.name = f"ddp {world.size}"
         self.gradient_scale = float(world.size)  # DDP averages, the step wants the sum
         # it would cut each compiled block in two at the edge of a bucket
         torch._dynamo.config.optimize_ddp = False

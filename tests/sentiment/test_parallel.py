@@ -165,12 +165,14 @@ def test_a_classifier_of_a_cut_model_is_a_trunk(cut, fit):
 
 
 def test_the_console_says_how_the_batch_and_the_model_are_cut(cut):
-    """A user sees which layout runs, and how many replicas share a batch."""
+    """A user sees which layout runs, and how many replicas share a batch; a reader of the report
+    sees the layout and the precision."""
     said = (cut / "console.txt").read_text(encoding="utf-8")
     assert "steps an epoch, 4 process(es)" in said and "cpu, fsdp 4; float64" in said
-    assert "steps an epoch, 2 replica(s)" in said and "cpu, hsdp 2x1 x tp 2; float64" in said
+    assert "steps an epoch, 2 replica(s)" in said and "cpu, ddp 2 x tp 2; float64" in said
     assert "steps an epoch, 1 replica(s)" in said and "cpu, pp 2 (1f1b) x tp 2; float64" in said
     assert "frozen   train: the stages of a pipeline read tokens: it runs every time" in said
+    assert result_of(cut / "losses-fsdp")["device"] == "cpu, fsdp 4; float64"
 
 
 # --- who reads ------------------------------------------------------------------------------------
