@@ -76,7 +76,7 @@ class Mesh(Single):
     def shard(self, root: nn.Module, blocks: nn.ModuleList) -> None:
         """FSDP2: each block is gathered by itself; embeddings, norm and heads with the root, whose
         whole they are needed for."""
-        if self.data_size == 1 and not self.s.offload:
+        if not self.is_sharded:
             return
         mesh = self.mesh["shard"]
         if self.mesh["replicate"].size() > 1:
@@ -102,6 +102,11 @@ class Mesh(Single):
         fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload)
         if isinstance(root, GPTClassifier):
             register_fsdp_forward_method(root, "run_frozen")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Are there others to share the weights with, or the CPU's memory to put them in?"""
+        return self.data_size > 1 or self.s.offload
 
     @property
     def computes_loss(self) -> bool:
