@@ -237,10 +237,11 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             strategy.seed(s.seed, step)  # of dropout
             (targets,) = strategy.sum(sum(batch.n_targets for batch in batches))
             nats = strategy.forward_backward(batches, loss_of, 1 / targets)
-            batches = load(step + 1)  # while a GPU is still computing
-            (nats,) = strategy.sum(float(nats))
-            loss = nats / targets
             norm = strategy.clip(optimizers, s.optim.clip)
+            batches = load(step + 1)  # while a GPU is still computing
+            (nats,) = strategy.sum(float(nats))  # here the CPU waits for it, once a step
+            loss = nats / targets
+            norm = float(norm)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
             run.log(

@@ -176,11 +176,11 @@ class Mesh(Single):
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward, the root would stay gathered
 
-    def clip(self, optimizers: list[Optimizer], max_norm: float) -> float:
+    def clip(self, optimizers: list[Optimizer], max_norm: float) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.gradient_norm(parameters)
         nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
-        return float(norm)
+        return norm
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Norm of the whole gradient, of which these parameters have a part. A collective."""
