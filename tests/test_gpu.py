@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from helpers import ROOT, last_weights, losses
 from model import GPT, IGNORE, GPTConfig
 from sentiment_train import SentimentSettings, finetune
 from smallgpt import settings
-from smallgpt.parallel.strategy import Spread
+from smallgpt.parallel.strategy import Single, Spread
 from smallgpt.parallel.world import World
 from smallgpt.sentiment import report
 
@@ -116,6 +117,33 @@ def test_batches_reach_a_busy_gpu_whole_and_without_waiting():
         assert tokens.cpu().equal(x) and targets.cpu().equal(y)
         assert segments.cpu().equal((x == 0).cumsum(1))
         assert batch.n_targets == int((y != IGNORE).sum())
+
+
+class SyncsCounted(Spread):
+    """One process, which warns of each wait for the GPU in steps 2, 3 and 4."""
+
+    def build(self, model: GPT, dtype: torch.dtype) -> Single:
+        strategy = super().build(model, dtype)
+        seed = strategy.seed
+
+        def begin_step(seed_of_run: int, step: int) -> None:
+            torch.cuda.set_sync_debug_mode("warn" if 2 <= step < 5 else "default")
+            seed(seed_of_run, step)
+
+        strategy.seed = begin_step
+        return strategy
+
+
+def test_a_step_waits_for_the_gpu_only_to_read_its_loss_and_norm(tmp_path, tiny):
+    """Any other wait would leave the GPU idle until Python has caught up."""
+    arguments = tiny(tmp_path, run="r", device="cuda", max_steps=6, eval_every=6, save_every=6)
+    s = settings.load(train.TrainSettings, arguments)
+    world = World(0, 1, GPU)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert train.train(s, world, SyncsCounted(world)) == 0
+    waits = [w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]
+    assert len(waits) == 3 * 2, [f"{w.filename}:{w.lineno}" for w in waits]
 
 
 # --- parts of the model ---------------------------------------------------------------------------
