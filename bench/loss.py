@@ -25,6 +25,7 @@ from bench.plan import peak_memory  # noqa: E402
 from model import GPT, IGNORE, GPTConfig  # noqa: E402
 from smallgpt.hardware import DTYPES  # noqa: E402
 
+TOKENS, WIDTH, VOCABULARY = 4096, 384, 8000
 Three = tuple[Tensor, Tensor, Tensor]  # h, weight, targets; or the loss and two gradients
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # h (N, C), weight (V, C), targets (N,) -> sum
 
@@ -93,13 +94,14 @@ def run(loss_of: Loss, inputs: Three) -> Three:
     return loss.detach(), *gradients
 
 
-def make_inputs(args: argparse.Namespace) -> Three:
+def make_inputs() -> Three:
     """h (N, C) as behind a norm, weight (V, C) as trained a while, targets (N,)."""
     torch.manual_seed(0)
-    h = torch.randn(args.tokens, args.n_embd, requires_grad=True)
-    weight = torch.nn.Parameter(0.1 * torch.randn(args.vocab_size, args.n_embd))
-    targets = torch.randint(args.vocab_size, (args.tokens,))
+    h = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    weight = 0.1 * torch.randn(VOCABULARY, WIDTH)
+    targets = torch.randint(VOCABULARY, (TOKENS,))
     targets[::17] = IGNORE
+    weight = torch.nn.Parameter(weight)
     return h, weight, targets
 
 
@@ -135,14 +137,14 @@ def errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[str]:
     return relative
 
 
-def report(args: argparse.Namespace, dtype: torch.dtype) -> None:
+def report(dtype: torch.dtype, rounds: int) -> None:
     """Measure, and print a table in Markdown."""
-    inputs = make_inputs(args)
+    inputs = make_inputs()
     exact = in_float64(inputs)
     losses = contenders(dtype)
-    times = measure(losses, inputs, args.rounds)
+    times = measure(losses, inputs, rounds)
     first, *_ = times.values()
-    print(f"\n{args.tokens:,} x {args.n_embd}, vocabulary {args.vocab_size:,}, {dtype}\n")
+    print(f"\n{TOKENS:,} x {WIDTH}, vocabulary {VOCABULARY:,}, {dtype}\n")
     print("| | ms: median (min to max) | slower than the first | MiB | loss | of h | of weights |")
     print("|---|---|---|---|---|---|---|")
     for name, loss_of in losses.items():
@@ -164,14 +166,11 @@ def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--tokens", type=int, default=4096)
-    p.add_argument("--n-embd", type=int, default=384)
-    p.add_argument("--vocab-size", type=int, default=8000)
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=7)
     args = p.parse_args()
     for name in args.dtype:
-        report(args, DTYPES[name])
+        report(DTYPES[name], args.rounds)
 
 
 if __name__ == "__main__":
