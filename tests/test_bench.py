@@ -27,9 +27,9 @@ def test_every_part_runs_to_its_end(tmp_path):
     missing = tmp_path / "missing"
     missing.mkdir()
     (missing / "transformers.py").write_text("raise ImportError", encoding="utf-8")
-    command = [sys.executable, "bench/gpu.py", "--dry", "--out", str(tmp_path)]
+    command = [sys.executable, "bench/gpu.py", "--dry", "--minutes", "20", "--out", str(tmp_path)]
     env = {**ENV, "PYTHONPATH": str(missing)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     states = {name: part["state"] for name, part in found["parts"].items()}

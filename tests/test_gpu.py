@@ -51,13 +51,29 @@ def assert_like(found: Path, expected: Path, tolerance: float) -> None:
         assert losses(found, split) == pytest.approx(losses(expected, split), rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.02), ("float16", 0.02)]
-)
-def test_a_gpu_trains_to_the_losses_of_a_cpu(tmp_path, tiny, on_cpu, dtype, tolerance):
+# what is changed, and how far a loss may be from that of the CPU
+CASES = {
+    "float32": ({"dtype": "float32"}, 1e-3),
+    "bfloat16": ({"dtype": "bfloat16"}, 0.02),
+    "float16": ({"dtype": "float16"}, 0.02),
+    "recompute": ({"micro_batch": 2, "recompute": 1}, 1e-3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_trains_to_the_losses_of_a_cpu(tmp_path, tiny, on_cpu, case):
     """In each precision; float16 scales its loss, and must unscale the gradient before clipping."""
-    pretrain(tiny(tmp_path, run="r", model__n_layer=2, dtype=dtype))
+    changes, tolerance = CASES[case]
+    pretrain(tiny(tmp_path, run="r", model__n_layer=2, **changes))
     assert_like(tmp_path / "r", on_cpu, tolerance)
+
+
+def test_muon_and_isolated_dialogues(tmp_path, tiny):
+    """Muon's iteration runs in bf16 on a GPU; a mask takes attention to another kernel."""
+    changes = {"optim__name": "muon", "data__isolate": "true", "model__n_layer": 2}
+    for device in (GPU, CPU):
+        pretrain(tiny(tmp_path, run=device.type, **changes), device)
+    assert_like(tmp_path / "cuda", tmp_path / "cpu", 0.03)
 
 
 def test_float16_leaves_out_what_overflows(tmp_path, tiny):
@@ -229,14 +245,30 @@ def test_fine_tuning_on_a_gpu(tmp_path, fine, monkeypatch):
     assert_same_predictions(tmp_path / "cuda", tmp_path / "cpu", 0.02)
 
 
+def run_torchrun(script: str, arguments: list[str]) -> None:
+    """One process of a script, in a group of its own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command = [sys.executable, *torchrun, script, *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_starts_nccl(tmp_path, tiny, on_cpu):
     """One process under torchrun joins a group of nccl, trains, saves and leaves it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    args = tiny(tmp_path, run="r", model__n_layer=2, device="cuda")
-    command = [sys.executable, *torchrun, str(ROOT / "train_fsdp.py"), *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    arguments = tiny(tmp_path, run="r", model__n_layer=2, device="cuda")
+    run_torchrun("train_fsdp.py", arguments)
     assert_like(tmp_path / "r", on_cpu, 1e-3)
+
+
+@pytest.mark.slow
+def test_fsdp2_has_the_losses_of_the_whole_model(tmp_path):
+    """Gathering over nccl, and bf16 blocks, in a group of one."""
+    shape = ["--n-layer=2", "--n-head=2", "--n-embd=64", "--block-size=64", "--vocab-size=512"]
+    short = ["--batch=4", "--rounds=1", "--steps=1", "--eager"]
+    file = tmp_path / "found.json"
+    run_torchrun("bench/fsdp.py", ["--device=cuda", *shape, *short, f"--json={file}"])
+    whole, cut = json.loads(file.read_text(encoding="utf-8")).values()
+    assert cut["losses"] == pytest.approx(whole["losses"], rel=0.01)
