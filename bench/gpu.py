@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Plan:
     train: tuple[str, ...] = ()
     shard: tuple[str, ...] = ()
     decode: tuple[str, ...] = ()
+    recipe: tuple[str, ...] = ()  # changes of the settings that the time to quality trains with
     quality: tuple[str, ...] = ()
     profile: tuple[str, ...] = ()
     patience: int = 2  # a part is ended after so many times the seconds that it takes
@@ -83,6 +85,14 @@ DRY = Plan(
     train=("--rounds=1", "--steps=1"),
     shard=("--rounds=1", "--steps=1"),
     decode=("--rounds=1", "--prompt=8", "--new=8"),
+    recipe=(
+        "compile=false",
+        "batch_tokens=128",
+        "model.n_layer=2",
+        "model.n_head=2",
+        "model.n_embd=32",
+        "model.block_size=64",
+    ),
     quality=("--device=cpu", "--steps=10"),
     profile=("--mode=eager", "--steps=1"),
     patience=10,  # the CPU may be busy
@@ -195,6 +205,7 @@ def time_to_quality(
 ) -> Part:
     """Held-out bits per byte against time."""
     script = "bench/time_to_quality.py"
+    shutil.rmtree(ROOT / folder / "quality", ignore_errors=True)  # it would go on from there
     why_not = ""
     if not args.corpus:
         why_not = "no --corpus was given"
@@ -203,7 +214,8 @@ def time_to_quality(
     rival = "nanogpt-bpe" if args.nanogpt else "gpt2"
     data = (f"data.path={from_root(args.corpus or 'FILES')}", f"data.cache={folder}/tokens")
     options = (*plan.quality, *against, f"--out={folder}/quality")
-    command = (script, args.config, *data, "--contenders", "ours", rival, *options)
+    settings = (args.config, *data, *plan.recipe)
+    command = (script, *settings, "--contenders", "ours", rival, *options)
     return Part("time to quality", 150, command, why_not, writes_json=False)
 
 
