@@ -398,8 +398,9 @@ def finetune(s: SentimentSettings, world: World) -> int:
             strategy.seed(s.seed, step)  # of dropout
             batches = objective.micro_batches(step)
             strategy.forward_backward(batches, objective.loss_of, 1.0)
-            loss, hits = objective.totals()
             norm = strategy.clip(optimizers, s.optim.clip)
+            loss, hits = objective.totals()
+            norm = float(norm)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
             run.log(

@@ -251,12 +251,13 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             strategy.seed(s.seed, step)  # of dropout
             nats = strategy.forward_backward(batches, loss_of, 1 / targets)
+            norm = strategy.clip(optimizers, s.optim.clip)
             batches = load(step + 1)  # while a GPU is still computing
-            # in one sum: reading a number waits for the GPU
+            # in one sum: here the CPU waits for the GPU, once a step
             nats, next_targets = strategy.sum(float(nats), count_targets(batches))
             loss = nats / targets
             targets = next_targets
-            norm = strategy.clip(optimizers, s.optim.clip)
+            norm = float(norm)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
             run.log(

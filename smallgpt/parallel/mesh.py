@@ -86,7 +86,7 @@ class Mesh(Single):
     def shard(self, root: nn.Module, blocks: nn.ModuleList) -> None:
         """FSDP2: each block is gathered by itself; embeddings, norm and heads with the root, whose
         whole they are needed for."""
-        if self.data_size == 1 and not self.s.offload:
+        if not self.is_sharded:
             return
         mesh = self.mesh["shard"]
         if self.mesh["replicate"].size() > 1:
@@ -112,6 +112,11 @@ class Mesh(Single):
         fully_shard(root, mesh=mesh, mp_policy=policy, offload_policy=offload)
         if isinstance(root, GPTClassifier):
             register_fsdp_forward_method(root, "run_frozen")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Are there others to share the weights with, or the CPU's memory to put them in?"""
+        return self.data_size > 1 or self.s.offload
 
     @property
     def computes_loss(self) -> bool:
@@ -178,11 +183,11 @@ class Mesh(Single):
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward, the root would stay gathered
 
-    def clip(self, optimizers: list[Optimizer], max_norm: float) -> float:
+    def clip(self, optimizers: list[Optimizer], max_norm: float) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.gradient_norm(parameters)
         nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
-        return float(norm)
+        return norm
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Norm of the whole gradient, of which these parameters have a part. A collective."""

@@ -189,12 +189,13 @@ class Single:
         """Back to training, after evaluations."""
         self.model.train()
 
-    def clip(self, optimizers: list[Optimizer], max_norm: float) -> float:
-        """Norm of the whole gradient before clipping it to max_norm (0 = only measure)."""
+    def clip(self, optimizers: list[Optimizer], max_norm: float) -> Tensor:
+        """Norm of the whole gradient before clipping it to max_norm (0 = only measure), a scalar on
+        the device: a GPU may still be computing it."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        return float(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
+        return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
 
 class DDP(Single):
