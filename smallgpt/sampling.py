@@ -13,6 +13,9 @@ from model import GPT, KVCache, take_position
 from smallgpt.settings import Count, Positive, PositiveFraction
 from smallgpt.tokenizer import Tokenizer
 
+FEW = 256  # tokens that mostly reach top_p: to sort the whole vocabulary takes 20 times as long
+ROWS = 32  # prompts that are answered together: the cache of more would need much memory
+
 
 @dataclass
 class SampleSettings:
@@ -44,9 +47,9 @@ def pick(
     if s.temperature == 0:
         return int(logits.argmax())
     logits = mask_below_top_k(logits / s.temperature, s.top_k)
-    probs = cut_to_top_p(logits.softmax(-1), s.top_p)
-    token = torch.multinomial(probs, 1, generator=generator)
-    return int(token)
+    probs, tokens = nucleus(logits.softmax(-1), s.top_p)
+    drawn = torch.multinomial(probs, 1, generator=generator)
+    return int(tokens[drawn])
 
 
 def penalize_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
@@ -70,17 +73,19 @@ def mask_below_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < least, -torch.inf)
 
 
-def cut_to_top_p(probs: Tensor, p: float) -> Tensor:
-    """Keep the likeliest tokens that together reach probability p (Holtzman et al. 2019).
+def nucleus(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens that together reach probability p (Holtzman et al. 2019), given probs
+    (V,): their probabilities and their ids.
 
     A token stays if those before it have not reached p: the one that crosses it is kept."""
     if p >= 1:
-        return probs
-    ordered, order = probs.sort(descending=True)
+        return probs, torch.arange(probs.numel(), device=probs.device)
+    ordered, tokens = probs.topk(min(FEW, probs.numel()))
+    if ordered.sum() < p:
+        ordered, tokens = probs.sort(descending=True)
     before = ordered.cumsum(-1) - ordered
-    ordered[before >= p] = 0
-    cut = torch.zeros_like(probs)
-    return cut.scatter(0, order, ordered)
+    is_kept = before < p
+    return ordered[is_kept], tokens[is_kept]
 
 
 def one_line(text: str) -> str:
@@ -242,9 +247,6 @@ class Conversation(Dialogue):
             if token is None:
                 return
             yield token
-
-
-ROWS = 32  # prompts that are answered together: the cache of more would need much memory
 
 
 def replies(

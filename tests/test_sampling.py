@@ -133,6 +133,19 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_settings(settings, expec
     assert [f > 0 for f in frequencies] == [p > 0 for p in expected]
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.5, 4.0], ids=["flat", "middling", "peaked"])
+def test_the_nucleus_is_that_of_the_whole_vocabulary(spread):
+    """Where the few likeliest tokens do not reach top_p, all are sorted: none must be missed."""
+    generator = torch.Generator().manual_seed(0)
+    probs = (torch.randn(3000, generator=generator) * spread).softmax(0)
+    for p in (0.05, 0.5, 0.9, 0.999):
+        kept, tokens = sampling.nucleus(probs, p)
+        assert torch.equal(kept, probs[tokens])
+        assert kept.sum() >= p - 1e-6 and kept[:-1].sum() < p + 1e-6, "it reaches p, and no further"
+        others = probs.index_fill(0, tokens, 0)
+        assert others.max() <= kept.min()
+
+
 def test_repetition_penalty_makes_what_was_said_less_likely_whatever_its_sign():
     """CTRL's rule: a positive score is divided, a negative one multiplied; twice said is punished
     once."""
