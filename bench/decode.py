@@ -19,7 +19,11 @@ from common import (
     shape,
 )
 
-WHY = {"float32": "the weights' own precision", "bfloat16": "as asked, weights in bf16"}
+WHY = {
+    "float32": "the weights' own precision",
+    "bfloat16": "as asked, weights in bf16",
+    "float16": "as asked, weights in fp16",
+}
 
 
 def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
@@ -27,6 +31,7 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
     Conversation.reply()."""
     import torch
 
+    from chat import set_precision
     from model import GPT, GPTConfig
     from smallgpt import hardware
     from smallgpt.sampling import Conversation, SampleSettings
@@ -41,7 +46,7 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
         model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = (
             0  # score 0 of thousands: never the likeliest
         )
-    model = model.to(hardware.choose_device(args.device), getattr(torch, dtype)).eval()
+    set_precision(model.eval(), dtype, hardware.choose_device(args.device))
     greedy = SampleSettings(temperature=0, repetition_penalty=1.0, max_tokens=args.new)
     talk = Conversation(model, tokenizer, greedy)
     text = alphabet[: args.prompt - 2]  # and the marks around it
