@@ -14,14 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from model import GPT
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings
 from smallgpt.settings import Device
-from smallgpt.weights.half import halve_linear_layers
+from smallgpt.weights.precision import set_precision
 from smallgpt.weights.pretrained import open_model
 
 HELP = """\
@@ -60,19 +57,6 @@ def main() -> int:
     print("/help lists the commands.")
     line_editing()
     return converse(chat, prompt="> ")
-
-
-def set_precision(model: GPT, name: str, device: torch.device) -> str:
-    """Put the model on the device, with weights in the precision of this name; returns it in words.
-
-    On a CPU auto is float16 weights, which are read in half the time of float32 ones."""
-    model.to(device)
-    if device.type == "cpu" and name in ("auto", "float16"):
-        halve_linear_layers(model)
-        return "float16 weights: half the bytes to read, scores within a thousandth"
-    dtype, _ = hardware.choose_dtype(name, device)
-    model.to(dtype)
-    return hardware.name_of(dtype)
 
 
 def name_checkpoint(words: list[str]) -> list[str]:

@@ -31,11 +31,11 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
     Conversation.reply()."""
     import torch
 
-    from chat import set_precision
     from model import GPT, GPTConfig
     from smallgpt import hardware
     from smallgpt.sampling import Conversation, SampleSettings
     from smallgpt.tokenizer import TokenizerSettings, train
+    from smallgpt.weights.precision import set_precision
 
     alphabet = "".join(
         chr(0x4E00 + i) for i in range(args.vocab_size - 256 - 6)

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from model import GPT, GPTConfig
-from smallgpt.weights.half import HalfLinear, halve_linear_layers
+from smallgpt.weights.precision import HalfLinear, halve_linear_layers
 
 SIZES = dict(vocab_size=320, block_size=24, n_layer=2, n_head=2, n_embd=64)
 FORMS = {

@@ -1,13 +1,32 @@
-"""Float16 weights for a float32 model on a CPU.
+"""The precision of a model that only replies.
 
-A token of a reply multiplies each matrix by one row. That takes as long as reading the matrix: half
-the bytes are read in half the time. PyTorch's kernel for one row takes float16 on any CPU with AVX2
-or NEON, and adds in float32 (docs/experiments.md has it beside bfloat16 and int8).
+On a CPU: float16 weights in a float32 model. A token of a reply multiplies each matrix by one row.
+That takes as long as reading the matrix: half the bytes are read in half the time. PyTorch's kernel
+for one row takes float16 on any CPU with AVX2 or NEON, and adds in float32 (docs/experiments.md has
+it beside bfloat16 and int8).
 """
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from model import GPT
+from smallgpt import hardware
+
+
+def set_precision(model: GPT, name: str, device: torch.device) -> str:
+    """Put the model on the device, with weights in the precision of this name; returns it in words.
+
+    On a CPU auto is float16 weights, which are read in half the time of float32 ones."""
+    model.to(device)
+    if device.type == "cpu" and name in ("auto", "float16"):
+        halve_linear_layers(model)
+        return "float16 weights: half the bytes to read, scores within a thousandth"
+    dtype, _ = hardware.choose_dtype(name, device)
+    model.to(dtype)
+    return hardware.name_of(dtype)
+
 
 # Float16 ends at 65,504, and a squared ReLU may give more. What goes in is divided by this power of
 # two and what comes out multiplied, both exactly: either may then be 4 million.
