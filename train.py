@@ -37,6 +37,7 @@ from smallgpt.runs.run import Facts, Run, merge_sources
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import Count, Device, Free, Positive, Precision, Switch
 from smallgpt.text.batches import Corpus
+from smallgpt.text.bigrams import begin_with_bigrams
 from smallgpt.text.tokens import DataSettings, prepare
 from smallgpt.tokenizer import TokenizerSettings
 
@@ -62,6 +63,7 @@ class TrainSettings:
     log_every: Free[Positive] = 10  # steps between records of the training loss
     keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
+    init: Literal["random", "bigrams"] = "random"  # bigrams = knows which token follows which
     init_from: Free[str] = ""  # run or step folder: a new run begins with its model and tokenizer
     prompts: Free[list[str]] = field(default_factory=lambda: [*PROMPTS])  # answered at evaluation
     data: DataSettings = field(default_factory=DataSettings)  # the corpus
@@ -72,7 +74,12 @@ class TrainSettings:
 
     def check(self) -> list[str]:
         """Problems that the types do not show, in plain words."""
-        return checkpoint.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run)
+        if self.init == "bigrams" and self.init_from:
+            problems.append("init=bigrams and init_from exclude each other: leave one of them out")
+        if self.init == "bigrams" and self.model.tie_weights:
+            problems.append("init=bigrams needs an LM head of its own: add model.tie_weights=false")
+        return problems
 
 
 class Batch(NamedTuple):
@@ -183,6 +190,8 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             model = GPT(s.model).to(hardware.weights_dtype(dtype))
         model.recompute = s.recompute
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
+        if s.init == "bigrams" and world.main and not parent:
+            model_line += f"; {begin_with_bigrams(model, corpus, s.seed)}"
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
         strategy = spread.build(model, dtype)
         parts_compiled = strategy.model.compile_parts() if compiled else "off"

@@ -362,6 +362,7 @@ MISTAKES = [
     ("out_dir={empty}", "empty.txt"),
     ("data.cache={empty}", "empty.txt"),
     ("model.vocab_size=100", "model.vocab_size=100 is less than the tokenizer's"),
+    ("init=bigrams", "init=bigrams needs an LM head of its own: add model.tie_weights=false"),
 ]
 
 
@@ -382,6 +383,23 @@ def test_bfloat16_trains_and_talks(tmp_path, tiny, run):
         assert run("train", tiny(tmp_path, run=dtype, dtype=dtype)).status == 0
     exact, low = (losses(tmp_path / dtype, "train") for dtype in ("float32", "bfloat16"))
     assert low != exact and all(low[step] == pytest.approx(exact[step], rel=0.02) for step in exact)
+
+
+def test_a_run_begins_with_what_its_text_tells_of_pairs(tmp_path, tiny, run):
+    """And says so; and what it was begun with stays when it goes on."""
+    args = tiny(tmp_path, run="r", init="bigrams", model__tie_weights="false")
+    result = run("train", args)
+    assert result.status == 0, result.err
+    assert "begins with " in result.out and "pairs of tokens" in result.out
+    assert losses(tmp_path / "r", "train")[1] < 0.7 * math.log(320)
+    changed = run("train", [*args, "init=random"])
+    assert "init was bigrams and is now random" in mistake(changed)
+
+
+def test_a_run_cannot_begin_with_weights_and_with_counts(tmp_path, tiny, mistake_of):
+    """One of the two would be lost silently."""
+    args = tiny(tmp_path, init="bigrams", init_from="x", model__tie_weights="false")
+    assert "init=bigrams and init_from exclude each other" in mistake_of(train.main, args)
 
 
 @pytest.mark.slow
