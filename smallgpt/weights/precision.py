@@ -22,7 +22,7 @@ def set_precision(model: GPT, name: str, device: torch.device) -> str:
     model.to(device)
     if device.type == "cpu" and name in ("auto", "float16"):
         halve_linear_layers(model)
-        return "float16 weights (scores within a thousandth of float32's)"
+        return "float16 weights (scores differ from float32's by a thousandth)"
     dtype, _ = hardware.choose_dtype(name, device)
     model.to(dtype)
     return hardware.name_of(dtype)
