@@ -74,21 +74,31 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values k, v (n_layer, B, K, block_size, D) of what was read so far.
+    """Keys and values k, v (n_layer, B, K, length, D) of what was read so far.
 
-    It holds no position: the caller names where a piece of text starts, and taking back a turn
-    is a smaller number."""
+    It holds no position: the caller names where a piece of text starts, in all rows or in each,
+    and taking back a turn is a smaller number."""
 
-    def __init__(self, c: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device):
-        shape = (c.n_layer, batch, c.kv_heads, c.block_size, c.head_size)
+    def __init__(
+        self, c: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
+    ):
+        shape = (c.n_layer, batch, c.kv_heads, length, c.head_size)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of positions start..start+T; return those of 0..start+T."""
-        end = start + k.size(2)
-        self.k[layer, :, :, start:end] = k
-        self.v[layer, :, :, start:end] = v
+    def write(
+        self, layer: int, at: Tensor, end: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of the positions `at`, (T,) in all rows or (B, T) in each, of
+        which the last is end - 1; return those of 0..end."""
+        if at.dim() == 1:
+            start = end - k.size(2)
+            self.k[layer, :, :, start:end] = k
+            self.v[layer, :, :, start:end] = v
+        else:
+            rows = torch.arange(at.size(0), device=at.device)[:, None]
+            self.k[layer, rows, :, at] = k.transpose(1, 2).to(self.k.dtype)
+            self.v[layer, rows, :, at] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
@@ -136,11 +146,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Context:
     """What all blocks of one forward pass share."""
 
-    positions: Tensor  # (T,), or (B, T) where texts are packed
+    positions: Tensor  # (T,), or (B, T) where texts are packed or rows start apart
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines (1 or B, 1, T, D) of the positions
     mask: Tensor | None  # (B or 1, 1, T, keys), True = may look; None = plain causal
     cache: KVCache | None = None
-    start: int = 0  # position of the first token of this pass
+    end: int = 0  # the last position of this pass is end - 1
 
 
 class Attention(nn.Module):
@@ -178,7 +188,7 @@ class Attention(nn.Module):
             q = rotate(q, *context.rotary)
             k = rotate(k, *context.rotary)
         if context.cache is not None:
-            k, v = context.cache.write(layer, context.start, k, v)
+            k, v = context.cache.write(layer, context.positions, context.end, k, v)
         y = self.attend(
             q,
             k,
@@ -381,9 +391,12 @@ class GPT(nn.Module):
             else:
                 nn.init.ones_(p)
 
-    def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache of block_size positions, beside the weights and in their precision."""
-        return KVCache(self.config, batch, self.wte.weight.dtype, self.wte.weight.device)
+    def new_cache(self, batch: int = 1, length: int = 0) -> KVCache:
+        """An empty cache of `length` positions (0 = block_size), beside the weights and in their
+        precision."""
+        weight = self.wte.weight
+        length = length or self.config.block_size
+        return KVCache(self.config, batch, length, weight.dtype, weight.device)
 
     def context(
         self,
@@ -391,18 +404,22 @@ class GPT(nn.Module):
         device: torch.device,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
     ) -> Context:
         """What the blocks share in a pass over positions start..start+length.
 
         segments (B, T): numbers of the texts packed into a row; a position sees only its own text
         and counts from its beginning. cache: keys and values of positions 0..start, to which
-        those of this pass are added."""
-        end = start + length
+        those of this pass are added. start (B,): each row has its own."""
+        if isinstance(start, Tensor):
+            end = int(start.max()) + length
+            positions = start[:, None] + torch.arange(length, device=device)  # (B, T)
+        else:
+            end = start + length
+            positions = torch.arange(start, end, device=device)
         assert end <= self.config.block_size, (
             f"{end} tokens exceed block_size={self.config.block_size}"
         )
-        positions = torch.arange(start, end, device=device)
         mask = None
         if segments is not None:
             begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
@@ -410,13 +427,14 @@ class GPT(nn.Module):
             positions = positions - begin
             same_text = segments[:, :, None] == segments[:, None, :]
             mask = same_text.tril()[:, None]
-        elif cache is not None and start > 0 and length > 1:
-            mask = torch.ones(length, end, dtype=torch.bool, device=device).tril(start)[None, None]
+        elif cache is not None and end > length and positions.numel() > 1:
+            keys = torch.arange(end, device=device)
+            mask = (keys <= positions[..., None]).view(-1, 1, length, end)
         turns = None
         if self.config.pos == "rope":
             per_head = positions.view(-1, 1, length)  # one row of angles serves all heads
             turns = rotary(per_head, self.config.head_size, self.config.rope_base)
-        return Context(positions, turns, mask, cache, start)
+        return Context(positions, turns, mask, cache, end)
 
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
@@ -455,7 +473,7 @@ class GPT(nn.Module):
         tokens: Tensor,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
     ) -> Tensor:
         """Hidden states (B, T, C) after the final norm, of tokens (B, T) at positions
         start..start+T; segments and cache as in `context`."""

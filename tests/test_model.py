@@ -288,6 +288,24 @@ def test_taking_back_is_only_a_smaller_start(config):
         assert_close(model.lm_head(h), model(idx)[:, start:end])
 
 
+@every_form
+@torch.no_grad()
+def test_rows_of_a_batch_go_on_from_positions_of_their_own(config):
+    """Rows of 3, 9 and 6 tokens are read padded to 9, then each goes on in pieces of 1, 4 and 1:
+    what the padding left in the cache must not be seen."""
+    model, idx = lively(GPT(config)), tokens(config, 3, 24)
+    expected, cache = model(idx), model.new_cache(batch=3, length=16)
+    starts = torch.tensor([3, 9, 6])
+    is_real = torch.arange(9) < starts[:, None]
+    model.trunk(torch.where(is_real, idx[:, :9], 0), cache=cache)
+    for n in (1, 4, 1):
+        at = starts[:, None] + torch.arange(n)
+        h = model.trunk(idx.gather(1, at), cache=cache, start=starts)
+        rows = torch.arange(3)[:, None]
+        assert_close(model.lm_head(h), expected[rows, at])
+        starts = starts + n
+
+
 def test_more_than_block_size_is_refused_with_both_numbers():
     model = GPT(SMALL)
     with pytest.raises(AssertionError, match="25 tokens exceed block_size=24"):
