@@ -23,14 +23,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-)
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
+from smallgpt.adam import Optimizer
 from smallgpt.console import UserError
 from smallgpt.hardware import autocast
 from smallgpt.parallel.world import World
@@ -121,10 +117,9 @@ class Single:
     def gather_weights(self) -> dict[str, Tensor]:
         """All weights, whole, on the CPU, by canonical name, on the main process; nothing on the
         others. They may share the parameters' memory. A collective."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=whole)
-        # names() lists a tied matrix once; processes other than the main one have got nothing
-        return {name: weights[name] for name in self.names() if name in weights}
+        if not self.world.main:
+            return {}
+        return {name: p.detach().cpu() for name, p in self.names().items()}
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:

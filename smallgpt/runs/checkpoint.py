@@ -27,16 +27,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import SavePlan, SavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from model import GPTConfig
+from smallgpt.adam import Optimizer, is_cut
 from smallgpt.console import UserError
 from smallgpt.files import flush, write_atomic
 from smallgpt.parallel.strategy import Single
@@ -218,6 +214,8 @@ class Saver:
     def save(self, strategy: Single, optimizers: list[Optimizer], meta: dict) -> None:
         """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank
         must call it."""
+        from smallgpt.runs import state  # half a second of imports, after the first step
+
         self.finish()
         self.step = meta["step"]
         self.is_best = False
@@ -225,21 +223,17 @@ class Saver:
         self.check(self.world.sum(bool(self.error))[0])
         weights = strategy.gather_weights()
         tensors = optimizer_tensors(strategy.names(), optimizers)
-        writer = StateWriter(str(self.temporary / "state"), save_distributed=True)
-        alone = not dist.is_initialized()
+        folder = self.temporary / "state"
         if not self.in_background:
-            write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
-            self.write(write_state, weights, meta)
+            self.write(partial(state.save, tensors, folder), weights, meta)
             self.finish()
             return
-        if self.group is None and not alone:  # training's own would mix up the two
+        if self.group is None and dist.is_initialized():  # training's own would mix up the two
             limit = timedelta(seconds=self.world.timeout)
             self.group = dist.new_group(backend="gloo", timeout=limit)
-        state = dcp.async_save(
-            tensors, storage_writer=writer, process_group=self.group, no_dist=alone
-        )
+        wait_for_state = state.save_async(tensors, folder, self.group)
         weights = copied(weights, strategy.model)
-        self.thread = self.executor.submit(self.write, state.result, weights, meta)
+        self.thread = self.executor.submit(self.write, wait_for_state, weights, meta)
 
     def make_folder(self) -> str:
         """An empty folder to write into, for every process; returns what went wrong, in words. A
@@ -269,7 +263,7 @@ class Saver:
                 save_file(contiguous, self.temporary / "model.safetensors")
                 publish(self.temporary, self.final, meta)
                 point(self.run, "latest", self.step)
-        except (OSError, SafetensorError, CheckpointException) as problem:
+        except (OSError, SafetensorError) as problem:
             self.error = brief(problem)
 
     def progress(self) -> tuple[bool, bool]:
@@ -338,33 +332,11 @@ class Saver:
             prune(self.run, self.keep)
 
 
-class StateWriter(dcp.HuggingFaceStorageWriter):
-    """PyTorch's writer of safetensors, but without its copy of all tensors into one bytes object:
-    Python's lock is held for it, and a training beside it stands still."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
-        tensors = {}
-        offsets = {}  # of the part of each tensor that this process holds
-        for item in plan.items:
-            name = item.index.fqn
-            assert name not in tensors, f"{name} lies here in two parts"
-            tensors[name] = planner.resolve_data(item).detach().cpu().contiguous()
-            offsets[name] = {"saved_offsets": item.tensor_data.chunk.offsets}
-        if tensors:
-            shard = plan.storage_data["shard_index"]
-            file = Path(self.path) / f"shard-{shard:05d}-model-00001-of-00001.safetensors"
-            sharding = {"DCP_SHARDING_INFO": json.dumps(offsets)}
-            save_file(tensors, file, {"format": "pt", "DCP_VERSION": "1.0", **sharding})
-        done = torch.futures.Future()
-        done.set_result([])
-        return done
-
-
 def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights, copied where they lie in the memory of the model, which updates change."""
     memory = set()
     for p in model.parameters():
-        part = p.to_local() if isinstance(p, DTensor) else p
+        part = p.to_local() if is_cut(p) else p
         memory.add(part.untyped_storage().data_ptr())
     copies = {}
     for name, weight in weights.items():
@@ -374,10 +346,7 @@ def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torc
 
 
 def brief(problem: BaseException) -> str:
-    """What went wrong, on one line: of several processes' problems the first, and not that it was
-    an "Error while serializing: I/O error"."""
-    if isinstance(problem, CheckpointException):
-        problem, _ = next(iter(problem.failures.values()))
+    """What went wrong, on one line, and not that it was an "Error while serializing: I/O error"."""
     _, _, end = str(problem).rpartition(" error: ")
     return " ".join(end.split())[-300:]
 
@@ -422,7 +391,7 @@ def reading(file: Path) -> Iterator[None]:
     """Anything but safetensors, such as a pickle, is refused."""
     try:
         yield
-    except (SafetensorError, CheckpointException) as problem:
+    except SafetensorError as problem:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
@@ -484,10 +453,11 @@ def all_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
     """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
+    from smallgpt.runs import state  # half a second of imports
+
     folder = checkpoint.path / "state"
     with reading(folder):
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        saved = reader.read_metadata().state_dict_metadata.keys()
+        saved = state.saved_tensors(folder)
     keys_of: dict[str, list[str]] = {}  # parameter name -> its state names
     for full_name in saved:
         name, _, key = full_name.rpartition("/")
@@ -502,7 +472,10 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
         for p in all_parameters(optimizer):
             name = name_of[p]
             for key in keys_of.get(name, []):
-                empty = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                like = saved[f"{name}/{key}"]
+                if like.shape == p.shape:  # else it is one number, or one of each row
+                    like = p  # which may be cut
+                empty = torch.zeros_like(like, device=p.device)
                 optimizer.state[p][key] = empty
                 targets[f"{name}/{key}"] = empty
             if saved and name not in keys_of:  # nothing is saved before float16 has found its scale
@@ -514,7 +487,7 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
             "other parameters"
         )
     with reading(folder):
-        dcp.load(targets, storage_reader=reader, no_dist=strategy.world.size == 1)
+        state.load(targets, folder)
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
