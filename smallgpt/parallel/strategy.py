@@ -30,6 +30,7 @@ from smallgpt.adam import Optimizer
 from smallgpt.console import UserError
 from smallgpt.hardware import autocast
 from smallgpt.parallel.world import World
+from smallgpt.rows import clippable, tables
 
 
 class HasInputs(Protocol):
@@ -180,7 +181,7 @@ class Single:
         """Norm of the whole gradient before clipping it to max_norm (0 = only measure)."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = clippable(list(self.model.parameters()))
         return float(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
 
 
@@ -226,4 +227,10 @@ class Spread:
         dtype: precision of matrix products. The model must hold its weights already; optimizers
         are made from `names()` afterwards."""
         strategy = DDP if self.world.size > 1 else Single
+        found = tables(model)
+        if found and strategy is DDP and self.world.device.type == "cuda":
+            raise UserError(
+                f"NCCL cannot sum the sparse gradient of {found[0]} over several GPUs: use one, or "
+                "a model without it"
+            )
         return strategy(model.to(self.world.device), self.world, dtype)
