@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Optimizer(torch.optim.Optimizer):
-    """torch.optim's, whose methods import torch._dynamo to be left out of compilation: a fifth of
-    the time to the first step of a run that compiles nothing. No optimizer is compiled here."""
+    """torch.optim's, but without the marks on its methods that leave them out of compilation: a
+    mark imports torch._dynamo, half a second or more. No optimizer is compiled here."""
 
     add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = unwrap(torch.optim.Optimizer.zero_grad)

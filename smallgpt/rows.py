@@ -33,22 +33,24 @@ class RowwiseAdam(Optimizer):
                     self.update(table, group)
 
     def update(self, table: Tensor, group: dict) -> None:
-        gradient = table.grad.coalesce()
-        (rows,) = gradient.indices()  # (n,), each once
-        values = gradient.values()  # (n, D)
+        """One update of the rows (n,) of a table, each once, which have gradients (n, D)."""
+        sparse = table.grad.coalesce()
+        rows = sparse.indices()[0]
+        gradient = sparse.values()
         state = self.state[table]
         if not state:
             state["exp_avg_sq"] = table.new_zeros(len(table))
-        moments = state["exp_avg_sq"]
 
-        square = values.square().mean(1)
-        old = moments[rows]
-        moment = torch.where(old > 0, old.lerp(square, 1 - group["beta2"]), square)
-        moments[rows] = moment
+        square = gradient.square().mean(1)
+        old = state["exp_avg_sq"][rows]
+        moved = old.lerp(square, 1 - group["beta2"])
+        moment = torch.where(old > 0, moved, square)
+        state["exp_avg_sq"][rows] = moment
+
+        size = moment.sqrt() + group["eps"]
+        direction = gradient / size[:, None]
         if group["weight_decay"]:
-            kept = 1 - group["lr"] * group["weight_decay"]
-            table.index_copy_(0, rows, table[rows] * kept)
-        direction = values / (moment.sqrt() + group["eps"])[:, None]
+            direction += group["weight_decay"] * table[rows]
         table.index_add_(0, rows, direction, alpha=-group["lr"])
 
 
@@ -62,8 +64,8 @@ def tables(model: nn.Module) -> list[str]:
 
 
 def clippable(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Tensors whose gradients are all there is of these parameters' gradients, and dense: for a
-    sparse one a stand-in whose gradient are its values. Clipped there, it is clipped."""
+    """The parameters that have a gradient, for torch's clipping, which takes dense ones only: for
+    one whose gradient is sparse a tensor whose gradient is its values, in the same memory."""
     tensors = []
     for p in parameters:
         if p.grad is None:
