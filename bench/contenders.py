@@ -301,9 +301,10 @@ class NanoGPT:
         points = []
         with Program(command, folder, folder / "judge.log", "wall") as judge:
             for _, line in judge.lines():
-                found = json.loads(line)
-                step = int(Path(found["snapshot"]).stem)
-                points.append(Point(step, watch.steps[step - 1], found["bits_per_byte"]))
+                verdict = re.match(r"judged (\d+): (\S+) bits per byte", line)
+                if verdict:
+                    step = int(verdict[1])
+                    points.append(Point(step, watch.steps[step - 1], float(verdict[2])))
         return points
 
 

@@ -22,12 +22,12 @@ interpolated. Everything is kept in --out: the same command again goes on with w
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -42,7 +42,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from bench.common import cpu_name  # noqa: E402
@@ -55,6 +54,7 @@ from bench.contenders import (  # noqa: E402
     Task,
     make_contender,
 )
+from bench.quality_report import Report, Trained  # noqa: E402
 from bench.stopwatch import (  # noqa: E402
     ClockName,
     Program,
@@ -63,7 +63,7 @@ from bench.stopwatch import (  # noqa: E402
     kill_all,
     usable_cores,
 )
-from smallgpt import console, files, hardware, plots, settings  # noqa: E402
+from smallgpt import console, files, hardware, settings  # noqa: E402
 from smallgpt.console import UserError  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
@@ -72,32 +72,6 @@ FEWEST_STEPS = 10  # a run of fewer tells nothing
 
 
 # ---- what is kept
-
-
-@dataclass
-class Trained:
-    """One run of a contender, in seconds of the chosen clock."""
-
-    timing: Timing
-    steps: int
-    uncounted: float  # seconds of evaluating and saving
-    curve: list[list[float]]  # [seconds since the preparation began, bits per byte]
-
-    @property
-    def end(self) -> float:
-        """Seconds, all counted, when the last step was made."""
-        return self.curve[-1][0]
-
-    @property
-    def last(self) -> float:
-        """Bits per byte at the end."""
-        return self.curve[-1][1]
-
-    @classmethod
-    def read(cls, record: dict[str, Any]) -> "Trained":
-        """From the JSON that asdict gave."""
-        timing = Timing(**record["timing"])
-        return cls(timing, record["steps"], record["uncounted"], record["curve"])
 
 
 class Results:
@@ -225,7 +199,7 @@ class Comparison:
 
     contenders: list[Contender]
     seeds: list[int]
-    budget: float  # seconds
+    budget: float  # seconds of every run
     steps: int  # of every run; 0 = as many as fit into the budget
     clock: ClockName
     out: Path
@@ -233,26 +207,36 @@ class Comparison:
     slots: Slots
 
     def run(self) -> None:
-        """Make what is missing: preparations, then timings, then runs, seed by seed."""
-        chains = {}
+        """Make what is missing: preparations one by one, then timings, then runs, seed by seed."""
         for contender in self.contenders:
-            tasks = [task for task in contender.tasks() if not self.results.prepared(task)]
-            for task in tasks:
-                chains.setdefault(task.name, task)
-        for task in chains.values():
-            self.slots.run([partial(self.prepare, task)])
+            for task in contender.tasks():
+                if not self.results.prepared(task):
+                    self.slots.run([partial(self.prepare, task)])
         timings = []
-        runs = []
         for contender in self.contenders:
-            known = self.results.of(contender)
-            if not self.steps and not known["timing"]:
+            is_known = self.results.of(contender)["timing"] is not None
+            if not is_known and not self.steps:
                 timings.append(partial(self.time, contender))
+        self.slots.run(timings)
+        trainings = []
         for seed in self.seeds:
             for contender in self.contenders:
-                if str(seed) not in self.results.of(contender)["runs"]:
-                    runs.append(partial(self.train, contender, seed))
-        self.slots.run(timings)
-        self.slots.run(runs)
+                if seed not in self.results.runs(contender):
+                    trainings.append(partial(self.train, contender, seed))
+        self.slots.run(trainings)
+
+    def report(self) -> Report:
+        """Of the runs that were asked for."""
+        runs = {}
+        preparations = {}
+        for contender in self.contenders:
+            found = self.results.runs(contender)
+            runs[contender.name] = {seed: found[seed] for seed in self.seeds}
+            preparations[contender.name] = self.results.preparation_seconds(contender)
+        content = self.results.content
+        return Report(
+            runs, preparations, self.budget, content["conditions"], content["held_out_bytes"]
+        )
 
     def prepare(self, task: Task) -> None:
         """Make text or tokens, timed."""
@@ -327,8 +311,12 @@ class Comparison:
         log = self.out / "logs" / f"{name}.log"
         with Program(launch.command, launch.cwd, log, self.clock) as program:
             for clock, line in program.lines():
+                n_points = len(watch.points)
                 watch.hear(clock, line)
                 contender.hear(folder, line)
+                if len(watch.points) > n_points:
+                    point = watch.points[-1]
+                    say(f"{name}: {point.bits_per_byte:.4f} after {point.seconds:.0f} s")
                 if until and watch.is_steady(until):
                     break
         return watch
@@ -340,175 +328,6 @@ class Comparison:
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
-# ---- what is told
-
-
-def at(curve: list[list[float]], seconds: float) -> float:
-    """Bits per byte at a time, between its neighbours; at the end what was reached there."""
-    times, values = zip(*curve, strict=True)
-    return float(np.interp(seconds, times, values))
-
-
-def time_of(curve: list[list[float]], bits_per_byte: float) -> float | None:
-    """When a curve first comes down to a value, between its neighbours; None if it does not."""
-    before = None
-    for seconds, value in curve:
-        if value <= bits_per_byte:
-            if before is None:
-                return seconds
-            then, higher = before
-            share = (higher - bits_per_byte) / (higher - value)
-            return then + share * (seconds - then)
-        before = seconds, value
-    return None
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation, where there are several."""
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
-    return text
-
-
-def extent(values: list[float]) -> str:
-    """The smallest to the largest, in whole numbers."""
-    low, high = f"{min(values):,.0f}", f"{max(values):,.0f}"
-    return low if low == high else f"{low} to {high}"
-
-
-class Report:
-    """The table and the picture of a comparison."""
-
-    def __init__(self, comparison: Comparison):
-        self.budget = comparison.budget
-        self.results = comparison.results
-        self.runs: dict[str, dict[int, Trained]] = {}
-        self.preparations: dict[str, float] = {}
-        for contender in comparison.contenders:
-            runs = self.results.runs(contender)
-            wanted = {seed: run for seed, run in runs.items() if seed in comparison.seeds}
-            self.runs[contender.name] = wanted
-            self.preparations[contender.name] = self.results.preparation_seconds(contender)
-
-    def reached(self, name: str) -> dict[int, float]:
-        """Bits per byte at the budget, by seed; all that was reached where there is none."""
-        runs = self.runs[name]
-        limit = self.budget or float("inf")
-        return {seed: at(run.curve, limit) for seed, run in runs.items()}
-
-    def difference(self, name: str) -> str:
-        """How much more bits than ours, seed by seed, in percent."""
-        if name == "ours" or "ours" not in self.runs:
-            return ""
-        ours = self.reached("ours")
-        differences = []
-        for seed, value in self.reached(name).items():
-            if seed in ours:
-                differences.append(100 * (value / ours[seed] - 1))
-        return f"{spread(differences, 2)} %" if differences else ""
-
-    def passed(self, name: str) -> str:
-        """When ours comes down to what another one has at the budget, on average."""
-        if name == "ours" or "ours" not in self.runs:
-            return ""
-        value = statistics.mean(self.reached(name).values())
-        times = [time_of(run.curve, value) for run in self.runs["ours"].values()]
-        if None in times:
-            return "not in time"
-        return f"{extent(times)} s"
-
-    def row(self, name: str) -> list[str]:
-        runs = list(self.runs[name].values())
-        timings = [run.timing for run in runs]
-        return [
-            name,
-            str(len(runs)),
-            extent([run.steps for run in runs]),
-            f"{self.preparations[name]:.1f}",
-            spread([timing.start for timing in timings], 1),
-            spread([timing.warm_up for timing in timings], 1),
-            extent([run.end for run in runs]),
-            extent([run.uncounted for run in runs]),
-            spread(list(self.reached(name).values()), 4),
-            self.difference(name),
-            self.passed(name),
-        ]
-
-    def table(self) -> str:
-        """In Markdown."""
-        when = f"at {self.budget:,.0f} s" if self.budget else "at the end"
-        head = [
-            "contender",
-            "seeds",
-            "steps",
-            "tokenising, s",
-            "start, s",
-            "compiling, s",
-            "end, s",
-            "not counted, s",
-            f"bits per byte {when}",
-            "more than ours",
-            "ours is there after",
-        ]
-        rows = [head, ["---"] * len(head)]
-        rows += [self.row(name) for name in self.runs]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-    def conditions(self) -> str:
-        """What the numbers were measured with, a line."""
-        c = self.results.content["conditions"]
-        turns = "one core each, side by side" if c["side by side"] else "one after the other"
-        return (
-            f"{c['clock']} seconds; {c['device']}: {c['machine']}, {c['cores']} core(s), {turns}; "
-            f"torch {c['torch']}; {self.results.content['held_out_bytes']:,} bytes held out"
-        )
-
-    def draw(self, file: Path) -> None:
-        """The curves, and beside them where the seconds of each contender went."""
-        fig, (left, right) = plots.figure(12, 4.6, columns=2)
-        for i, name in enumerate(self.runs):
-            self.draw_curves(left, name, f"C{i}")
-        left.set(xlabel="seconds, start and tokenising included", ylabel="held-out bits per byte")
-        left.set_ylim(*self.readable_heights())
-        left.grid(alpha=0.3)
-        left.legend(frameon=False, fontsize=8)
-        self.draw_bars(right)
-        plots.save(fig, file)
-
-    def draw_curves(self, axes: Any, name: str, colour: str) -> None:
-        label = f"{name}: {spread(list(self.reached(name).values()), 3)}"
-        for run in self.runs[name].values():
-            times, values = zip(*run.curve, strict=True)
-            axes.plot(times, values, color=colour, marker="o", ms=2, lw=1, label=label)
-            label = None  # one line of the legend for all seeds
-
-    def readable_heights(self) -> tuple[float, float]:
-        """The values from the best one to what the worst one had after a tenth of its curve."""
-        ends = [run.last for runs in self.runs.values() for run in runs.values()]
-        return 0.97 * min(ends), min(8.0, 1.6 * max(ends))
-
-    def draw_bars(self, axes: Any) -> None:
-        names = list(self.runs)
-        parts: dict[str, list[float]] = {"tokenising": [], "start": [], "compiling": []}
-        ends = []
-        for name in names:
-            runs = self.runs[name].values()
-            parts["tokenising"].append(self.preparations[name])
-            parts["start"].append(statistics.mean(run.timing.start for run in runs))
-            parts["compiling"].append(statistics.mean(run.timing.warm_up for run in runs))
-            ends.append(statistics.mean(run.end for run in runs))
-        left = [0.0] * len(names)
-        for label, widths in parts.items():
-            axes.barh(names, widths, left=left, label=label)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        training = [end - spent for end, spent in zip(ends, left, strict=True)]
-        axes.barh(names, training, left=left, label="training", color="0.85")
-        axes.invert_yaxis()
-        axes.set_xlabel("seconds of the budget")
-        axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 # ---- the command
@@ -595,7 +414,7 @@ def main(words: list[str] | None = None) -> None:
     comparison = Comparison(
         contenders=make_contenders(args, out),
         seeds=args.seeds,
-        budget=0.0 if args.steps else args.minutes * 60,
+        budget=math.inf if args.steps else args.minutes * 60,
         steps=args.steps,
         clock=args.clock,
         out=out,
@@ -606,8 +425,8 @@ def main(words: list[str] | None = None) -> None:
         comparison.run()
     finally:
         kill_all()
-    report = Report(comparison)
-    print(f"\n{report.conditions()}\n\n{report.table()}\n")
+    report = comparison.report()
+    print(f"\n{report.describe()}\n\n{report.table()}\n")
     report.draw(out / "curves.png")
     print(f"{out / 'results.json'}, {out / 'curves.png'}")
 

@@ -1,6 +1,6 @@
 """What bench/time_to_quality.py starts: a training that tells each step, a preparation, a judge.
 
-    python bench/workers.py JOB SETTINGS.yaml [...]
+    python bench/workers.py JOB [...]
 
 Each job runs in a process of its own, imports only what it needs, and is timed by its lines.
 """
@@ -31,6 +31,7 @@ from smallgpt.text.tokens import (  # noqa: E402
 from smallgpt.tokenizer import TokenizerSettings  # noqa: E402
 
 JUDGED_ROWS = 16  # sequences of a forward pass
+IGNORED = -1  # nanoGPT's target of a position that has none
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Preparation:
 # ---- trainings
 
 
-def ours(config: str, evaluate_at: str) -> int:
-    """train.py; only when it evaluates is decided here."""
+def train_ours(config: str, evaluate_at: str) -> int:
+    """train.py, evaluated after the steps of this JSON list."""
     import train
     from smallgpt.runs.run import Run
 
@@ -60,96 +61,12 @@ def ours(config: str, evaluate_at: str) -> int:
     return train.main()
 
 
-def hugging_face(config: str, evaluate_at: str) -> None:
-    """transformers' GPT-2 in a small loop, with our tokens, batches and AdamW."""
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor
+def train_hugging_face(config: str, evaluate_at: str) -> None:
+    """Hugging Face's GPT-2."""
+    from bench import hugging_face
 
-    from model import IGNORE
-    from smallgpt import hardware
-    from smallgpt.optim import lr_factor, make_optimizers, set_lr
-    from smallgpt.parallel.strategy import share_batch
-    from train import TrainSettings, round_vocabulary, to_batch
-
-    s = settings.load(TrainSettings, [config])
     marks = set(json.loads(evaluate_at))
-    device = hardware.choose_device(s.device)
-    dtype, why = hardware.choose_dtype(s.dtype, device)
-    corpus = prepare(s.data, s.tokenizer, s.model.block_size)
-    round_vocabulary(s.model, corpus.tokenizer.vocab_size)
-    torch.manual_seed(s.seed)
-    model = gpt2_of_hugging_face(s.model).to(device).train()
-    forward = torch.compile(model) if s.compile == "true" else model
-    optimizers = make_optimizers(dict(model.named_parameters()), s.optim)
-    shares = share_batch(s.batch_tokens, s.model.block_size, s.micro_batch, 1)
-    autocast = hardware.autocast(device, dtype)
-    print(f"device   {device.type}; {hardware.name_of(dtype)}: {why}; compile={s.compile}")
-
-    def nats_of(x: Tensor, y: Tensor) -> Tensor:
-        """Summed loss of targets y (B, T), given tokens x (B, T)."""
-        with autocast:
-            logits = forward(input_ids=x, use_cache=False).logits  # (B, T, V)
-        flat = logits.float().flatten(0, 1)
-        return F.cross_entropy(flat, y.flatten(), ignore_index=IGNORE, reduction="sum")
-
-    @torch.no_grad()
-    def evaluate() -> str:
-        """The held-out loss, as train.py prints it."""
-        model.eval()
-        nats = 0.0
-        tokens = n_bytes = 0
-        for first in range(0, corpus.n_val_blocks, shares.micro):
-            x, y = corpus.val_batch(range(first, first + shares.micro))
-            batch = to_batch(x, y, corpus, False, device)
-            x_there, y_there, _ = batch.inputs
-            nats += float(nats_of(x_there, y_there))
-            tokens += batch.n_targets
-            n_bytes += corpus.val_bytes(y)
-        model.train()
-        return f"val loss {nats / tokens:.4f} | {nats / math.log(2) / n_bytes:.4f} bits/byte"
-
-    for step in range(s.max_steps):
-        set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
-        batches = []
-        for rows in shares.of(step, 0):
-            x, y = corpus.train_batch(rows, s.seed)
-            batches.append(to_batch(x, y, corpus, False, device))
-        targets = sum(batch.n_targets for batch in batches)
-        nats = 0.0
-        for batch in batches:
-            x, y, _ = batch.inputs
-            loss = nats_of(x, y)
-            (loss / targets).backward()
-            nats += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), s.optim.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        done = step + 1
-        print(f"step {done}/{s.max_steps} | train loss {nats / targets:.4f}")
-        if done in marks:
-            print(f"step {done}/{s.max_steps} | {evaluate()}")
-
-
-def gpt2_of_hugging_face(config):
-    """GPT2LMHeadModel of the same shape, with fused attention."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    theirs = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.block_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    return GPT2LMHeadModel(theirs)
+    hugging_face.main(config, marks)
 
 
 # ---- preparations: each prints a line when it is done, and then the bytes that are held out
@@ -182,34 +99,39 @@ def token_ids(config: str, folder: str) -> None:
     sizes = tokenizer.token_bytes()
     train = np.concatenate([file[:] for file in corpus._train])
     val = np.concatenate([file[:] for file in corpus._val])
-    rows = 64 * math.ceil(tokenizer.vocab_size / 64)
-    write_nanogpt_data(Path(folder), train, val, rows)
+    vocab_size = 64 * math.ceil(tokenizer.vocab_size / 64)  # as our model rounds it
+    write_nanogpt_data(Path(folder), train, val, vocab_size)
     write_alphabet(Path(folder), sizes, ignored=tokenizer.bos)
-    tell_done(iter([int(sizes[val[1:]].sum())]))
+    targets = val[1:]
+    tell_done(iter(sizes[targets]))
 
 
 def characters(config: str, folder: str) -> None:
     """The dialogues in characters, as nanoGPT's data/shakespeare_char/prepare.py makes them."""
     s = settings.load(Preparation, [config])
-    Path(s.data.cache).mkdir(parents=True, exist_ok=True)
-    texts: dict[bool, list[str]] = {True: [], False: []}
-    for source in find_sources(s.data.path, Path(s.data.cache)):
-        for turns in read_dialogues(source.path, s.data.errors):
-            text = "\n".join(turns) + "\n\n"
-            texts[held_out(turns, s.data)].append(text)
-    train = "".join(texts[False])
-    val = "\n" + "".join(texts[True])  # its first character is no target
+    train, val = read_texts(s.data)
     alphabet = sorted(set(train) | set(val))
     ids = {character: i for i, character in enumerate(alphabet)}
-    write_nanogpt_data(
-        Path(folder),
-        np.fromiter(map(ids.get, train), np.uint16, len(train)),
-        np.fromiter(map(ids.get, val), np.uint16, len(val)),
-        len(alphabet),
-    )
-    sizes = [len(character.encode("utf-8")) for character in alphabet]
-    write_alphabet(Path(folder), np.array(sizes))
-    tell_done(iter([len(val[1:].encode("utf-8"))]))
+    train_ids = np.fromiter(map(ids.get, train), np.uint16, len(train))
+    val_ids = np.fromiter(map(ids.get, val), np.uint16, len(val))
+    write_nanogpt_data(Path(folder), train_ids, val_ids, len(alphabet))
+    sizes = np.array([len(character.encode("utf-8")) for character in alphabet])
+    write_alphabet(Path(folder), sizes)
+    targets = val_ids[1:]
+    tell_done(iter(sizes[targets]))
+
+
+def read_texts(data: DataSettings) -> tuple[str, str]:
+    """The text to train on, and what is held out; a line break begins it, which is no target."""
+    cache = Path(data.cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    train = []
+    val = ["\n"]
+    for source in find_sources(data.path, cache):
+        for turns in read_dialogues(source.path, data.errors):
+            side = val if held_out(turns, data) else train
+            side += ["\n".join(turns), "\n\n"]
+    return "".join(train), "".join(val)
 
 
 def write_nanogpt_data(folder: Path, train: np.ndarray, val: np.ndarray, vocab_size: int) -> None:
@@ -232,60 +154,73 @@ def write_alphabet(folder: Path, sizes: np.ndarray, ignored: int = -1) -> None:
     """What the judge must know: the bytes that each id stands for, and the id that is no target,
     as a bos is none."""
     alphabet = {"bytes": sizes.tolist(), "ignored": ignored}
-    (folder / "alphabet.json").write_text(json.dumps(alphabet), encoding="utf-8")
+    text = json.dumps(alphabet)
+    (folder / "alphabet.json").write_text(text, encoding="utf-8")
 
 
-# ---- the judge
+# ---- the judge of nanoGPT's checkpoints
 
 
 def judge(checkout: str, folder: str, device: str, *snapshots: str) -> None:
-    """Prints the bits per byte of checkpoints of nanoGPT over all of val.bin, a line each."""
+    """Bits per byte of each snapshot over all of val.bin in this folder, a line each."""
     import torch
 
     from bench.common import import_nanogpt
 
-    theirs = import_nanogpt(checkout)
-    alphabet = json.loads(Path(folder, "alphabet.json").read_text(encoding="utf-8"))
+    nanogpt = import_nanogpt(checkout)
+    text = Path(folder, "alphabet.json").read_text(encoding="utf-8")
+    alphabet = json.loads(text)
     sizes = np.array(alphabet["bytes"])
-    val = np.fromfile(Path(folder, "val.bin"), np.uint16).astype(np.int64)
+    val = np.fromfile(Path(folder, "val.bin"), np.uint16)
     for file in snapshots:
         saved = torch.load(file, map_location=device, weights_only=True)
-        model = theirs.GPT(theirs.GPTConfig(**saved["model_args"])).to(device).eval()
-        weights = {}
-        for name, weight in saved["model"].items():
-            weights[name.removeprefix("_orig_mod.")] = weight
-        model.load_state_dict(weights)
+        model = nanogpt_model(nanogpt, saved)
+        model.to(device).eval()
         nats = 0.0
         n_bytes = 0
-        for x, y in blocks(val, saved["model_args"]["block_size"]):
-            is_target = (y >= 0) & (y != alphabet["ignored"])
-            y = np.where(is_target, y, -1)  # which nanoGPT ignores
-            x_there, y_there = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+        for x, y in blocks(val, model.config.block_size):
+            y[y == alphabet["ignored"]] = IGNORED
+            targets = y[y != IGNORED]
+            x_there = torch.from_numpy(x).to(device)
+            y_there = torch.from_numpy(y).to(device)
             with torch.no_grad():
-                _, loss = model(x_there, y_there)
-            nats += float(loss) * int(is_target.sum())
-            n_bytes += int(sizes[y[is_target]].sum())
+                _, mean_loss = model(x_there, y_there)
+            nats += float(mean_loss) * len(targets)
+            n_bytes += sizes[targets].sum()
         bits_per_byte = nats / math.log(2) / n_bytes
-        print(json.dumps({"snapshot": file, "bits_per_byte": bits_per_byte, "bytes": n_bytes}))
+        print(f"judged {Path(file).stem}: {bits_per_byte:.4f} bits per byte")
+
+
+def nanogpt_model(nanogpt, saved: dict):
+    """The model of a checkpoint; torch.compile has prefixed its names."""
+    config = nanogpt.GPTConfig(**saved["model_args"])
+    model = nanogpt.GPT(config)
+    weights = {}
+    for name, weight in saved["model"].items():
+        plain_name = name.removeprefix("_orig_mod.")
+        weights[plain_name] = weight
+    model.load_state_dict(weights)
+    return model
 
 
 def blocks(ids: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """x, y (JUDGED_ROWS, block_size) of all ids but the first, each once a target; y is padded
-    with -1."""
-    n_targets = len(ids) - 1
+    """x, y (JUDGED_ROWS, block_size) of all ids but the first, each once a target; IGNORED fills
+    the last y."""
+    shape = (JUDGED_ROWS, block_size)
     per_pass = JUDGED_ROWS * block_size
-    for start in range(0, n_targets, per_pass):
+    for start in range(0, len(ids) - 1, per_pass):
         part = ids[start : start + per_pass + 1]
+        n_targets = len(part) - 1
         x = np.zeros(per_pass, np.int64)
-        y = np.full(per_pass, -1, np.int64)
-        x[: len(part) - 1] = part[:-1]
-        y[: len(part) - 1] = part[1:]
-        yield x.reshape(JUDGED_ROWS, block_size), y.reshape(JUDGED_ROWS, block_size)
+        y = np.full(per_pass, IGNORED, np.int64)
+        x[:n_targets] = part[:-1]
+        y[:n_targets] = part[1:]
+        yield x.reshape(shape), y.reshape(shape)
 
 
 JOBS = {
-    "ours": ours,
-    "hf": hugging_face,
+    "ours": train_ours,
+    "hf": train_hugging_face,
     "tokens": tokens,
     "token_ids": token_ids,
     "characters": characters,

@@ -12,6 +12,7 @@ import pytest
 
 from bench import time_to_quality as bench
 from bench.contenders import NANOGPT_PHRASES, OUR_PHRASES, Launch, NanoGPT, evaluation_steps
+from bench.quality_report import at, time_of
 from bench.stopwatch import Program, Stopwatch, Timing
 from helpers import TINY
 from smallgpt.console import UserError
@@ -69,9 +70,9 @@ def test_nanogpt_is_not_charged_for_what_it_cannot_leave_out():
 def test_a_value_between_two_evaluations():
     """The table names a time or a value that lies beside the curve."""
     curve = [[10.0, 4.0], [20.0, 3.0], [40.0, 2.0]]
-    assert bench.at(curve, 30.0) == 2.5 and bench.at(curve, 99.0) == 2.0
-    assert bench.time_of(curve, 2.5) == 30.0
-    assert bench.time_of(curve, 5.0) == 10.0 and bench.time_of(curve, 1.9) is None
+    assert at(curve, 30.0) == 2.5 and at(curve, 99.0) == 2.0
+    assert time_of(curve, 2.5) == 30.0
+    assert time_of(curve, 5.0) == 10.0 and time_of(curve, 1.9) is None
 
 
 def test_evaluations_are_denser_at_the_beginning():
