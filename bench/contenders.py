@@ -1,7 +1,6 @@
 """The contenders of bench/time_to_quality.py: what each one runs, and what it needs before."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -58,8 +57,12 @@ VOLATILE = {"run", "out_dir", "seed", "max_steps", "data.cache", "model.vocab_si
 class Task:
     """A preparation that contenders share, made once and timed."""
 
-    name: str
+    folder: Path
     command: list[str]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
 
 @dataclass(frozen=True)
@@ -105,23 +108,41 @@ def evaluation_steps(steps: int) -> list[int]:
     return sorted(marks)
 
 
-def write_preparation(s: TrainSettings, kind: str, out: Path, *parts: Any) -> tuple[str, Path]:
-    """(name, settings file) of the preparation of these kinds of tokens, in a folder of out."""
+# ---- what is made before
+
+
+def settings_folder(s: TrainSettings, kind: str, out: Path) -> Path:
+    """A folder of out for this kind of tokens, with the settings that they are made from."""
     data = replace(s.data, cache="")
-    name = f"{kind}-{files.digest(settings.flat(data), *parts)[:8]}"
-    folder = out / name
+    parts = [settings.flat(data)]
+    if kind != "characters":
+        parts.append(settings.flat(s.tokenizer))
+    folder = out / f"{kind}-{files.digest(*parts)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     data = replace(s.data, cache=str(folder / "cache"))
+    preparation = Preparation(data, s.tokenizer, s.model.block_size)
+    settings.write(preparation, folder / "preparation.yaml")
+    return folder
+
+
+def our_tokens(s: TrainSettings, out: Path) -> Task:
+    """Training the tokenizer and making our token files, in cache/ of the folder."""
+    folder = settings_folder(s, "tokens", out)
+    return Task(folder, [*WORKER, "tokens", str(folder / "preparation.yaml")])
+
+
+def nanogpt_tokens(s: TrainSettings, ours: Task, out: Path) -> Task:
+    """Writing our tokens as nanoGPT reads them."""
+    folder = settings_folder(s, "token_ids", out)
+    config = ours.folder / "preparation.yaml"
+    return Task(folder, [*WORKER, "token_ids", str(config), str(folder)])
+
+
+def nanogpt_characters(s: TrainSettings, out: Path) -> Task:
+    """Writing the text in characters."""
+    folder = settings_folder(s, "characters", out)
     config = folder / "preparation.yaml"
-    settings.write(Preparation(data, s.tokenizer, s.model.block_size), config)
-    return name, config
-
-
-def our_tokens(s: TrainSettings, out: Path) -> tuple[Task, str]:
-    """Making our token files for these settings, and their folder."""
-    name, config = write_preparation(s, "tokens", out, settings.flat(s.tokenizer))
-    cache = str(out / name / "cache")
-    return Task(name, [*WORKER, "tokens", str(config)]), cache
+    return Task(folder, [*WORKER, "characters", str(config), str(folder)])
 
 
 # ---- this project, and Hugging Face's GPT-2 with its tokens
@@ -138,10 +159,10 @@ class SmallGPT:
             raise UserError(f"init_from={s.init_from}: every contender begins with nothing")
         self.name = name
         self.job = job
-        self.task, cache = our_tokens(s, out)
-        compiled, _ = hardware.choose_compile(
-            s.compile, hardware.choose_device(s.device), MANY_STEPS
-        )
+        self.task = our_tokens(s, out)
+        device = hardware.choose_device(s.device)
+        compiled, _ = hardware.choose_compile(s.compile, device, MANY_STEPS)
+        cache = str(self.task.folder / "cache")
         self.s = replace(
             s,
             data=replace(s.data, cache=cache, eval_blocks=0),
@@ -228,26 +249,23 @@ class NanoGPT:
 
     phrases = NANOGPT_PHRASES
 
-    def __init__(self, name: str, our: SmallGPT, checkout: Path, out: Path):
+    def __init__(
+        self,
+        name: str,
+        checkout: Path,
+        device: str,
+        options: dict[str, Any],  # of its train.py
+        tasks: list[Task],  # the last one makes its data
+    ):
+        """UserError where the folder is no checkout of nanoGPT."""
         if not (checkout / "train.py").is_file():
             raise UserError(f"--nanogpt {checkout}: there is no train.py of nanoGPT in that folder")
         self.name = name
         self.checkout = checkout
-        self.device = hardware.choose_device(our.s.device).type
-        is_readme = name == "nanogpt-char-readme"
-        self.options = README_OPTIONS if is_readme else shape_options(our.s)
-        reads_tokens = name == "nanogpt-bpe"
-        job = "token_ids" if reads_tokens else "characters"
-        folder, config = write_preparation(
-            our.s, job, out, settings.flat(our.s.tokenizer) if reads_tokens else {}
-        )
-        self.data = out / folder
-        before = []
-        if reads_tokens:
-            before = our.tasks()
-            config = out / our.task.name / "preparation.yaml"
-        own = Task(folder, [*WORKER, job, str(config), str(self.data)])
-        self.all_tasks = [*before, own]
+        self.device = device
+        self.options = options
+        self.all_tasks = tasks
+        self.data = tasks[-1].folder
 
     def definition(self) -> dict[str, Any]:
         return {"device": self.device, "data": self.data.name, **self.options}
@@ -291,8 +309,9 @@ class NanoGPT:
     def hear(self, folder: Path, line: str) -> None:
         """Keep a checkpoint: the next one has the same name."""
         step = re.match(r"iter (\d+): loss", line)
-        if step and (folder / "ckpt.pt").exists():
-            os.rename(folder / "ckpt.pt", folder / f"{step[1]}.pt")
+        newest = folder / "ckpt.pt"
+        if step and newest.exists():
+            newest.rename(folder / f"{step[1]}.pt")
 
     def curve(self, folder: Path, watch: Stopwatch) -> list[Point]:
         snapshots = sorted(folder.glob("*.pt"), key=lambda file: int(file.stem))
@@ -335,4 +354,12 @@ def make_contender(name: str, s: TrainSettings, out: Path, nanogpt: Path | None)
         return SmallGPT(name, plain_gpt2(s), out, job="hf")
     if nanogpt is None:
         raise UserError(f"{name} needs a checkout of nanoGPT: add --nanogpt PATH")
-    return NanoGPT(name, SmallGPT("ours", s, out), nanogpt, out)
+    ours = SmallGPT("ours", s, out)
+    device = hardware.choose_device(s.device).type
+    options = shape_options(ours.s)
+    tasks = [nanogpt_characters(s, out)]
+    if name == "nanogpt-char-readme":
+        options = README_OPTIONS
+    elif name == "nanogpt-bpe":
+        tasks = [*ours.tasks(), nanogpt_tokens(s, ours.task, out)]
+    return NanoGPT(name, nanogpt, device, options, tasks)

@@ -94,9 +94,9 @@ class Report:
         ours = self.reached("ours")
         differences = []
         for seed, value in self.reached(name).items():
-            if seed in ours:
-                differences.append(100 * (value / ours[seed] - 1))
-        return f"{spread(differences, 2)} %" if differences else ""
+            ratio = value / ours[seed]
+            differences.append(100 * (ratio - 1))
+        return f"{spread(differences, 2)} %"
 
     def passed(self, name: str) -> str:
         """When ours comes down to what another one has at the budget, on average."""
@@ -159,41 +159,51 @@ class Report:
         fig, (left, right) = plots.figure(12, 4.6, columns=2)
         for i, name in enumerate(self.runs):
             self.draw_curves(left, name, f"C{i}")
-        left.set(xlabel="seconds, start and tokenising included", ylabel="held-out bits per byte")
-        left.set_ylim(*self.readable_heights())
+        left.set_xlabel("seconds, start and tokenising included")
+        left.set_ylabel("held-out bits per byte")
+        left.set_ylim(self.readable_heights())
         left.grid(alpha=0.3)
         left.legend(frameon=False, fontsize=8)
         self.draw_bars(right)
         plots.save(fig, file)
 
     def draw_curves(self, axes: Any, name: str, colour: str) -> None:
-        label = f"{name}: {spread(list(self.reached(name).values()), 3)}"
+        values = list(self.reached(name).values())
+        label = f"{name}: {spread(values, 3)}"
         for run in self.runs[name].values():
             times, values = zip(*run.curve, strict=True)
             axes.plot(times, values, color=colour, marker="o", ms=2, lw=1, label=label)
             label = None  # one line of the legend for all seeds
 
     def readable_heights(self) -> tuple[float, float]:
-        """The values from the best one to what the worst one had after a tenth of its curve."""
-        ends = [run.last for runs in self.runs.values() for run in runs.values()]
-        return 0.97 * min(ends), min(8.0, 1.6 * max(ends))
+        """Bits per byte between which the ends can be told apart: every curve begins near 8."""
+        ends = []
+        for runs in self.runs.values():
+            ends += [run.last for run in runs.values()]
+        return 0.97 * min(ends), 1.6 * max(ends)
 
     def draw_bars(self, axes: Any) -> None:
+        """A bar for each contender, from its first second to its last."""
         names = list(self.runs)
-        parts: dict[str, list[float]] = {"tokenising": [], "start": [], "compiling": []}
-        ends = []
-        for name in names:
-            runs = self.runs[name].values()
-            parts["tokenising"].append(self.preparations[name])
-            parts["start"].append(statistics.mean(run.timing.start for run in runs))
-            parts["compiling"].append(statistics.mean(run.timing.warm_up for run in runs))
-            ends.append(statistics.mean(run.end for run in runs))
-        left = [0.0] * len(names)
-        for label, widths in parts.items():
-            axes.barh(names, widths, left=left, label=label)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        training = [end - spent for end, spent in zip(ends, left, strict=True)]
-        axes.barh(names, training, left=left, label="training", color="0.85")
+        until = [0.0] * len(names)
+        for label in ("tokenising", "start", "compiling", "training"):
+            widths = [self.seconds_of(name)[label] for name in names]
+            axes.barh(names, widths, left=until, label=label)
+            until = [begin + width for begin, width in zip(until, widths, strict=True)]
         axes.invert_yaxis()
-        axes.set_xlabel("seconds of the budget")
+        axes.set_xlabel("seconds")
         axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+    def seconds_of(self, name: str) -> dict[str, float]:
+        """What a contender spent on what, the mean of its seeds."""
+        runs = self.runs[name].values()
+        tokenising = self.preparations[name]
+        start = statistics.mean(run.timing.start for run in runs)
+        compiling = statistics.mean(run.timing.warm_up for run in runs)
+        end = statistics.mean(run.end for run in runs)
+        return {
+            "tokenising": tokenising,
+            "start": start,
+            "compiling": compiling,
+            "training": end - tokenising - start - compiling,
+        }

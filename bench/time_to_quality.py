@@ -68,6 +68,7 @@ from smallgpt.console import UserError  # noqa: E402
 from train import TrainSettings  # noqa: E402
 
 LONGEST_TIMING = 20.0  # seconds of steps from which the length of a step is taken
+FAR = 5.0  # percent from the budget
 FEWEST_STEPS = 10  # a run of fewer tells nothing
 
 
@@ -283,8 +284,15 @@ class Comparison:
         shutil.rmtree(self.folder(name))
         say(
             f"{contender.name}, seed {seed}: {trained.last:.4f} bits per byte "
-            f"after {trained.end:.0f} s"
+            f"after {trained.end:.0f} s{self.deviation(trained)}"
         )
+
+    def deviation(self, trained: Trained) -> str:
+        """How far the end is from the budget, in words, if it is far."""
+        if self.steps:
+            return ""
+        percent = 100 * (trained.end / self.budget - 1)
+        return f" ({percent:+.0f} % of the budget)" if abs(percent) >= FAR else ""
 
     def steps_within_budget(self, contender: Contender, preparation: float) -> int:
         """UserError if there are next to none."""

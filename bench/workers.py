@@ -51,7 +51,8 @@ def train_ours(config: str, evaluate_at: str) -> int:
     import train
     from smallgpt.runs.run import Run
 
-    marks = set(json.loads(evaluate_at))
+    steps = json.loads(evaluate_at)
+    marks = set(steps)
 
     def is_due(run: Run, every: int) -> bool:
         return run.step in marks and run.step not in run.history
@@ -65,7 +66,8 @@ def train_hugging_face(config: str, evaluate_at: str) -> None:
     """Hugging Face's GPT-2."""
     from bench import hugging_face
 
-    marks = set(json.loads(evaluate_at))
+    steps = json.loads(evaluate_at)
+    marks = set(steps)
     hugging_face.main(config, marks)
 
 
@@ -110,12 +112,17 @@ def characters(config: str, folder: str) -> None:
     """The dialogues in characters, as nanoGPT's data/shakespeare_char/prepare.py makes them."""
     s = settings.load(Preparation, [config])
     train, val = read_texts(s.data)
-    alphabet = sorted(set(train) | set(val))
+    characters_in_use = set(train) | set(val)
+    alphabet = sorted(characters_in_use)
     ids = {character: i for i, character in enumerate(alphabet)}
-    train_ids = np.fromiter(map(ids.get, train), np.uint16, len(train))
-    val_ids = np.fromiter(map(ids.get, val), np.uint16, len(val))
-    write_nanogpt_data(Path(folder), train_ids, val_ids, len(alphabet))
-    sizes = np.array([len(character.encode("utf-8")) for character in alphabet])
+
+    def encode(text: str) -> np.ndarray:
+        return np.fromiter(map(ids.get, text), np.uint32, len(text))
+
+    val_ids = encode(val)
+    write_nanogpt_data(Path(folder), encode(train), val_ids, len(alphabet))
+    spelled = [character.encode("utf-8") for character in alphabet]
+    sizes = np.array(list(map(len, spelled)))
     write_alphabet(Path(folder), sizes)
     targets = val_ids[1:]
     tell_done(iter(sizes[targets]))
@@ -130,7 +137,8 @@ def read_texts(data: DataSettings) -> tuple[str, str]:
     for source in find_sources(data.path, cache):
         for turns in read_dialogues(source.path, data.errors):
             side = val if held_out(turns, data) else train
-            side += ["\n".join(turns), "\n\n"]
+            text = "\n".join(turns)
+            side.append(text + "\n\n")
     return "".join(train), "".join(val)
 
 
@@ -146,8 +154,9 @@ def write_nanogpt_data(folder: Path, train: np.ndarray, val: np.ndarray, vocab_s
     folder.mkdir(parents=True, exist_ok=True)
     train.astype(np.uint16).tofile(folder / "train.bin")
     val.astype(np.uint16).tofile(folder / "val.bin")
-    meta = pickle.dumps({"vocab_size": vocab_size})
-    (folder / "meta.pkl").write_bytes(meta)
+    meta = {"vocab_size": vocab_size}
+    pickled = pickle.dumps(meta)
+    (folder / "meta.pkl").write_bytes(pickled)
 
 
 def write_alphabet(folder: Path, sizes: np.ndarray, ignored: int = -1) -> None:
@@ -187,13 +196,15 @@ def judge(checkout: str, folder: str, device: str, *snapshots: str) -> None:
                 _, mean_loss = model(x_there, y_there)
             nats += float(mean_loss) * len(targets)
             n_bytes += sizes[targets].sum()
-        bits_per_byte = nats / math.log(2) / n_bytes
+        bits = nats / math.log(2)
+        bits_per_byte = bits / n_bytes
         print(f"judged {Path(file).stem}: {bits_per_byte:.4f} bits per byte")
 
 
 def nanogpt_model(nanogpt, saved: dict):
     """The model of a checkpoint; torch.compile has prefixed its names."""
-    config = nanogpt.GPTConfig(**saved["model_args"])
+    shape = saved["model_args"]
+    config = nanogpt.GPTConfig(**shape)
     model = nanogpt.GPT(config)
     weights = {}
     for name, weight in saved["model"].items():
