@@ -113,13 +113,13 @@ def evaluation_steps(steps: int) -> list[int]:
 
 def settings_folder(s: TrainSettings, kind: str, out: Path) -> Path:
     """A folder of out for this kind of tokens, with the settings that they are made from."""
-    data = replace(s.data, cache="")
+    data = replace(s.data, cache="", eval_blocks=0)
     parts = [settings.flat(data)]
     if kind != "characters":
         parts.append(settings.flat(s.tokenizer))
     folder = out / f"{kind}-{files.digest(*parts)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    data = replace(s.data, cache=str(folder / "cache"))
+    data.cache = str(folder / "cache")
     preparation = Preparation(data, s.tokenizer, s.model.block_size)
     settings.write(preparation, folder / "preparation.yaml")
     return folder

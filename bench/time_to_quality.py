@@ -106,15 +106,14 @@ class Results:
     def of(self, contender: Contender) -> dict[str, Any]:
         """What is known of a contender. UserError where it was another one under this name."""
         definition = json.loads(json.dumps(contender.definition()))
-        entry = {"definition": definition, "preparation": 0.0, "timing": None, "runs": {}}
+        entry = {"definition": definition, "timing": None, "runs": {}}
         known = self.content["contenders"].setdefault(contender.name, entry)
         if known["definition"] == definition:
             return known
-        changed = [
-            name
-            for name in {**known["definition"], **definition}
-            if known["definition"].get(name) != definition.get(name)
-        ]
+        changed = []
+        for name in {**known["definition"], **definition}:
+            if known["definition"].get(name) != definition.get(name):
+                changed.append(name)
         raise UserError(
             f"{self.file} holds runs of {contender.name} with other settings "
             f"({', '.join(changed)}): give it another name, or another --out"
@@ -273,7 +272,7 @@ class Comparison:
         """One run, as long as the budget."""
         name = f"{contender.name}-{seed}"
         preparation = self.results.preparation_seconds(contender)
-        steps = self.steps or self.steps_within_budget(contender, preparation)
+        steps = contender.fitting(self.steps) or self.steps_within_budget(contender, preparation)
         say(f"{contender.name}, seed {seed}: {steps} steps")
         watch = self.watch(contender, name, seed, steps)
         curve = []
@@ -413,7 +412,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(words: list[str] | None = None) -> None:
-    args = arguments().parse_args(words)
+    args = arguments().parse_intermixed_args(words)
     check(args)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     out = args.out.resolve()
