@@ -202,8 +202,9 @@ def test_the_cpu_clock_counts_what_a_program_starts(tmp_path):
 # ---- the real ones, tiny
 
 
-def test_real_contenders(chat_file, tmp_path, capsys):
+def test_real_contenders(chat_file, tmp_path, capsys, monkeypatch):
     """A contender cannot be started any more, or is judged on other text than the others."""
+    monkeypatch.setattr(bench.signal, "signal", lambda *handler: None)  # pytest keeps its own
     nanogpt = os.environ.get("SMALLGPT_NANOGPT")
     config = tmp_path / "config.yaml"
     config.write_text("tokenizer: {kind: bpe, vocab_size: 300}\n", encoding="utf-8")
