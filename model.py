@@ -269,18 +269,52 @@ def cross_entropy_slice(
     return loss, gradient.to(dtype)
 
 
+def sample_classes(targets: Tensor, n_classes: int, negatives: int) -> tuple[Tensor, ...]:
+    """Of n_classes those that are targets (N,) here, and so many others drawn at random, which
+    stand for all others: S classes in all.
+
+    Returns the classes (S,); the place of each target among them (N,), IGNORE where there is none;
+    and what is to be added to their logits (S,): log of the number of classes that one stands for.
+    So the sum of all exponentials is estimated without bias (sampled softmax, Jean et al. 2015).
+    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled."""
+    device = targets.device
+    is_target = torch.zeros(n_classes, dtype=torch.bool, device=device)
+    is_target[targets[targets != IGNORE]] = True
+    present = is_target.nonzero()[:, 0]
+    absent = is_target.logical_not().nonzero()[:, 0]
+    drawn = absent[torch.randperm(len(absent), device=device)[:negatives]]
+    classes = torch.cat([present, drawn])
+    stands_for = torch.ones(len(classes), device=device)
+    stands_for[len(present) :] = len(absent) / max(1, len(drawn))
+    place = torch.zeros(n_classes, dtype=torch.long, device=device)
+    place[classes] = torch.arange(len(classes), device=device)
+    places = torch.where(targets == IGNORE, IGNORE, place[targets.clamp(min=0)])
+    return classes, places, stands_for.log()
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time.
 
     The logits of a slice become their own gradient while they are in the cache, and of a large
     (N, V) only a slice ever exists (the idea of Liger-Kernel). h (N, C), weight (V, C),
-    targets (N,); returns a float32 (or float64) scalar."""
+    targets (N,); negatives: 0 = exact, else the number of sampled classes beside the targets of a
+    slice. Returns a float32 (or float64) scalar."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, slice_loss):
+    def forward(
+        ctx,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        slice_loss,
+        negatives: int = 0,
+    ):
         with_gradient = any(ctx.needs_input_grad)
         entries = 2**22 if h.device.type == "cpu" else 2**25  # logits that exist at a time
-        rows = max(64, entries // weight.size(0))
+        n_classes = weight.size(0)
+        is_sampled = 0 < negatives < n_classes
+        rows = max(64, entries // (2 * negatives if is_sampled else n_classes))
         accumulate = torch.float64 if h.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
         total = torch.zeros((), device=h.device, dtype=accumulate)
@@ -289,18 +323,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         slices = zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
             for x, target, grad_x in slices:
-                loss, grad_logits = slice_loss(x @ w.T, target, accumulate, with_gradient)
+                read = w
+                if is_sampled:
+                    classes, target, correction = sample_classes(target, n_classes, negatives)
+                    read = w[classes]
+                logits = x @ read.T
+                if is_sampled:
+                    logits = logits + correction.to(dtype)
+                loss, grad_logits = slice_loss(logits, target, accumulate, with_gradient)
                 total += loss
-                if with_gradient:
-                    grad_x.copy_(grad_logits @ w)
-                    grad_w += grad_logits.T @ x
+                if not with_gradient:
+                    continue
+                grad_x.copy_(grad_logits @ read)
+                grad_read = grad_logits.T @ x
+                if is_sampled:
+                    grad_w.index_add_(0, classes, grad_read.to(accumulate))
+                else:
+                    grad_w += grad_read
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None
+        return grad_h * grad, grad_w * grad, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -319,6 +365,7 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.negatives = 0  # classes that the loss samples in training; 0 = it reads all
         self.first_trained_row = 0  # token embeddings below it are frozen
         self.tie()
         self.init_weights()
@@ -443,7 +490,8 @@ class GPT(nn.Module):
         hidden states h (B, T, C).
 
         The caller divides once by the valid targets of the whole step, so that padding, packing,
-        accumulation and the number of processes cannot bias the mean."""
+        accumulation and the number of processes cannot bias the mean. In training, with
+        `negatives`, it is an estimate."""
         weight = self.head_weight()
         if self.first_trained_row and self.config.tie_weights:
             rows = torch.arange(weight.size(0), device=h.device)
@@ -454,7 +502,8 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         h, targets = h.flatten(0, 1), targets.flatten()
-        return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss)
+        negatives = self.negatives if self.training else 0
+        return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss, negatives)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None

@@ -109,9 +109,10 @@ def main() -> None:
     p.add_argument("--new", type=int, default=200, help="tokens of the reply")
     p.add_argument(
         "--dtype",
+        nargs="+",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="bfloat16 = that as well",
+        default=["float32"],
+        help="of the weights; a table for each",
     )
     args = p.parse_args()
     if args.prompt + args.new >= args.block_size:
@@ -123,13 +124,12 @@ def main() -> None:
     }
     if args.nanogpt:
         kinds["nanoGPT"] = nanogpt
-    dtypes = ("float32", "bfloat16") if args.dtype == "bfloat16" else ("float32",)
     groups = [
         {
             f"{name}, {dtype}": lambda a, build=build, dtype=dtype: build(a, dtype)
             for name, build in kinds.items()
         }
-        for dtype in dtypes
+        for dtype in args.dtype
     ]
     compete(args, *groups)
 
