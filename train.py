@@ -11,6 +11,7 @@ optim.lr=3e-4.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -131,13 +132,14 @@ def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
-def sample_replies(strategy: Single, corpus: Corpus, s: TrainSettings) -> str:
+def sample_replies(strategy: Single, corpus: Corpus, s: TrainSettings, compiled: bool) -> str:
     """The answer to each of s.prompts, a line each; from the main process. A collective."""
     model = strategy.whole() if s.prompts else None
     if model is None:
         return ""
     # the cache's growing shapes would compile again and again, and mark the training's as dynamic
-    with strategy.autocast, torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with strategy.autocast, eager:
         answers = replies(model, corpus.tokenizer, s.prompts, s.sample)
     pairs = zip(s.prompts, answers, strict=True)
     return "\n".join(f"  {prompt} → {answer}" for prompt, answer in pairs)
@@ -244,7 +246,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             if run.due(s.eval_every):
                 result = evaluate(strategy, corpus, s.data.isolate, shares.micro)
                 run.evaluated({"tokens": step * s.batch_tokens, **result})
-                run.text("replies", sample_replies(strategy, corpus, s))
+                run.text("replies", sample_replies(strategy, corpus, s, compiled))
             if step >= s.max_steps:
                 break
 

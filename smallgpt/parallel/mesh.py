@@ -23,9 +23,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
 from model import GPT, GPTClassifier
+from smallgpt.adam import Optimizer
 from smallgpt.hardware import DTYPES
 from smallgpt.parallel.layout import Axes, MeshSettings
 from smallgpt.parallel.strategy import Single

@@ -24,17 +24,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-)
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from model import GPT, GPTConfig
+from smallgpt.adam import Optimizer
 from smallgpt.console import UserError
 from smallgpt.hardware import autocast
 from smallgpt.parallel.world import World
+from smallgpt.rows import clippable, tables
 
 
 class HasInputs(Protocol):
@@ -129,10 +126,9 @@ class Single:
     def gather_weights(self) -> dict[str, Tensor]:
         """All weights, whole, on the CPU, by canonical name, on the main process; nothing on the
         others. They may share the parameters' memory. A collective."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=whole)
-        # names() lists a tied matrix once; processes other than the main one have got nothing
-        return {name: weights[name] for name in self.names() if name in weights}
+        if not self.world.main:
+            return {}
+        return {name: p.detach().cpu() for name, p in self.names().items()}
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -194,7 +190,7 @@ class Single:
         the device: a GPU may still be computing it."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = clippable(list(self.model.parameters()))
         return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
 
@@ -240,6 +236,12 @@ class Spread:
         dtype: precision of matrix products. weights: whole, by canonical name, those to begin with
         instead of the model's own. Optimizers are made from `names()` afterwards."""
         kind = DDP if self.world.size > 1 else Single
+        found = tables(model)
+        if found and kind is DDP and self.world.device.type == "cuda":
+            raise UserError(
+                f"NCCL cannot sum the sparse gradient of {found[0]} over several GPUs: use one, or "
+                "a model without it"
+            )
         strategy = kind(model.to(self.world.device), self.world, dtype)
         if weights is not None:
             strategy.set_weights(weights)

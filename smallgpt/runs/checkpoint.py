@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,18 +32,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import Metadata, SavePlan, SavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from model import GPTConfig
+from smallgpt.adam import Optimizer, is_cut
 from smallgpt.console import UserError
-from smallgpt.files import flush, write_atomic
+from smallgpt.files import checksum, flush, write_atomic
 from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World
 from smallgpt.runs import lazy
@@ -126,15 +121,6 @@ def instead_of(damaged: Path) -> str:
             f"there is no other checkpoint in {damaged.parent}, start again with another run=name"
         )
     return f"delete {damaged}, and {whole[-1]} takes its place"
-
-
-def checksum(file: Path) -> int:
-    """The CRC-32 of a file. It finds damage, not forgery, at more than the speed of a disk."""
-    found = 0
-    with open(file, "rb") as content:
-        for chunk in iter(partial(content.read, 1 << 20), b""):
-            found = zlib.crc32(chunk, found)
-    return found
 
 
 def is_step_name(name: str) -> bool:
@@ -260,6 +246,8 @@ class Saver:
     def save(self, strategy: Single, optimizers: list[Optimizer], meta: dict) -> None:
         """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank
         must call it."""
+        from smallgpt.runs import state  # half a second of imports, after the first step
+
         self.finish()
         self.step = meta["step"]
         self.is_best = False
@@ -267,22 +255,17 @@ class Saver:
         self.check(self.world.sum(bool(self.error))[0])
         weights = strategy.gather_weights()
         tensors = optimizer_tensors(strategy.names(), optimizers)
-        writer = StateWriter(str(self.temporary / "state"), save_distributed=True)
-        alone = not dist.is_initialized()
+        folder = self.temporary / "state"
         if not self.in_background:
-            write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
-            self.write(write_state, writer.checksums, weights, meta)
+            self.write(partial(state.save, tensors, folder), weights, meta)
             self.finish()
             return
-        if self.group is None and not alone:  # training's own would mix up the two
+        if self.group is None and dist.is_initialized():  # training's own would mix up the two
             limit = timedelta(seconds=self.world.timeout)
             self.group = dist.new_group(backend="gloo", timeout=limit)
-        future = dcp.async_save(
-            tensors, storage_writer=writer, process_group=self.group, no_dist=alone
-        )
+        wait_for_state = state.save_async(tensors, folder, self.group)
         weights = copied(weights, strategy.model)
-        arguments = (future.result, writer.checksums, weights, meta)
-        self.thread = self.executor.submit(self.write, *arguments)
+        self.thread = self.executor.submit(self.write, wait_for_state, weights, meta)
 
     def make_folder(self) -> str:
         """An empty folder to write into, for every process; returns what went wrong, in words. A
@@ -302,15 +285,14 @@ class Saver:
 
     def write(
         self,
-        write_state: Callable[[], object],
-        checksums: dict[str, int],
+        write_state: Callable[[], dict[str, int]],
         weights: dict[str, torch.Tensor],
         meta: dict,
     ) -> None:
         """Write this process's files, and publish the folder: write_state returns when all
-        processes have written their state, whose checksums are known then."""
+        processes have written their state, and gives the checksums of its files."""
         try:
-            write_state()
+            checksums = write_state()
             if self.world.main:
                 contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
                 file = self.temporary / WEIGHTS
@@ -318,7 +300,7 @@ class Saver:
                 checksums[WEIGHTS] = checksum(file)
                 publish(self.temporary, self.final, {**meta, "crc32": checksums})
                 point(self.run, "latest", self.step)
-        except (OSError, SafetensorError, CheckpointException) as problem:
+        except (OSError, SafetensorError) as problem:
             self.error = brief(problem)
 
     def progress(self) -> tuple[bool, bool]:
@@ -389,46 +371,11 @@ class Saver:
             prune(self.run, self.keep)
 
 
-class StateWriter(dcp.HuggingFaceStorageWriter):
-    """PyTorch's writer of safetensors, but without its copy of all tensors into one bytes object:
-    Python's lock is held for it, and a training beside it stands still.
-
-    Each process computes the checksum of its file, and the main one collects them."""
-
-    def __init__(self, path: str, save_distributed: bool):
-        super().__init__(path, save_distributed=save_distributed)
-        self.checksums: dict[str, int] = {}  # by name in the step folder; on the main process
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
-        tensors = {}
-        results = []
-        offsets = {}  # of the part of each tensor that this process holds
-        for item in plan.items:
-            name = item.index.fqn
-            assert name not in tensors, f"{name} lies here in two parts"
-            tensors[name] = planner.resolve_data(item).detach().cpu().contiguous()
-            offsets[name] = {"saved_offsets": item.tensor_data.chunk.offsets}
-        if tensors:
-            shard = plan.storage_data["shard_index"]
-            file = Path(self.path) / f"shard-{shard:05d}-model-00001-of-00001.safetensors"
-            sharding = {"DCP_SHARDING_INFO": json.dumps(offsets)}
-            save_file(tensors, file, {"format": "pt", "DCP_VERSION": "1.0", **sharding})
-            results.append((f"state/{file.name}", checksum(file)))
-        done = torch.futures.Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[tuple[str, int]]]) -> None:
-        """results: what write_data has given on each process."""
-        for of_process in results:
-            self.checksums.update(of_process)
-
-
 def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights, copied where they lie in the memory of the model, which updates change."""
     memory = set()
     for p in model.parameters():
-        part = p.to_local() if isinstance(p, DTensor) else p
+        part = p.to_local() if is_cut(p) else p
         memory.add(part.untyped_storage().data_ptr())
     copies = {}
     for name, weight in weights.items():
@@ -438,10 +385,7 @@ def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torc
 
 
 def brief(problem: BaseException) -> str:
-    """What went wrong, on one line: of several processes' problems the first, and not that it was
-    an "Error while serializing: I/O error"."""
-    if isinstance(problem, CheckpointException):
-        problem, _ = next(iter(problem.failures.values()))
+    """What went wrong, on one line, and not that it was an "Error while serializing: I/O error"."""
     _, _, end = str(problem).rpartition(" error: ")
     return " ".join(end.split())[-300:]
 
@@ -500,7 +444,7 @@ def reading(file: Path) -> Iterator[None]:
     """Anything but safetensors, such as a pickle, is refused."""
     try:
         yield
-    except (SafetensorError, CheckpointException) as problem:
+    except SafetensorError as problem:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
@@ -549,10 +493,11 @@ def verify_state(checkpoint: Checkpoint, world: World) -> None:
 
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
     """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
+    from smallgpt.runs import state  # half a second of imports
+
     folder = checkpoint.path / "state"
     with reading(folder):
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        saved = reader.read_metadata().state_dict_metadata.keys()
+        saved = state.saved_tensors(folder)
     keys_of: dict[str, list[str]] = {}  # parameter name -> its state names
     for full_name in saved:
         name, _, key = full_name.rpartition("/")
@@ -567,7 +512,10 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
         for p in all_parameters(optimizer):
             name = name_of[p]
             for key in keys_of.get(name, []):
-                empty = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                like = saved[f"{name}/{key}"]
+                if like.shape == p.shape:  # else it is one number, or one of each row
+                    like = p  # which may be cut
+                empty = torch.zeros_like(like, device=p.device)
                 optimizer.state[p][key] = empty
                 targets[f"{name}/{key}"] = empty
             if saved and name not in keys_of:  # nothing is saved before float16 has found its scale
@@ -580,7 +528,7 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
         )
     verify_state(checkpoint, strategy.world)
     with reading(folder):
-        dcp.load(targets, storage_reader=reader, no_dist=strategy.world.size == 1)
+        state.load(targets, folder)
 
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:

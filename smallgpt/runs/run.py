@@ -30,10 +30,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from filelock import FileLock, Timeout
-from torch.optim import Optimizer
 
 from model import GPTConfig
 from smallgpt import settings
+from smallgpt.adam import Optimizer
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import StopRequest, World

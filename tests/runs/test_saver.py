@@ -14,7 +14,7 @@ from helpers import losses, steps, wait_for
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World, start
-from smallgpt.runs import checkpoint
+from smallgpt.runs import checkpoint, state
 from smallgpt.runs.checkpoint import Saver
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -174,20 +174,20 @@ def fail_on_the_second(run: Path, world: World) -> str:
     """The message of a save for which the second process has no room."""
     strategy, optimizer = trained(Half, world)
     saver = Saver(run, world, keep=1, in_background=True)
-    really = checkpoint.save_file
+    really = state.save_file
 
     def full(*args) -> None:
         raise OSError(28, "No space left on device")
 
     if world.rank == 1:
-        checkpoint.save_file = full
+        state.save_file = full
     saver.save(strategy, [optimizer], {"step": 2})
     try:
         saver.finish()
     except UserError as error:
         return str(error)
     finally:
-        checkpoint.save_file = really
+        state.save_file = really
     return ""
 
 
