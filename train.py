@@ -11,6 +11,7 @@ optim.lr=3e-4.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -28,7 +29,7 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel.strategy import Shares, Single, Spread, share_batch
+from smallgpt.parallel.strategy import Shares, Single, Spread, shapes_of, share_batch
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
@@ -56,6 +57,7 @@ class TrainSettings:
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
     micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
+    negatives: Count = 0  # tokens that the training loss samples beside the targets; 0 = exact loss
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Positive] = 100  # steps between evaluations (and sample replies)
     save_every: Free[Positive] = 100  # steps between checkpoints
@@ -105,6 +107,10 @@ def to_batch(x: Tensor, y: Tensor, corpus: Corpus, isolate: bool, device: torch.
     return Batch((x, y, segments), n_targets)
 
 
+def count_targets(batches: list[Batch]) -> int:
+    return sum(batch.n_targets for batch in batches)
+
+
 def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict[str, float]:
     """Mean loss per target token in nats, and bits per byte, over the fixed validation blocks.
 
@@ -126,13 +132,14 @@ def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
-def sample_replies(strategy: Single, corpus: Corpus, s: TrainSettings) -> str:
+def sample_replies(strategy: Single, corpus: Corpus, s: TrainSettings, compiled: bool) -> str:
     """The answer to each of s.prompts, a line each; from the main process. A collective."""
     model = strategy.whole() if s.prompts else None
     if model is None:
         return ""
     # the cache's growing shapes would compile again and again, and mark the training's as dynamic
-    with strategy.autocast, torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with strategy.autocast, eager:
         answers = replies(model, corpus.tokenizer, s.prompts, s.sample)
     pairs = zip(s.prompts, answers, strict=True)
     return "\n".join(f"  {prompt} → {answer}" for prompt, answer in pairs)
@@ -186,17 +193,17 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         spread.check(s.model)
 
         torch.manual_seed(s.seed)  # the same weights on every rank
-        with spread.birthplace:
+        with spread.birthplace(drawn=parent is None):
             model = GPT(s.model).to(hardware.weights_dtype(dtype))
         model.recompute = s.recompute
+        model.negatives = s.negatives
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
         if s.init == "bigrams" and world.main and not parent:
             model_line += f"; {begin_with_bigrams(model, corpus, s.seed)}"
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
-        strategy = spread.build(model, dtype)
+        weights = checkpoint.read_weights(parent, shapes_of(model)) if parent else None
+        strategy = spread.build(model, dtype, weights)
         parts_compiled = strategy.model.compile_parts() if compiled else "off"
-        if parent and not run.found:
-            strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
         shares = share_batch(
             s.batch_tokens,
             s.model.block_size,
@@ -234,22 +241,24 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             return run_model(*batch.inputs)
 
         batches = load(run.step)
+        (targets,) = strategy.sum(count_targets(batches))
         for step in run.steps(s.max_steps, s.save_every):
             if run.due(s.eval_every):
                 result = evaluate(strategy, corpus, s.data.isolate, shares.micro)
                 run.evaluated({"tokens": step * s.batch_tokens, **result})
-                run.text("replies", sample_replies(strategy, corpus, s))
+                run.text("replies", sample_replies(strategy, corpus, s, compiled))
             if step >= s.max_steps:
                 break
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             strategy.seed(s.seed, step)  # of dropout
-            (targets,) = strategy.sum(sum(batch.n_targets for batch in batches))
             nats = strategy.forward_backward(batches, loss_of, 1 / targets)
             norm = strategy.clip(optimizers, s.optim.clip)
             batches = load(step + 1)  # while a GPU is still computing
-            (nats,) = strategy.sum(float(nats))  # here the CPU waits for it, once a step
+            # in one sum: here the CPU waits for the GPU, once a step
+            nats, next_targets = strategy.sum(float(nats), count_targets(batches))
             loss = nats / targets
+            targets = next_targets
             norm = float(norm)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)

@@ -325,11 +325,15 @@ def compete(
     if args.json:
         result = record(args, workers, skipped, load)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for w in workers:
-        # the end of its input ends a worker; all of them at once, as it can take seconds
-        w.process.stdin.close()
-    for w in workers:
-        w.process.wait()
+    finish(workers)
+
+
+def finish(workers: list[Worker]) -> None:
+    """End them: the end of its input ends a worker. All at once, as it can take seconds."""
+    for worker in workers:
+        worker.process.stdin.close()
+    for worker in workers:
+        worker.process.wait()
 
 
 def start(names: list[str], side_by_side: bool) -> tuple[list[Worker], dict[str, str]]:

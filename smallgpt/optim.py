@@ -10,9 +10,8 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
-from torch.optim import Optimizer
 
+from smallgpt.adam import AdamW, Optimizer, is_cut
 from smallgpt.console import UserError
 from smallgpt.hardware import has_bf16
 from smallgpt.settings import Amount, Count, Fraction, Free, PositiveFloat, Rate
@@ -104,12 +103,12 @@ def alike_matrices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     alike: dict[tuple, list[Tensor]] = {}
     for p in parameters:
         key = (p.shape,)
-        if isinstance(p, DTensor):
+        if is_cut(p):
             key = (p.shape, p.device_mesh, p.placements)
         alike.setdefault(key, []).append(p)
     for matrices in alike.values():
         first = matrices[0]
-        size = first.device_mesh.size() if isinstance(first, DTensor) else 1
+        size = first.device_mesh.size() if is_cut(first) else 1
         for start in range(0, len(matrices), size):
             yield matrices[start : start + size]
 
@@ -117,8 +116,10 @@ def alike_matrices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
     """newton_schulz of each, in the layout it came in; all have the same shape and layout."""
     first = matrices[0]
-    if not isinstance(first, DTensor):
+    if not is_cut(first):
         return [newton_schulz(matrix) for matrix in matrices]
+    from torch.distributed.tensor import DTensor, Shard
+
     mesh = first.device_mesh
     by_matrix = [Shard(0)] * mesh.ndim
     stacked = torch.stack(matrices)  # (n, A, B), each matrix cut as before
@@ -209,7 +210,7 @@ def make_optimizers(
     optimizers: list[Optimizer] = []
     if groups["adamw"]:
         betas = (s.beta1, s.beta2)
-        optimizers.append(torch.optim.AdamW(groups["adamw"], lr=s.lr, betas=betas, fused=True))
+        optimizers.append(AdamW(groups["adamw"], lr=s.lr, betas=betas, fused=True))
     if groups["muon"]:
         optimizers.append(Muon(groups["muon"], lr=s.lr))
     return optimizers

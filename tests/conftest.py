@@ -56,8 +56,14 @@ def forks():
     before = {k: os.environ.get(k) for k in (*ENV, "PYTHONPATH")}
     os.environ.update(ENV, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     context = multiprocessing.get_context("forkserver")
-    # what the scripts import late: torch.manual_seed imports torch._dynamo, half of the start
-    late = ["torch._dynamo", "torch.utils.tensorboard", "matplotlib.pyplot", "sklearn.svm"]
+    # what the scripts import late, where it is used
+    late = [
+        "smallgpt.runs.state",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "matplotlib.pyplot",
+        "sklearn.svm",
+    ]
     context.set_forkserver_preload(
         ["helpers", "train", "chat", "sentiment_train", "scripts.classify", "scripts.sweep", *late]
     )

@@ -52,6 +52,8 @@ def imported(path: Path) -> set[str]:
 # Who may be imported by whom: a part imports only parts of its own rank or of lower ones.
 RANKS = [
     {"model", "smallgpt.settings", "smallgpt.console", "smallgpt.files", "smallgpt.plots"},
+    {"smallgpt.adam"},
+    {"smallgpt.rows"},
     {"smallgpt.hardware", "smallgpt.tokenizer", "smallgpt.optim", "smallgpt.sampling"},
     {"smallgpt.text", "smallgpt.parallel"},
     {"smallgpt.runs"},

@@ -352,7 +352,7 @@ MISTAKES = [
     ("data.path={empty}", "the corpus is empty"),
     ("data.path={short}", "shorter than one block of block_size=32"),
     ("data.path={latin}", "latin.txt, line 3: not UTF-8"),
-    ("batch_tokens=250", "multiple of model.block_size=32 x 1 process(es) = 32, for example 256"),
+    ("batch_tokens=250", "model.block_size=32 x 1 data-parallel reader(s) = 32, for example 256"),
     ("run=../x", "run='../x' must be a plain folder name"),
     ("run=step-2", "run='step-2'"),
     ("resume={empty}", "there is no checkpoint"),
@@ -502,14 +502,16 @@ class Recording(Single):
 
 
 def test_another_layout_is_a_class_and_the_loop_stays(tmp_path, tiny):
-    """train_fsdp.py hands its layout to the same loop. The layout gets the plain model, makes and
-    takes its weights, owns all micro-batches of a step, gives the model that replies, and settles
+    """train_fsdp.py hands its layout to the same loop. The layout gets the plain model, takes and
+    gives weights, owns all micro-batches of a step, gives the model that replies, and settles
     after an evaluation, which ran without gradients."""
     layouts = []
 
     class Recorded(Spread):
-        def build(self, model, dtype):
+        def build(self, model, dtype, weights=None):
             layouts.append(Recording(model, self.world, dtype))
+            if weights is not None:
+                layouts[-1].set_weights(weights)
             return layouts[-1]
 
     one = World(0, 1, torch.device("cpu"))

@@ -9,6 +9,11 @@
 `state/` is written by torch.distributed.checkpoint through its safetensors storage (the default
 one pickles), and can be read by any number of processes. It holds no random state: the loops
 derive all randomness from (seed, step, rank).
+
+A folder is found by the sizes of its files, which takes no time. The bytes are compared, by the
+checksums in meta.json, by who reads them: those of the weights before the first tensor is read,
+however few are wanted; those of the optimizer state before it is put together from slices of
+several files, by all processes, which divide the files among themselves.
 """
 
 import hashlib
@@ -27,22 +32,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import SavePlan, SavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from model import GPTConfig
+from smallgpt.adam import Optimizer, is_cut
 from smallgpt.console import UserError
-from smallgpt.files import flush, write_atomic
-from smallgpt.parallel.strategy import Single
+from smallgpt.files import checksum, flush, write_atomic
+from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World
+from smallgpt.runs import lazy
+from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import Tokenizer
 
+WEIGHTS = "model.safetensors"
+ASIDE = ".old"  # ends the name of a step folder while another one takes its place
 FORMAT = 2  # of meta.json
 READABLE = (1, 2)  # 1 had no sources and no settings: its runs can be used, but not continued
 
@@ -71,6 +76,18 @@ class Checkpoint:
         unknown = {"kind": "unknown", "name": f"the text of {self.path}"}
         return self.meta.get("sources", [unknown])
 
+    def verify(self, *names: str) -> None:
+        """UserError if one of these files holds other bytes than were written. Of files that an
+        older version wrote nothing is known."""
+        checksums = self.meta.get("crc32", {})
+        for name in names:
+            file = self.path / name
+            if name in checksums and checksum(file) != checksums[name]:
+                raise UserError(
+                    f"{file} is damaged, some of its bytes have changed since they were written: "
+                    + instead_of(self.path)
+                )
+
 
 # --- finding --------------------------------------------------------------------------------------
 
@@ -86,13 +103,24 @@ def why_damaged(path: Path) -> str:
         return "its meta.json is unreadable"
     if meta.get("format") not in READABLE:
         return f"its format is {meta.get('format')}, this program reads {READABLE[-1]}"
-    if path / "model.safetensors" not in sizes:
+    if path / WEIGHTS not in sizes:
         return "it has no weights"
     for file, size in sizes.items():
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
             return f"{file.relative_to(path)} has {found} bytes instead of {size}"
     return ""
+
+
+def instead_of(damaged: Path) -> str:
+    """What to do about a damaged step folder, in words."""
+    others = [path for path in step_folders(damaged.parent) if path.name != damaged.name]
+    whole = [path for path in others if not why_damaged(path)]
+    if not whole:
+        return (
+            f"there is no other checkpoint in {damaged.parent}, start again with another run=name"
+        )
+    return f"delete {damaged}, and {whole[-1]} takes its place"
 
 
 def is_step_name(name: str) -> bool:
@@ -218,6 +246,8 @@ class Saver:
     def save(self, strategy: Single, optimizers: list[Optimizer], meta: dict) -> None:
         """Write step folder meta["step"], point `latest` to it, and prune. A collective: every rank
         must call it."""
+        from smallgpt.runs import state  # half a second of imports, after the first step
+
         self.finish()
         self.step = meta["step"]
         self.is_best = False
@@ -225,21 +255,17 @@ class Saver:
         self.check(self.world.sum(bool(self.error))[0])
         weights = strategy.gather_weights()
         tensors = optimizer_tensors(strategy.names(), optimizers)
-        writer = StateWriter(str(self.temporary / "state"), save_distributed=True)
-        alone = not dist.is_initialized()
+        folder = self.temporary / "state"
         if not self.in_background:
-            write_state = partial(dcp.save, tensors, storage_writer=writer, no_dist=alone)
-            self.write(write_state, weights, meta)
+            self.write(partial(state.save, tensors, folder), weights, meta)
             self.finish()
             return
-        if self.group is None and not alone:  # training's own would mix up the two
+        if self.group is None and dist.is_initialized():  # training's own would mix up the two
             limit = timedelta(seconds=self.world.timeout)
             self.group = dist.new_group(backend="gloo", timeout=limit)
-        state = dcp.async_save(
-            tensors, storage_writer=writer, process_group=self.group, no_dist=alone
-        )
+        wait_for_state = state.save_async(tensors, folder, self.group)
         weights = copied(weights, strategy.model)
-        self.thread = self.executor.submit(self.write, state.result, weights, meta)
+        self.thread = self.executor.submit(self.write, wait_for_state, weights, meta)
 
     def make_folder(self) -> str:
         """An empty folder to write into, for every process; returns what went wrong, in words. A
@@ -258,18 +284,23 @@ class Saver:
         return f"process {rank} does not see {self.run}, a folder that all machines must share"
 
     def write(
-        self, write_state: Callable[[], object], weights: dict[str, torch.Tensor], meta: dict
+        self,
+        write_state: Callable[[], dict[str, int]],
+        weights: dict[str, torch.Tensor],
+        meta: dict,
     ) -> None:
         """Write this process's files, and publish the folder: write_state returns when all
-        processes have written their state."""
+        processes have written their state, and gives the checksums of its files."""
         try:
-            write_state()
+            checksums = write_state()
             if self.world.main:
                 contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-                save_file(contiguous, self.temporary / "model.safetensors")
-                publish(self.temporary, self.final, meta)
+                file = self.temporary / WEIGHTS
+                save_file(contiguous, file)
+                checksums[WEIGHTS] = checksum(file)
+                publish(self.temporary, self.final, {**meta, "crc32": checksums})
                 point(self.run, "latest", self.step)
-        except (OSError, SafetensorError, CheckpointException) as problem:
+        except (OSError, SafetensorError) as problem:
             self.error = brief(problem)
 
     def progress(self) -> tuple[bool, bool]:
@@ -301,6 +332,8 @@ class Saver:
             return
         problem = self.problem()
         shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.world.main:
+            put_back(self.run)
         self.step = 0
         raise UserError(problem)
 
@@ -338,33 +371,11 @@ class Saver:
             prune(self.run, self.keep)
 
 
-class StateWriter(dcp.HuggingFaceStorageWriter):
-    """PyTorch's writer of safetensors, but without its copy of all tensors into one bytes object:
-    Python's lock is held for it, and a training beside it stands still."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
-        tensors = {}
-        offsets = {}  # of the part of each tensor that this process holds
-        for item in plan.items:
-            name = item.index.fqn
-            assert name not in tensors, f"{name} lies here in two parts"
-            tensors[name] = planner.resolve_data(item).detach().cpu().contiguous()
-            offsets[name] = {"saved_offsets": item.tensor_data.chunk.offsets}
-        if tensors:
-            shard = plan.storage_data["shard_index"]
-            file = Path(self.path) / f"shard-{shard:05d}-model-00001-of-00001.safetensors"
-            sharding = {"DCP_SHARDING_INFO": json.dumps(offsets)}
-            save_file(tensors, file, {"format": "pt", "DCP_VERSION": "1.0", **sharding})
-        done = torch.futures.Future()
-        done.set_result([])
-        return done
-
-
 def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights, copied where they lie in the memory of the model, which updates change."""
     memory = set()
     for p in model.parameters():
-        part = p.to_local() if isinstance(p, DTensor) else p
+        part = p.to_local() if is_cut(p) else p
         memory.add(part.untyped_storage().data_ptr())
     copies = {}
     for name, weight in weights.items():
@@ -374,10 +385,7 @@ def copied(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torc
 
 
 def brief(problem: BaseException) -> str:
-    """What went wrong, on one line: of several processes' problems the first, and not that it was
-    an "Error while serializing: I/O error"."""
-    if isinstance(problem, CheckpointException):
-        problem, _ = next(iter(problem.failures.values()))
+    """What went wrong, on one line, and not that it was an "Error while serializing: I/O error"."""
     _, _, end = str(problem).rpartition(" error: ")
     return " ".join(end.split())[-300:]
 
@@ -409,9 +417,23 @@ def publish(temporary: Path, final: Path, meta: dict) -> None:
         file.chmod(usual_mode)  # safetensors lets only their owner read them
     for file in [*files, temporary / "meta.json", temporary / "state", temporary]:
         flush(file)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged folder of the same step
+    aside = final.with_name(f".{final.name}{ASIDE}")
+    if final.exists():  # it was damaged, or training has gone back behind it
+        os.replace(final, aside)
     os.replace(temporary, final)
     flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(run: Path) -> None:
+    """Give the step folders that were put aside, for one that was then not published, their names
+    again."""
+    for aside in run.glob(f".step-*{ASIDE}"):
+        final = aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, final)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -422,39 +444,21 @@ def reading(file: Path) -> Iterator[None]:
     """Anything but safetensors, such as a pickle, is refused."""
     try:
         yield
-    except (SafetensorError, CheckpointException) as problem:
+    except SafetensorError as problem:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
-class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file by name, on the CPU, each read when it is asked for: a
-    process that keeps a part of each never holds them all."""
-
-    def __init__(self, file: Path):
-        self.file = safe_open(file, framework="pt")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        names = self.file.keys()
-        for name in names:
-            self.shapes[name] = tuple(self.file.get_slice(name).get_shape())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self.file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+def open_weights(checkpoint: Checkpoint) -> Weights:
+    """The saved weights, verified when the first tensor is read."""
+    file = checkpoint.path / WEIGHTS
+    with reading(file):
+        return lazy.in_file(file, partial(checkpoint.verify, WEIGHTS))
 
 
 def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> Weights:
     """The saved weights. Every name and shape must be as wanted, or UserError names one that is
     not."""
-    file = checkpoint.path / "model.safetensors"
-    with reading(file):
-        weights = Weights(file)
+    weights = open_weights(checkpoint)
     found = weights.shapes
     names = sorted(wanted.keys() | found.keys())
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
@@ -470,11 +474,9 @@ def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put the saved weights into a plain model."""
-    parameters = dict(model.named_parameters())
-    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
-    weights = read_weights(checkpoint, wanted)
+    weights = read_weights(checkpoint, shapes_of(model))
     with torch.no_grad():
-        for name, p in parameters.items():
+        for name, p in model.named_parameters():
             p.copy_(weights[name])
 
 
@@ -482,12 +484,20 @@ def all_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def verify_state(checkpoint: Checkpoint, world: World) -> None:
+    """UserError, in the process that finds it, if the optimizer state is damaged. The processes
+    divide its files among themselves, whoever needs which of them."""
+    names = sorted(name for name in checkpoint.meta["files"] if name.startswith("state/"))
+    checkpoint.verify(*names[world.rank :: world.size])
+
+
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
     """Put the saved state into the optimizers, whatever the number of processes that wrote it."""
+    from smallgpt.runs import state  # half a second of imports
+
     folder = checkpoint.path / "state"
     with reading(folder):
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        saved = reader.read_metadata().state_dict_metadata.keys()
+        saved = state.saved_tensors(folder)
     keys_of: dict[str, list[str]] = {}  # parameter name -> its state names
     for full_name in saved:
         name, _, key = full_name.rpartition("/")
@@ -502,7 +512,10 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
         for p in all_parameters(optimizer):
             name = name_of[p]
             for key in keys_of.get(name, []):
-                empty = torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                like = saved[f"{name}/{key}"]
+                if like.shape == p.shape:  # else it is one number, or one of each row
+                    like = p  # which may be cut
+                empty = torch.zeros_like(like, device=p.device)
                 optimizer.state[p][key] = empty
                 targets[f"{name}/{key}"] = empty
             if saved and name not in keys_of:  # nothing is saved before float16 has found its scale
@@ -513,16 +526,19 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
             f"the optimizer state in {checkpoint.path} belongs to another optimizer or "
             "other parameters"
         )
+    verify_state(checkpoint, strategy.world)
     with reading(folder):
-        dcp.load(targets, storage_reader=reader, no_dist=strategy.world.size == 1)
+        state.load(targets, folder)
 
 
-def digest(weights: dict[str, torch.Tensor]) -> str:
-    """A hash of weights by name: whether two are the same, wherever they lie."""
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of weights by name: whether two are the same, wherever they lie. They are read one
+    after the other."""
     found = hashlib.blake2b(digest_size=12)
     for name in sorted(weights):
+        content = weights[name].cpu().flatten().view(torch.uint8)
         found.update(name.encode())
-        found.update(weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(content.numpy())
     return found.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
+import functools
 import json
 import math
 import sys
@@ -7,11 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from model import GPT
 from smallgpt.parallel.world import World
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
@@ -25,13 +30,10 @@ class Metrics:
         self.max_steps = max_steps
         if not self.main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # 0.4 s to import: only where it is used
-
+        self.run = run
         path = run / "metrics.jsonl"
         drop_partial_line(path)
         self.file = open(path, "a", encoding="utf-8")
-        forgotten_from = step + 1 if step else None
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=forgotten_from)
         self.bar = tqdm(
             total=max_steps,
             initial=step,
@@ -42,6 +44,14 @@ class Metrics:
         )
         self.began = time.monotonic()
         self.first = step
+
+    @functools.cached_property
+    def board(self) -> "SummaryWriter":
+        """TensorBoard's file."""
+        from torch.utils.tensorboard import SummaryWriter  # 0.4 s: behind the first step
+
+        forgotten_from = self.first + 1 if self.first else None
+        return SummaryWriter(str(self.run / "tensorboard"), purge_step=forgotten_from)
 
     def step(self, loss: float, count: int, unit: str = "tokens") -> None:
         """One optimisation step of so many tokens (or examples) is done: moves the bar."""
@@ -59,10 +69,10 @@ class Metrics:
         record = {**record, "time": time.time()}
         self.file.write(json_line(record))
         self.file.flush()
+        say(self.line(record))
         for key, value in record.items():
             if isinstance(value, int | float) and key not in ("step", "time"):
                 self.board.add_scalar(f"{key}/{record['split']}", value, record["step"])
-        say(self.line(record))
 
     def line(self, record: dict) -> str:
         """A record as one line for people."""
@@ -103,9 +113,9 @@ class Metrics:
     def text(self, tag: str, text: str, step: int) -> None:
         """A piece of text, such as sample replies, on the console and in TensorBoard."""
         if self.main:
+            say(text)
             line_breaks = text.replace("\n", "  \n")  # as Markdown has them
             self.board.add_text(tag, line_breaks, step)
-            say(text)
 
     @contextmanager
     def bar_shown(self) -> Iterator[None]:
@@ -121,7 +131,8 @@ class Metrics:
         if self.main:
             self.bar.close()
             self.file.close()
-            self.board.close()
+            if "board" in vars(self):
+                self.board.close()
 
 
 def say(text: str) -> None:

@@ -195,7 +195,7 @@ def compare(case: Case, world: World) -> dict:
     """The cut model beside one process, on the main process."""
     spread = MeshSpread(world, case.mesh)
     spread.check(GPTConfig(**{**TINY, **case.config}))
-    with spread.birthplace:
+    with spread.birthplace():
         model = case.model()
     strategy = spread.build(model, torch.float64)
     begun = copies(strategy.gather_weights())

@@ -14,7 +14,7 @@ from helpers import losses, steps, wait_for
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World, start
-from smallgpt.runs import checkpoint
+from smallgpt.runs import checkpoint, state
 from smallgpt.runs.checkpoint import Saver
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -174,20 +174,20 @@ def fail_on_the_second(run: Path, world: World) -> str:
     """The message of a save for which the second process has no room."""
     strategy, optimizer = trained(Half, world)
     saver = Saver(run, world, keep=1, in_background=True)
-    really = checkpoint.save_file
+    really = state.save_file
 
     def full(*args) -> None:
         raise OSError(28, "No space left on device")
 
     if world.rank == 1:
-        checkpoint.save_file = full
+        state.save_file = full
     saver.save(strategy, [optimizer], {"step": 2})
     try:
         saver.finish()
     except UserError as error:
         return str(error)
     finally:
-        checkpoint.save_file = really
+        state.save_file = really
     return ""
 
 
@@ -222,6 +222,21 @@ def test_processes_that_hold_different_parameters(tmp_path, run_ranks):
         assert result.status == 0, result.err
     assert_holds_the_first_update(tmp_path / "sync")
     assert_holds_the_first_update(tmp_path / "async")
+    assert_two_verify(tmp_path / "sync")
+    assert_two_verify(tmp_path / "async")
+
+
+def assert_two_verify(run: Path) -> None:
+    """Of two processes the second one finds the damage in what the second one wrote."""
+    found = checkpoint.find(run)
+    _, second = sorted((found.path / "state").iterdir())
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 1
+    second.write_bytes(data)
+    first_rank, second_rank = (World(rank, 2, torch.device("cpu")) for rank in range(2))
+    checkpoint.verify_state(found, first_rank)
+    with pytest.raises(UserError, match=f"{second.name} is damaged"):
+        checkpoint.verify_state(found, second_rank)
 
 
 SHARDED = {"dtype": "float64", "max_steps": 24, "optim__name": "muon", "save_every": 3}
