@@ -110,7 +110,7 @@ def main() -> None:
     p.add_argument(
         "--dtype",
         nargs="+",
-        choices=("float32", "bfloat16"),
+        choices=tuple(WHY),
         default=["float32"],
         help="of the weights; a table for each",
     )

@@ -80,7 +80,8 @@ def nucleus(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
     A token stays if those before it have not reached p: the one that crosses it is kept."""
     if p >= 1:
         return probs, torch.arange(probs.numel(), device=probs.device)
-    ordered, tokens = probs.topk(min(FEW, probs.numel()))
+    few = min(FEW, probs.numel())
+    ordered, tokens = probs.topk(few)
     if ordered.sum() < p:
         ordered, tokens = probs.sort(descending=True)
     before = ordered.cumsum(-1) - ordered
@@ -194,20 +195,27 @@ class Dialogue:
 def read(model: GPT, cache: KVCache, dialogues: list[Dialogue]) -> Tensor:
     """Scores (B, V) of the token after each of B dialogues, whose rows in the cache are in the same
     order. Only what is new is read; of a dialogue with nothing new, its last token again."""
-    starts = [min(d.cached, len(d.ids) - 1) for d in dialogues]
-    new = [d.ids[start:] for d, start in zip(dialogues, starts, strict=True)]
-    longest = max(map(len, new))
+    starts = []
+    new = []
+    for dialogue in dialogues:
+        start = min(dialogue.cached, len(dialogue.ids) - 1)
+        starts.append(start)
+        new.append(dialogue.ids[start:])
+    lengths = [len(ids) for ids in new]
+    longest = max(lengths)
     # the padding on the right is written to the cache, where the next tokens replace it unread
     padded = [ids + [0] * (longest - len(ids)) for ids in new]
     device = cache.k.device
     idx = torch.tensor(padded, device=device)
+
     is_aligned = len(set(starts)) == 1
     start = starts[0] if is_aligned else torch.tensor(starts, device=device)
     h = model.trunk(idx, cache=cache, start=start)  # (B, T, C)
     for dialogue in dialogues:
         dialogue.cached = len(dialogue.ids)
-    last = torch.tensor([len(ids) - 1 for ids in new], device=device)
-    return model.lm_head(take_position(h, last))[:, 0]
+    ends = torch.tensor(lengths, device=device)
+    h = take_position(h, ends - 1)  # (B, 1, C)
+    return model.lm_head(h)[:, 0]
 
 
 class Conversation(Dialogue):
@@ -258,7 +266,8 @@ def replies(
     model.eval()
     answers = []
     for first in range(0, len(prompts), ROWS):
-        answers += reply_together(model, tokenizer, prompts[first : first + ROWS], settings)
+        some = prompts[first : first + ROWS]
+        answers += reply_together(model, tokenizer, some, settings)
     model.train(was_training)
     return answers
 
@@ -282,5 +291,10 @@ def reply_together(
         logits = read(model, cache, dialogues)
         spoken = [row for row in going if dialogues[row].choose(logits[row]) is not None]
         going = [row for row in spoken if dialogues[row].has_room()]
-    said = [dialogue.ids[dialogue.turns[-1] :] for dialogue in dialogues]
-    return [one_line(tokenizer.decode(ids)) for ids in said]
+
+    answers = []
+    for dialogue in dialogues:
+        said = dialogue.ids[dialogue.turns[-1] :]
+        text = tokenizer.decode(said)
+        answers.append(one_line(text))
+    return answers
