@@ -18,6 +18,7 @@ from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings
 from smallgpt.settings import Device
+from smallgpt.weights.precision import set_precision
 from smallgpt.weights.pretrained import open_model
 
 HELP = """\
@@ -34,7 +35,7 @@ HELP = """\
 class ChatSettings:
     checkpoint: str = ""  # run folder (its best checkpoint) or step folder
     device: Device = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # precision of the weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen
 
 
@@ -46,14 +47,12 @@ def main() -> int:
         )
     stdin = console.open_stdin()
     device = hardware.choose_device(s.device)
-    dtype, _ = hardware.choose_dtype(s.dtype, device)
     found, model, tokenizer = open_model(s.checkpoint)
-    model = model.to(device, dtype).eval()
-    chat = Chat(Conversation(model, tokenizer, s.sample))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    precision = set_precision(model, s.dtype, device)
+    chat = Chat(Conversation(model.eval(), tokenizer, s.sample))
     if not stdin.isatty():
         return converse(chat, prompt="")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    precision = hardware.name_of(dtype)
     print(f"{found.path}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
     print("/help lists the commands.")
     line_editing()

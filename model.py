@@ -74,21 +74,31 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values k, v (n_layer, B, K, block_size, D) of what was read so far.
+    """Keys and values k, v (n_layer, B, K, length, D) of what was read so far.
 
-    It holds no position: the caller names where a piece of text starts, and taking back a turn
-    is a smaller number."""
+    It holds no position: the caller names where a piece of text starts, in all rows or in each,
+    and taking back a turn is a smaller number."""
 
-    def __init__(self, c: GPTConfig, batch: int, dtype: torch.dtype, device: torch.device):
-        shape = (c.n_layer, batch, c.kv_heads, c.block_size, c.head_size)
+    def __init__(
+        self, c: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
+    ):
+        shape = (c.n_layer, batch, c.kv_heads, length, c.head_size)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of positions start..start+T; return those of 0..start+T."""
-        end = start + k.size(2)
-        self.k[layer, :, :, start:end] = k
-        self.v[layer, :, :, start:end] = v
+    def write(
+        self, layer: int, at: Tensor, end: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of the positions `at`, (T,) in all rows or (B, T) in each, of
+        which the last is end - 1; return those of 0..end."""
+        if at.dim() == 1:
+            start = end - k.size(2)
+            self.k[layer, :, :, start:end] = k
+            self.v[layer, :, :, start:end] = v
+        else:
+            rows = torch.arange(at.size(0), device=at.device)[:, None]
+            self.k[layer, rows, :, at] = k.transpose(1, 2).to(self.k.dtype)
+            self.v[layer, rows, :, at] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
@@ -136,11 +146,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Context:
     """What all blocks of one forward pass share."""
 
-    positions: Tensor  # (T,), or (B, T) where texts are packed
+    positions: Tensor  # (T,), or (B, T) where texts are packed or rows start apart
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines (1 or B, 1, T, D) of the positions
     mask: Tensor | None  # (B or 1, 1, T, keys), True = may look; None = plain causal
     cache: KVCache | None = None
-    start: int = 0  # position of the first token of this pass
+    end: int = 0  # the last position of this pass is end - 1
 
 
 class Attention(nn.Module):
@@ -178,7 +188,7 @@ class Attention(nn.Module):
             q = rotate(q, *context.rotary)
             k = rotate(k, *context.rotary)
         if context.cache is not None:
-            k, v = context.cache.write(layer, context.start, k, v)
+            k, v = context.cache.write(layer, context.positions, context.end, k, v)
         y = self.attend(
             q,
             k,
@@ -259,18 +269,52 @@ def cross_entropy_slice(
     return loss, gradient.to(dtype)
 
 
+def sample_classes(targets: Tensor, n_classes: int, negatives: int) -> tuple[Tensor, ...]:
+    """Of n_classes those that are targets (N,) here, and so many others drawn at random, which
+    stand for all others: S classes in all.
+
+    Returns the classes (S,); the place of each target among them (N,), IGNORE where there is none;
+    and what is to be added to their logits (S,): log of the number of classes that one stands for.
+    So the sum of all exponentials is estimated without bias (sampled softmax, Jean et al. 2015).
+    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled."""
+    device = targets.device
+    is_target = torch.zeros(n_classes, dtype=torch.bool, device=device)
+    is_target[targets[targets != IGNORE]] = True
+    present = is_target.nonzero()[:, 0]
+    absent = is_target.logical_not().nonzero()[:, 0]
+    drawn = absent[torch.randperm(len(absent), device=device)[:negatives]]
+    classes = torch.cat([present, drawn])
+    stands_for = torch.ones(len(classes), device=device)
+    stands_for[len(present) :] = len(absent) / max(1, len(drawn))
+    place = torch.zeros(n_classes, dtype=torch.long, device=device)
+    place[classes] = torch.arange(len(classes), device=device)
+    places = torch.where(targets == IGNORE, IGNORE, place[targets.clamp(min=0)])
+    return classes, places, stands_for.log()
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time.
 
     The logits of a slice become their own gradient while they are in the cache, and of a large
     (N, V) only a slice ever exists (the idea of Liger-Kernel). h (N, C), weight (V, C),
-    targets (N,); returns a float32 (or float64) scalar."""
+    targets (N,); negatives: 0 = exact, else the number of sampled classes beside the targets of a
+    slice. Returns a float32 (or float64) scalar."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, slice_loss):
+    def forward(
+        ctx,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        slice_loss,
+        negatives: int = 0,
+    ):
         with_gradient = any(ctx.needs_input_grad)
         entries = 2**22 if h.device.type == "cpu" else 2**25  # logits that exist at a time
-        rows = max(64, entries // weight.size(0))
+        n_classes = weight.size(0)
+        is_sampled = 0 < negatives < n_classes
+        rows = max(64, entries // (2 * negatives if is_sampled else n_classes))
         accumulate = torch.float64 if h.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
         total = torch.zeros((), device=h.device, dtype=accumulate)
@@ -279,18 +323,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         slices = zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
             for x, target, grad_x in slices:
-                loss, grad_logits = slice_loss(x @ w.T, target, accumulate, with_gradient)
+                read = w
+                if is_sampled:
+                    classes, target, correction = sample_classes(target, n_classes, negatives)
+                    read = w[classes]
+                logits = x @ read.T
+                if is_sampled:
+                    logits = logits + correction.to(dtype)
+                loss, grad_logits = slice_loss(logits, target, accumulate, with_gradient)
                 total += loss
-                if with_gradient:
-                    grad_x.copy_(grad_logits @ w)
-                    grad_w += grad_logits.T @ x
+                if not with_gradient:
+                    continue
+                grad_x.copy_(grad_logits @ read)
+                grad_read = grad_logits.T @ x
+                if is_sampled:
+                    grad_w.index_add_(0, classes, grad_read.to(accumulate))
+                else:
+                    grad_w += grad_read
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None
+        return grad_h * grad, grad_w * grad, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -309,6 +365,7 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
+        self.negatives = 0  # classes that the loss samples in training; 0 = it reads all
         self.first_trained_row = 0  # token embeddings below it are frozen
         self.tie()
         self.init_weights()
@@ -334,9 +391,12 @@ class GPT(nn.Module):
             else:
                 nn.init.ones_(p)
 
-    def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache of block_size positions, beside the weights and in their precision."""
-        return KVCache(self.config, batch, self.wte.weight.dtype, self.wte.weight.device)
+    def new_cache(self, batch: int = 1, length: int = 0) -> KVCache:
+        """An empty cache of `length` positions (0 = block_size), beside the weights and in their
+        precision."""
+        weight = self.wte.weight
+        length = length or self.config.block_size
+        return KVCache(self.config, batch, length, weight.dtype, weight.device)
 
     def context(
         self,
@@ -344,18 +404,22 @@ class GPT(nn.Module):
         device: torch.device,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
     ) -> Context:
         """What the blocks share in a pass over positions start..start+length.
 
         segments (B, T): numbers of the texts packed into a row; a position sees only its own text
         and counts from its beginning. cache: keys and values of positions 0..start, to which
-        those of this pass are added."""
-        end = start + length
+        those of this pass are added. start (B,): each row has its own."""
+        if isinstance(start, Tensor):
+            end = int(start.max()) + length
+            positions = start[:, None] + torch.arange(length, device=device)  # (B, T)
+        else:
+            end = start + length
+            positions = torch.arange(start, end, device=device)
         assert end <= self.config.block_size, (
             f"{end} tokens exceed block_size={self.config.block_size}"
         )
-        positions = torch.arange(start, end, device=device)
         mask = None
         if segments is not None:
             begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
@@ -363,13 +427,14 @@ class GPT(nn.Module):
             positions = positions - begin
             same_text = segments[:, :, None] == segments[:, None, :]
             mask = same_text.tril()[:, None]
-        elif cache is not None and start > 0 and length > 1:
-            mask = torch.ones(length, end, dtype=torch.bool, device=device).tril(start)[None, None]
+        elif cache is not None and end > length and positions.numel() > 1:
+            keys = torch.arange(end, device=device)
+            mask = (keys <= positions[..., None]).view(-1, 1, length, end)
         turns = None
         if self.config.pos == "rope":
             per_head = positions.view(-1, 1, length)  # one row of angles serves all heads
             turns = rotary(per_head, self.config.head_size, self.config.rope_base)
-        return Context(positions, turns, mask, cache, start)
+        return Context(positions, turns, mask, cache, end)
 
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
@@ -408,7 +473,7 @@ class GPT(nn.Module):
         tokens: Tensor,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-        start: int = 0,
+        start: int | Tensor = 0,
     ) -> Tensor:
         """Hidden states (B, T, C) after the final norm, of tokens (B, T) at positions
         start..start+T; segments and cache as in `context`."""
@@ -425,7 +490,8 @@ class GPT(nn.Module):
         hidden states h (B, T, C).
 
         The caller divides once by the valid targets of the whole step, so that padding, packing,
-        accumulation and the number of processes cannot bias the mean."""
+        accumulation and the number of processes cannot bias the mean. In training, with
+        `negatives`, it is an estimate."""
         weight = self.head_weight()
         if self.first_trained_row and self.config.tie_weights:
             rows = torch.arange(weight.size(0), device=h.device)
@@ -436,7 +502,8 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         h, targets = h.flatten(0, 1), targets.flatten()
-        return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss)
+        negatives = self.negatives if self.training else 0
+        return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss, negatives)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None

@@ -40,7 +40,7 @@ from smallgpt.optim import (
     update,
 )
 from smallgpt.parallel.layout import MeshSettings, MeshSpread
-from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import Facts, Run, merge_sources
@@ -68,7 +68,7 @@ from smallgpt.settings import (
     Rate,
     Switch,
 )
-from smallgpt.weights.pretrained import Trunk, grow, open_trunk
+from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
 
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
@@ -181,7 +181,8 @@ def prepare(s: SentimentSettings, world: World) -> Task:
         notes.append(
             f"{name}: {encoded.cut} texts have over {block_size} tokens and lose their middle"
         )
-    return Task(data, trunk, checkpoint.digest(trunk.weights), config, head, inputs, notes)
+    digest = world.by_main(partial(checkpoint.digest, trunk.weights))
+    return Task(data, trunk, digest, config, head, inputs, notes)
 
 
 def classifier_config(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
@@ -224,7 +225,7 @@ def cache_of(s: SentimentSettings) -> Path:
 
 def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) -> GPTClassifier:
     """The classifier that the settings ask for, with the trunk's weights unless it is on the meta
-    device; what they freeze is frozen."""
+    device, where none are read; what they freeze is frozen."""
     torch.manual_seed(s.seed)  # the same head on every rank
     with birthplace:
         model = GPTClassifier(GPT(task.config), len(task.data.labels), s.pool, s.mask)
@@ -239,14 +240,6 @@ def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) 
     if not s.lm_weight and not tied:
         model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
     return model
-
-
-def load_trunk(gpt: GPT, trunk: Trunk) -> None:
-    """Put a trunk's weights, with rows for new tokens, into a GPT."""
-    weights = grow(trunk.weights, gpt.config.vocab_size)
-    missing = gpt.load_state_dict(weights, strict=False)
-    assert set(missing.missing_keys) <= {"lm_head.weight"}, missing  # of a tied one
-    assert not missing.unexpected_keys, missing
 
 
 def perturbation_norm(s: SentimentSettings, model: GPTClassifier, world: World) -> float:
@@ -364,11 +357,12 @@ def finetune(s: SentimentSettings, world: World) -> int:
         run.identify(task.facts(s))
         spread.check(task.config)
 
-        model = make_classifier(s, task, spread.birthplace).to(hardware.weights_dtype(dtype))
+        model = make_classifier(s, task, spread.birthplace()).to(hardware.weights_dtype(dtype))
         task.trunk.weights = {}  # the model has them, where this process holds a whole one
         trainable = freeze.count_trainable(model)
         perturbation = perturbation_norm(s, model, world)
-        strategy = spread.build(model, dtype)
+        weights = checkpoint.read_weights(run.found, shapes_of(model)) if run.found else None
+        strategy = spread.build(model, dtype, weights)
         if s.compile == "true":
             strategy.model.gpt.compile_parts()
         objective = Objective(s, task, strategy, perturbation)
@@ -379,16 +373,14 @@ def finetune(s: SentimentSettings, world: World) -> int:
         steps_per_epoch = objective.buckets.steps_per_epoch
         max_steps = s.max_steps or max(1, round(s.epochs * steps_per_epoch))
         eval_every = s.eval_every or steps_per_epoch
-        device_line = (
-            f"{world.device.type}, {strategy.name}; {hardware.name_of(dtype)}: {why_dtype}"
-        )
+        computed = f"{world.device.type}, {strategy.name}; {hardware.name_of(dtype)}"
         run.begin(
             max_steps,
             {
                 "model": describe_model(s, task, strategy, trainable),
                 "data": describe_data(s, task),
                 "batch": describe_batch(s, steps_per_epoch, strategy),
-                "device": device_line,
+                "device": f"{computed}: {why_dtype}",
             },
         )
         cache_states(s, run, strategy, task.inputs)
@@ -406,8 +398,9 @@ def finetune(s: SentimentSettings, world: World) -> int:
             strategy.seed(s.seed, step)  # of dropout
             batches = objective.micro_batches(step)
             strategy.forward_backward(batches, objective.loss_of, 1.0)
-            loss, hits = objective.totals()
             norm = strategy.clip(optimizers, s.optim.clip)
+            loss, hits = objective.totals()
+            norm = float(norm)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
             run.log(
@@ -422,7 +415,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
             run.load_best()
             scores = score(strategy, task.inputs["test"], s.micro_tokens)
             if world.main:
-                write_report(s, run, task, scores, trainable)
+                write_report(s, run, task, scores, {"trainable": trainable, "device": computed})
         return run.status
 
 
@@ -440,10 +433,10 @@ def cache_states(
 
 
 def write_report(
-    s: SentimentSettings, run: Run, task: Task, scores: np.ndarray, trainable: int
+    s: SentimentSettings, run: Run, task: Task, scores: np.ndarray, facts: dict[str, Any]
 ) -> None:
     """The report of the test split's scores (N, n_classes), in the run's folder and on the
-    console."""
+    console. facts: what else it says of the run."""
     data = task.data
     labels = task.inputs["test"].data.labels
     result = {
@@ -459,7 +452,7 @@ def write_report(
         "test": report.evaluate(scores, labels),
         "baselines": report.baselines(data, cache_of(s)),
         "examples": {name: len(part) for name, part in data.splits.items()},
-        "trainable": trainable,
+        **facts,
         "seconds": round(run.seconds, 1),
         "notes": task.notes,
         "hashes": {"data": data.fingerprint, "trunk": task.digest},

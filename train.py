@@ -29,7 +29,7 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel.strategy import Shares, Single, Spread, share_batch
+from smallgpt.parallel.strategy import Shares, Single, Spread, shapes_of, share_batch
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
@@ -38,6 +38,7 @@ from smallgpt.runs.run import Facts, Run, merge_sources
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import Count, Device, Free, Positive, Precision, Switch
 from smallgpt.text.batches import Corpus
+from smallgpt.text.bigrams import begin_with_bigrams
 from smallgpt.text.tokens import DataSettings, prepare
 from smallgpt.tokenizer import TokenizerSettings
 
@@ -56,6 +57,7 @@ class TrainSettings:
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
     micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
+    negatives: Count = 0  # tokens that the training loss samples beside the targets; 0 = exact loss
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Positive] = 100  # steps between evaluations (and sample replies)
     save_every: Free[Positive] = 100  # steps between checkpoints
@@ -63,6 +65,7 @@ class TrainSettings:
     log_every: Free[Positive] = 10  # steps between records of the training loss
     keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
+    init: Literal["random", "bigrams"] = "random"  # bigrams = knows which token follows which
     init_from: Free[str] = ""  # run or step folder: a new run begins with its model and tokenizer
     prompts: Free[list[str]] = field(default_factory=lambda: [*PROMPTS])  # answered at evaluation
     data: DataSettings = field(default_factory=DataSettings)  # the corpus
@@ -73,7 +76,12 @@ class TrainSettings:
 
     def check(self) -> list[str]:
         """Problems that the types do not show, in plain words."""
-        return checkpoint.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run)
+        if self.init == "bigrams" and self.init_from:
+            problems.append("init=bigrams and init_from exclude each other: leave one of them out")
+        if self.init == "bigrams" and self.model.tie_weights:
+            problems.append("init=bigrams needs an LM head of its own: add model.tie_weights=false")
+        return problems
 
 
 class Batch(NamedTuple):
@@ -97,6 +105,10 @@ def to_batch(x: Tensor, y: Tensor, corpus: Corpus, isolate: bool, device: torch.
         begins = x == corpus.tokenizer.bos
         segments = begins.cumsum(1)
     return Batch((x, y, segments), n_targets)
+
+
+def count_targets(batches: list[Batch]) -> int:
+    return sum(batch.n_targets for batch in batches)
 
 
 def evaluate(strategy: Single, corpus: Corpus, isolate: bool, rows: int) -> dict[str, float]:
@@ -181,15 +193,17 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         spread.check(s.model)
 
         torch.manual_seed(s.seed)  # the same weights on every rank
-        with spread.birthplace:
+        with spread.birthplace(drawn=parent is None):
             model = GPT(s.model).to(hardware.weights_dtype(dtype))
         model.recompute = s.recompute
+        model.negatives = s.negatives
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
+        if s.init == "bigrams" and world.main and not parent:
+            model_line += f"; {begin_with_bigrams(model, corpus, s.seed)}"
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
-        strategy = spread.build(model, dtype)
+        weights = checkpoint.read_weights(parent, shapes_of(model)) if parent else None
+        strategy = spread.build(model, dtype, weights)
         parts_compiled = strategy.model.compile_parts() if compiled else "off"
-        if parent and not run.found:
-            strategy.set_weights(checkpoint.read_weights(parent, strategy.shapes))
         shares = share_batch(
             s.batch_tokens,
             s.model.block_size,
@@ -227,6 +241,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             return run_model(*batch.inputs)
 
         batches = load(run.step)
+        (targets,) = strategy.sum(count_targets(batches))
         for step in run.steps(s.max_steps, s.save_every):
             if run.due(s.eval_every):
                 result = evaluate(strategy, corpus, s.data.isolate, shares.micro)
@@ -237,12 +252,14 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             strategy.seed(s.seed, step)  # of dropout
-            (targets,) = strategy.sum(sum(batch.n_targets for batch in batches))
             nats = strategy.forward_backward(batches, loss_of, 1 / targets)
-            batches = load(step + 1)  # while a GPU is still computing
-            (nats,) = strategy.sum(float(nats))
-            loss = nats / targets
             norm = strategy.clip(optimizers, s.optim.clip)
+            batches = load(step + 1)  # while a GPU is still computing
+            # in one sum: here the CPU waits for the GPU, once a step
+            nats, next_targets = strategy.sum(float(nats), count_targets(batches))
+            loss = nats / targets
+            targets = next_targets
+            norm = float(norm)
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
             run.log(

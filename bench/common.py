@@ -4,6 +4,9 @@ Every contender is built and warmed up once (compilation included), then sleeps 
 the parent asks for a timed round; the parent asks one at a time, in turn. So a machine that slows
 down slows all of them, and the ratio of two contenders, taken round by round, stays comparable
 where their speeds do not.
+
+For a GPU they are warmed up side by side, which is the work of CPU cores; its memory must hold all
+of them.
 """
 
 import argparse
@@ -71,10 +74,11 @@ def arguments(doc: str) -> argparse.ArgumentParser:
         help="torch threads of each contender (0 = torch's default)",
     )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--eager", action="store_true", help="nobody is compiled")
     p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
     p.add_argument("--json", metavar="FILE", help="write every sample and the machine here")
     p.add_argument("--worker", help=argparse.SUPPRESS)
-    p.set_defaults(unit="tokens")
+    p.set_defaults(unit="tokens", trains=False)
     return p
 
 
@@ -85,9 +89,21 @@ def shape(args: argparse.Namespace) -> dict[str, int]:
     }
 
 
+def flops_per_token(args: argparse.Namespace) -> int:
+    """Floating-point operations of forward and backward per token: 6 for each weight of a matrix,
+    and the attention scores (PaLM, appendix B). The same for every contender."""
+    block = 12 * args.n_embd**2
+    matrix_weights = args.n_layer * block + args.vocab_size * args.n_embd
+    attention_scores = 12 * args.n_layer * args.n_embd * args.block_size
+    return 6 * matrix_weights + attention_scores
+
+
 def import_nanogpt(path: str):
     """nanoGPT's model.py under another name than ours."""
-    spec = util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
+    file = Path(path) / "model.py"
+    if not file.exists():
+        raise Skip(f"{file} is not there")
+    spec = util.spec_from_file_location("nanogpt_model", file)
     module = util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -97,7 +113,10 @@ def import_nanogpt(path: str):
 def gpt2_of_hugging_face(args: argparse.Namespace):
     """GPT2LMHeadModel of the same shape, without dropout and with fused attention. Its biases
     cannot be turned off."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise Skip("the package transformers is not installed") from None
 
     names = {
         "n_positions": args.block_size,
@@ -109,6 +128,13 @@ def gpt2_of_hugging_face(args: argparse.Namespace):
     return GPT2LMHeadModel(
         GPT2Config(**config, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None)
     )
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def cpu_name() -> str:
@@ -135,6 +161,8 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
 
     import torch
 
+    from smallgpt import hardware
+
     cuda = args.device == "cuda"
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -142,12 +170,17 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
     began = time.perf_counter()
     try:
         c = build(args)
+        c.round()
     except Skip as e:
         say(skipped=str(e))
         return
-    c.round()
+    except torch.OutOfMemoryError:
+        say(skipped="the GPU's memory does not hold it beside the others")
+        return
     if cuda:
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    device = torch.device(args.device)
     machine = {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cpu": cpu_name(),
@@ -157,7 +190,8 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": version_of("transformers"),
+        "peak_flops": hardware.peak_flops(device, torch.bfloat16),
     }
     say(
         tokens=c.tokens,
@@ -201,8 +235,13 @@ class Worker:
             stderr=self.log,
             encoding="utf-8",
         )
-        self.about = self.answer()
+        self.about: dict = {}
         self.samples: list[dict] = []
+
+    def warm_up(self) -> None:
+        """Wait until it is warm, or is skipped."""
+        print(f"warming up {self.name} ...", file=sys.stderr)
+        self.about = self.answer()
 
     def answer(self) -> dict:
         line = self.process.stdout.readline()
@@ -221,26 +260,45 @@ class Worker:
         return [self.about["tokens"] / s["seconds"] for s in self.samples]
 
 
-def table(workers: list[Worker], cuda: bool, unit: str) -> str:
-    """A Markdown table. The ratio is that of the first contender to each, within the same round."""
+def utilisation(worker: Worker, args: argparse.Namespace) -> float:
+    """Share of the hardware's peak that its median speed is (MFU); 0 = the peak is unknown."""
+    peak = worker.about["machine"]["peak_flops"]
+    speed = statistics.median(worker.speeds())
+    return speed * flops_per_token(args) / peak if peak else 0.0
+
+
+def table(workers: list[Worker], args: argparse.Namespace) -> str:
+    """A Markdown table. The ratio is that of the first contender to each, within the same round.
+    Training on a GPU whose peak is known has a column of utilisation."""
     ours = workers[0].speeds()
-    rows = [
-        f"| contender | precision | compiled | {unit}/s: median (min to max) "
-        f"| {workers[0].name} is faster by: median "
-        "(min to max) | peak memory | why |",
-        "|---|---|---|---|---|---|---|",
+    has_mfu = args.trains and utilisation(workers[0], args) > 0
+    heads = [
+        "contender",
+        "precision",
+        "compiled",
+        f"{args.unit}/s: median (min to max)",
+        f"{workers[0].name} is faster by: median (min to max)",
+        *(["MFU"] if has_mfu else []),
+        "peak memory",
+        "why",
     ]
+    rows = [heads, ["---"] * len(heads)]
     for w in workers:
-        speed, a, last = w.speeds(), w.about, w.samples[-1]
+        speed, about, last = w.speeds(), w.about, w.samples[-1]
         ratio = [x / y for x, y in zip(ours, speed, strict=True)]
-        memory = last["peak_cuda"] if cuda else last["peak_rss"]
-        rows.append(
-            f"| {w.name} | {a['precision']} | {'yes' if a['compiled'] else 'no'} "
-            f"| {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) "
-            f"| {statistics.median(ratio):.2f}x ({min(ratio):.2f} to "
-            f"{max(ratio):.2f}) | {memory / 2**20:,.0f} MiB | {a['why']} |"
-        )
-    return "\n".join(rows)
+        memory = last["peak_cuda"] if args.device == "cuda" else last["peak_rss"]
+        cells = [
+            w.name,
+            about["precision"],
+            "yes" if about["compiled"] else "no",
+            f"{statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})",
+            f"{statistics.median(ratio):.2f}x ({min(ratio):.2f} to {max(ratio):.2f})",
+            *([f"{utilisation(w, args):.1%}"] if has_mfu else []),
+            f"{memory / 2**20:,.0f} MiB",
+            about["why"],
+        ]
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def compete(
@@ -253,7 +311,7 @@ def compete(
         contenders |= group
     if args.worker:
         return serve(args, contenders[args.worker])
-    workers, skipped = start(list(contenders))
+    workers, skipped = start(list(contenders), side_by_side=args.device == "cuda")
     load = [os.getloadavg()]
     alternate(workers, args.rounds)
     load.append(os.getloadavg())
@@ -261,28 +319,38 @@ def compete(
     for group in groups:
         members = [w for w in workers if w.name in group]
         if members:
-            print(f"\n{table(members, args.device == 'cuda', args.unit)}")
+            print(f"\n{table(members, args)}")
     for name, why in skipped.items():
         print(f"\n{name}: skipped, {why}")
     if args.json:
         result = record(args, workers, skipped, load)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for w in workers:
-        # the end of its input ends a worker; all of them at once, as it can take seconds
-        w.process.stdin.close()
-    for w in workers:
-        w.process.wait()
+    finish(workers)
 
 
-def start(names: list[str]) -> tuple[list[Worker], dict[str, str]]:
+def finish(workers: list[Worker]) -> None:
+    """End them: the end of its input ends a worker. All at once, as it can take seconds."""
+    for worker in workers:
+        worker.process.stdin.close()
+    for worker in workers:
+        worker.process.wait()
+
+
+def start(names: list[str], side_by_side: bool) -> tuple[list[Worker], dict[str, str]]:
     """The workers that can run, warmed up; and why the others are skipped. Exits if none can."""
+    started = []
+    for name in names:
+        worker = Worker(name)
+        started.append(worker)
+        if not side_by_side:
+            worker.warm_up()
     workers = []
     skipped = {}
-    for name in names:
-        print(f"warming up {name} ...", file=sys.stderr)
-        worker = Worker(name)
+    for worker in started:
+        if side_by_side:
+            worker.warm_up()
         if "skipped" in worker.about:
-            skipped[name] = worker.about["skipped"]
+            skipped[worker.name] = worker.about["skipped"]
         else:
             workers.append(worker)
     if not workers:

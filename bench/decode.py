@@ -19,7 +19,11 @@ from common import (
     shape,
 )
 
-WHY = {"float32": "the weights' own precision", "bfloat16": "as asked, weights in bf16"}
+WHY = {
+    "float32": "the weights' own precision",
+    "bfloat16": "as asked, weights in bf16",
+    "float16": "as asked, weights in fp16",
+}
 
 
 def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
@@ -31,6 +35,7 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
     from smallgpt import hardware
     from smallgpt.sampling import Conversation, SampleSettings
     from smallgpt.tokenizer import TokenizerSettings, train
+    from smallgpt.weights.precision import set_precision
 
     alphabet = "".join(
         chr(0x4E00 + i) for i in range(args.vocab_size - 256 - 6)
@@ -41,7 +46,7 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
         model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = (
             0  # score 0 of thousands: never the likeliest
         )
-    model = model.to(hardware.choose_device(args.device), getattr(torch, dtype)).eval()
+    set_precision(model.eval(), dtype, hardware.choose_device(args.device))
     greedy = SampleSettings(temperature=0, repetition_penalty=1.0, max_tokens=args.new)
     talk = Conversation(model, tokenizer, greedy)
     text = alphabet[: args.prompt - 2]  # and the marks around it
@@ -104,9 +109,10 @@ def main() -> None:
     p.add_argument("--new", type=int, default=200, help="tokens of the reply")
     p.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="bfloat16 = that as well",
+        nargs="+",
+        choices=tuple(WHY),
+        default=["float32"],
+        help="of the weights; a table for each",
     )
     args = p.parse_args()
     if args.prompt + args.new >= args.block_size:
@@ -118,13 +124,12 @@ def main() -> None:
     }
     if args.nanogpt:
         kinds["nanoGPT"] = nanogpt
-    dtypes = ("float32", "bfloat16") if args.dtype == "bfloat16" else ("float32",)
     groups = [
         {
             f"{name}, {dtype}": lambda a, build=build, dtype=dtype: build(a, dtype)
             for name, build in kinds.items()
         }
-        for dtype in dtypes
+        for dtype in args.dtype
     ]
     compete(args, *groups)
 

@@ -21,12 +21,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 STEPS = 20
 SAVED_AT = 10  # step of the checkpoints that --reshard resumes
 RESUMED = 5  # steps behind it that are compared
+TRAININGS = 8  # one after the other in one group of processes: each leaves gloo's threads behind
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ WITH_DROPOUT = [(FSDP2, DDP2), (HSDP, DDP4), (FSDP4, DDP4)]
 SHAPE = ("model.n_layer=4", "model.n_head=4", "model.n_embd=32", "model.block_size=32")
 FORMS = {
     "tied": ("model.n_kv_head=2",),
-    "untied": ("model.n_kv_head=2", "model.tie_weights=false"),
+    "untied": ("model.n_kv_head=2", "model.tie_weights=false", "init=bigrams"),
     "GPT-2 form": (
         "model.pos=learned",
         "model.norm=layernorm",
@@ -199,18 +202,29 @@ def work(jobs_file: str) -> int:
 
 
 def run(jobs: list[Job], folder: Path) -> None:
-    """All trainings, those on as many processes in one group. Stops at one that fails."""
-    for processes in sorted({job.layout.processes for job in jobs}):
-        mine = [(job.script, job.arguments) for job in jobs if job.layout.processes == processes]
-        print(f"{len(mine)} trainings on {processes} process(es)", file=sys.stderr, flush=True)
-        jobs_file = folder / f"jobs{processes}.json"
-        jobs_file.write_text(json.dumps(mine), encoding="utf-8")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, __file__, "--worker", str(jobs_file)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            sys.exit(f"a training on {processes} process(es) failed")
+    """All trainings, a few on as many processes in one group. Stops at one that fails."""
+    groups: dict[int, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.layout.processes, []).append(job)
+    with tqdm(total=len(jobs), unit=" trainings", mininterval=1) as progress:
+        for processes, members in sorted(groups.items()):
+            for first in range(0, len(members), TRAININGS):
+                together = members[first : first + TRAININGS]
+                run_group(processes, together, folder)
+                progress.update(len(together))
+
+
+def run_group(processes: int, jobs: list[Job], folder: Path) -> None:
+    """These trainings, one after the other, in one group of processes."""
+    jobs_file = folder / f"jobs{processes}.json"
+    mine = [(job.script, job.arguments) for job in jobs]
+    jobs_file.write_text(json.dumps(mine), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, __file__, "--worker", str(jobs_file)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.exit(f"a training on {processes} process(es) failed")
 
 
 # --- comparing ------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from model import GPT, GPTConfig  # noqa: E402
 from smallgpt.optim import OptimSettings, make_optimizers  # noqa: E402
 from smallgpt.parallel import footprint  # noqa: E402
 from smallgpt.parallel.footprint import Layout, Process, Work  # noqa: E402
-from smallgpt.parallel.layout import MeshSettings, MeshSpread  # noqa: E402
+from smallgpt.parallel.layout import MeshSettings, MeshSpread, axes_of  # noqa: E402
 from smallgpt.parallel.plan import Cluster, Gpu, layout_of, plan  # noqa: E402
 from smallgpt.parallel.simulate import Batch, Kind, Traffic, planned, step  # noqa: E402
 from smallgpt.parallel.world import World, start  # noqa: E402
@@ -66,9 +66,8 @@ class Case:
 
     @property
     def layout(self) -> Layout:
-        axes = MeshSpread(World(0, self.processes, torch.device("cpu")), self.settings).sizes
-        data = axes["replicate"] * axes["shard"]
-        sequences = self.rows * self.accum * data
+        axes = axes_of(self.settings, self.processes)
+        sequences = self.rows * self.accum * axes.data
         shares = (sequences * self.config.block_size, self.rows)
         return layout_of(self.settings, self.processes, self.work, shares, self.recompute)
 
@@ -109,6 +108,10 @@ CASES = [
     Case(2, {"tp": 2}, model=GPT2),
     Case(2, {"pp": 2}, rows=8, accum=4),
     Case(2, {"pp": 2, "schedule": "gpipe"}, accum=4, recompute=1),
+    Case(2, {"pp": 2, "schedule": "gpipe"}, rows=1, accum=8, model={"vocab_size": 4096}),
+    Case(2, {"pp": 2, "schedule": "gpipe"}, accum=2, low=True),
+    Case(2, {"pp": 2}, accum=4, model={"vocab_size": 8192}),
+    Case(2, {"pp": 2, "schedule": "interleaved"}, accum=4, model={"vocab_size": 8192}),
     Case(2, {"pp": 2, "schedule": "interleaved"}, accum=4, low=True),
     Case(2, {"pp": 2}, accum=2, model={"tie_weights": False, "pos": "learned"}),
     Case(4, HSDP, rows=8, accum=2),

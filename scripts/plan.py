@@ -4,9 +4,10 @@
     python scripts/plan.py config/train1.5B_fsdp.yaml world_size=1024 gpu=H100 gpus_per_node=8 \\
         link=400Gb batch_tokens=4194304 tokens=1e12 price=2.5
 
-It reads the settings of train_fsdp.py and shows, for their layout and for the fastest ones it
+It reads the settings of train_fsdp.py and shows, for their layout and for the best ones it
 finds, what each GPU holds, what it sends and how long a step lasts. It is arithmetic and needs no
-GPU. docs/scaling.md has the formulas, and what they were checked against.
+GPU. docs/scaling.md has the formulas, and what they were checked against. The exit status is 0 if
+one of the layouts fits, 1 if none does; with best=0 there is only that of the settings.
 """
 
 import re
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from smallgpt import console, plots, settings
 from smallgpt.console import UserError
 from smallgpt.parallel.footprint import Layout, Work, processes
-from smallgpt.parallel.plan import GPUS, Cluster, Plan, layout_of, plan, search
+from smallgpt.parallel.plan import GPUS, Cluster, Plan, layout_of, plan, search, smallest
 from smallgpt.settings import Amount, Count, Positive, PositiveFraction
 from train import round_vocabulary
 from train_fsdp import MeshTrainSettings
@@ -39,6 +40,13 @@ VOCABULARIES = {
     "cl100k_base": 100283,
 }
 Sections = dict[str, dict[str, str]]  # title -> rows of a column: name -> value
+COLOURS = {  # of the parts of a GPU's memory
+    "weights": "#4c72b0",
+    "gradients": "#8172b3",
+    "optimizer": "#64b5cd",
+    "activations": "#dd8452",
+    "temporary": "#ccb974",
+}
 
 
 @dataclass
@@ -61,16 +69,19 @@ class PlanSettings(MeshTrainSettings, Machines):  # --help shows those of Machin
         problems = super().check()
         if self.gpu not in GPUS:
             problems.append(f"gpu={self.gpu} is not known: choose one of {', '.join(GPUS)}")
-        if not LINK.fullmatch(self.link):
+        if not bytes_per_second(self.link):
             problems.append(f"link={self.link} is no speed: write it as 400Gb (bits) or 50GB")
         has_nodes = self.world_size > self.gpus_per_node
         if has_nodes and self.world_size % self.gpus_per_node:
             problems.append(
                 f"world_size={self.world_size} is not a multiple of "
-                f"gpus_per_node={self.gpus_per_node}"
+                f"gpus_per_node={self.gpus_per_node}: change one of them"
             )
-        if self.out and not self.out.lower().endswith(".png"):
+        out = Path(self.out)
+        if self.out and out.suffix.lower() != ".png":
             problems.append(f"out={self.out} must end with .png")
+        elif not out.parent.is_dir():
+            problems.append(f"out={self.out}: there is no folder {out.parent}")
         return [*problems, *self.not_known()]
 
     def not_known(self) -> list[str]:
@@ -92,7 +103,7 @@ class PlanSettings(MeshTrainSettings, Machines):  # --help shows those of Machin
         return self.tokens or self.max_steps * self.batch_tokens
 
 
-def main() -> None:
+def main() -> int:
     s = settings.load(PlanSettings, doc=__doc__)
     round_vocabulary(s.model, vocabulary(s))
     kernels = "cuda" if s.compile == "false" else "compiled"
@@ -108,12 +119,17 @@ def main() -> None:
     if s.simulate:
         first, *_ = plans.values()
         print(f"\n{checked(work, first.layout)}")
-    out = Path(s.out_dir, f"plan_{s.run}.png")
-    if s.out:
-        out = Path(s.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw(plans, cluster, out)
+    out = Path(s.out)
+    if not s.out:
+        folder = Path(s.out_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # as train.py does
+        out = folder / f"plan_{s.run}.png"
+    draw(s, work, cluster, plans, out)
     print(f"\nwrote {out}")
+    if not any(found.fits for found in plans.values()):
+        console.report(why_none_fits(s, cluster, plans))
+        return 1
+    return 0
 
 
 def vocabulary(s: PlanSettings) -> int:
@@ -129,16 +145,23 @@ def vocabulary(s: PlanSettings) -> int:
 
 
 def cluster_of(s: PlanSettings) -> Cluster:
-    number, unit = LINK.fullmatch(s.link).groups()
-    link = float(number) * GB
-    if unit == "Gb":
-        link /= 8
+    link = bytes_per_second(s.link)
     per_node = min(s.world_size, s.gpus_per_node)
     return Cluster(GPUS[s.gpu], s.world_size, per_node, link, s.efficiency)
 
 
+def bytes_per_second(link: str) -> float:
+    """Of 400Gb (bits) or 50GB, with or without /s; 0 where it is no speed."""
+    found = LINK.fullmatch(link)
+    if found is None:
+        return 0.0
+    number, unit = found.groups()
+    return float(number) * (GB / 8 if unit == "Gb" else GB)
+
+
 def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
-    """The layout of the settings, where there is one, and the fastest others that fit."""
+    """The layout of the settings, where there is one, and the best others that fit; where none
+    does, the smallest. UserError if there is none at all."""
     plans: dict[str, Plan] = {}
     mistake = None
     try:
@@ -148,15 +171,48 @@ def plans_of(s: PlanSettings, work: Work, cluster: Cluster) -> dict[str, Plan]:
     except UserError as error:
         mistake = error
     layouts = [found.layout for found in plans.values()]
-    fastest = search(work, cluster, s.batch_tokens, s.best + 1)
-    others = [found for found in fastest if found.layout not in layouts]
+    found_best = search(work, cluster, s.batch_tokens, s.best + 1) if s.best else []
+    others = [found for found in found_best if found.layout not in layouts]
     for number, found in enumerate(others[: s.best], 1):
         plans[f"best {number}"] = found
+    if s.best and not any(found.fits for found in plans.values()):
+        least = smallest(work, cluster, s.batch_tokens)
+        if least is not None and least.layout not in layouts:
+            plans["smallest"] = least
     if not plans:
         raise mistake
     if mistake:
         print(f"the layout of the settings cannot run: {mistake}\n")
     return plans
+
+
+def why_none_fits(s: PlanSettings, cluster: Cluster, plans: dict[str, Plan]) -> str:
+    """What the smallest of the layouts needs, and what would help."""
+    least = min(plans.values(), key=lambda found: found.memory.total)
+    need = least.memory.total
+    whole = size(cluster.gpu.memory)
+    excess = f"needs {size(need)}, and {size(cluster.room)} of a GPU's {whole} may be filled"
+    if not s.best:  # no other was looked for
+        return f"the layout of the settings {excess}: set best=3 to look for one that fits"
+    parts = memory_parts(least)
+    largest = max(parts, key=parts.__getitem__)
+    if largest == "activations":
+        change = f"a shorter model.block_size than {s.model.block_size}"
+    elif largest == "temporary":
+        change = "a smaller vocabulary"
+    else:
+        change = (
+            f"more GPUs than world_size={s.world_size}, or mesh.offload=true in the run, "
+            "of which there is no plan"
+        )
+    changes = [change]
+    larger = {name: gpu.memory for name, gpu in GPUS.items() if need <= cluster.usable * gpu.memory}
+    if larger:
+        changes.append(f"GPUs with more memory (gpu={min(larger, key=larger.__getitem__)})")
+    return (
+        f"no layout fits: the smallest, {least.layout.describe()}, {excess}; most of it is "
+        f"{largest}, {size(parts[largest])}: what helps is {'; or '.join(changes)}"
+    )
 
 
 def words(layout: Layout) -> str:
@@ -322,10 +378,9 @@ def table(columns: dict[str, Sections]) -> str:
 # --- the picture ----------------------------------------------------------------------------------
 
 
-def draw(plans: dict[str, Plan], cluster: Cluster, out: Path) -> None:
+def draw(s: PlanSettings, work: Work, cluster: Cluster, plans: dict[str, Plan], out: Path) -> None:
     """Memory of a GPU, part by part, and tokens/s with its bounds, a bar for each layout."""
-    height = 1.6 + 0.6 * len(plans)
-    fig, (memory, speed) = plots.figure(11, height, columns=2)
+    fig, (memory, speed) = plots.figure(12, 2.0 + 0.62 * len(plans), columns=2)
     names = []
     found = []
     for name, each in reversed(plans.items()):  # the first bar is the lowest
@@ -333,36 +388,56 @@ def draw(plans: dict[str, Plan], cluster: Cluster, out: Path) -> None:
         found.append(each)
     draw_memory(memory, names, found, cluster)
     draw_speed(speed, names, found)
+    fig.suptitle(
+        f"A plan: {work.parameters / 1e6:,.0f}M parameters on {cluster.size:,} x {s.gpu}, "
+        f"steps of {s.batch_tokens:,} tokens"
+    )
     plots.save(fig, out)
 
 
 def draw_memory(ax: "Axes", names: list[str], plans: list[Plan], cluster: Cluster) -> None:
     parts = [memory_parts(found) for found in plans]
     left = [0.0] * len(plans)
-    for part in parts[0]:
+    shown = []
+    for part, colour in COLOURS.items():
         widths = [of_plan[part] / GB for of_plan in parts]
-        ax.barh(names, widths, left=left, label=part, height=0.6)
+        bars = ax.barh(names, widths, left=left, label=part, height=0.6, color=colour)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+        shown.append(bars)
     whole = cluster.gpu.memory / GB
-    ax.axvline(whole, color="black", lw=1, label="the GPU's")
-    ax.set(xlabel="memory of a GPU, GB")
-    ax.tick_params(axis="y", labelsize=8)
-    ax.legend(frameon=False, fontsize=8)
+    room = cluster.room / GB
+    shown.append(ax.axvspan(room, whole, color="0.88", zorder=0, label="to be left free"))
+    shown.append(ax.axvline(whole, color="black", lw=1, zorder=0, label="all of the GPU"))
+    totals = []
+    for found, total in zip(plans, left, strict=True):
+        totals.append(f"{total:.3g}" if found.fits else f"{total:.3g}: too much")
+    ax.bar_label(bars, totals, padding=4, fontsize=9)
+    ax.set_xlim(0, 1.4 * max(whole, *left))  # the totals stand right of the bars
+    ax.set(title="memory of a GPU", xlabel="GB")
+    ax.figure.legend(
+        handles=shown, loc="outside lower left", ncols=len(shown), frameon=False, fontsize=9
+    )
+    ax.tick_params(axis="y", labelsize=9)
 
 
 def draw_speed(ax: "Axes", names: list[str], plans: list[Plan]) -> None:
     speeds = []
     below = []
     above = []
+    texts = []
     for found in plans:
-        speed = found.tokens_per_second / 1e6
+        speed = found.tokens_per_second / 1e3
         slow, fast = bounds(found)
         speeds.append(speed)
         below.append(speed * (1 - slow))
         above.append(speed * max(0.0, fast - 1))
+        texts.append(f"  MFU {found.mfu:.1%}")
     errors = [below, above]
-    ax.barh(names, speeds, xerr=errors, height=0.6, capsize=3)
-    ax.set(xlabel="million tokens/s (none to all of the communication hidden)")
+    ax.barh(names, speeds, xerr=errors, height=0.6, capsize=3, color="#bcd2e8")
+    for name, text in zip(names, texts, strict=True):
+        ax.text(0, name, text, va="center", fontsize=9)
+    ax.set(title="speed", xlabel="thousand tokens/s; line: none to all communication hidden")
+    ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_yticks([])
 
 

@@ -4,7 +4,9 @@ import codecs
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -181,3 +183,12 @@ def unit_hash(text: str, seed: int) -> float:
     key = str(seed).encode()
     found = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, key=key)
     return int.from_bytes(found.digest(), "big") / 2**64
+
+
+def checksum(file: Path) -> int:
+    """The CRC-32 of a file. It finds damage, not forgery, at more than the speed of a disk."""
+    found = 0
+    with open(file, "rb") as content:
+        for chunk in iter(partial(content.read, 1 << 20), b""):
+            found = zlib.crc32(chunk, found)
+    return found

@@ -9,9 +9,12 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from model import GPT
+from model import GPT, KVCache, take_position
 from smallgpt.settings import Count, Positive, PositiveFraction
 from smallgpt.tokenizer import Tokenizer
+
+FEW = 256  # tokens that mostly reach top_p: to sort the whole vocabulary takes 20 times as long
+ROWS = 32  # prompts that are answered together: the cache of more would need much memory
 
 
 @dataclass
@@ -44,9 +47,9 @@ def pick(
     if s.temperature == 0:
         return int(logits.argmax())
     logits = mask_below_top_k(logits / s.temperature, s.top_k)
-    probs = cut_to_top_p(logits.softmax(-1), s.top_p)
-    token = torch.multinomial(probs, 1, generator=generator)
-    return int(token)
+    probs, tokens = nucleus(logits.softmax(-1), s.top_p)
+    drawn = torch.multinomial(probs, 1, generator=generator)
+    return int(tokens[drawn])
 
 
 def penalize_repetition(logits: Tensor, seen: list[int], penalty: float) -> Tensor:
@@ -70,17 +73,20 @@ def mask_below_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < least, -torch.inf)
 
 
-def cut_to_top_p(probs: Tensor, p: float) -> Tensor:
-    """Keep the likeliest tokens that together reach probability p (Holtzman et al. 2019).
+def nucleus(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens that together reach probability p (Holtzman et al. 2019), given probs
+    (V,): their probabilities and their ids.
 
     A token stays if those before it have not reached p: the one that crosses it is kept."""
     if p >= 1:
-        return probs
-    ordered, order = probs.sort(descending=True)
+        return probs, torch.arange(probs.numel(), device=probs.device)
+    few = min(FEW, probs.numel())
+    ordered, tokens = probs.topk(few)
+    if ordered.sum() < p:
+        ordered, tokens = probs.sort(descending=True)
     before = ordered.cumsum(-1) - ordered
-    ordered[before >= p] = 0
-    cut = torch.zeros_like(probs)
-    return cut.scatter(0, order, ordered)
+    is_kept = before < p
+    return ordered[is_kept], tokens[is_kept]
 
 
 def one_line(text: str) -> str:
@@ -100,20 +106,16 @@ def unspeakable(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     return [*no_text.tolist(), *beyond]
 
 
-class Conversation:
-    """A dialogue with a model.
+class Dialogue:
+    """A history in tokens, and the choice of the next one.
 
-    Only new text is ever read: a turn costs its own length, not that of the history. When the
-    history outgrows block_size, whole oldest turns go, and what is left is read again, since its
-    positions have changed."""
+    When the history outgrows block_size, whole oldest turns go."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SampleSettings):
-        self.model = model
         self.tokenizer = tokenizer
         self.settings = settings
         self.block_size = model.config.block_size
-        self.cache = model.new_cache()
-        self.device = self.cache.k.device
+        self.device = model.wte.weight.device
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(settings.seed)
 
@@ -162,25 +164,77 @@ class Conversation:
         moved = len(self.ids) - len(kept) - 1
         self.ids = [self.tokenizer.bos, *kept]
         self.turns = [max(1, begin - moved) for begin in self.turns]
-        self.cached = 0
+        self.cached = 0  # the positions have changed
 
-    @torch.inference_mode()
-    def next_logits(self) -> Tensor:
-        """Read what is new; scores (V,) of the token after the history."""
-        new = self.ids[self.cached :]
-        idx = torch.tensor([new], device=self.device)
-        h = self.model.trunk(idx, cache=self.cache, start=self.cached)
-        self.cached = len(self.ids)
-        return self.model.lm_head(h[0, -1])
+    def begin_reply(self) -> None:
+        """Begin the model's turn."""
+        self.make_room()
+        self.turns.append(len(self.ids))
+        self.reply_tokens = 0
+
+    def has_room(self) -> bool:
+        """May the reply have one more token? A separator must fit behind it."""
+        is_short = self.reply_tokens < self.settings.max_tokens
+        return is_short and len(self.ids) < self.block_size - 1
+
+    def choose(self, logits: Tensor) -> int | None:
+        """The next token of the reply, given its scores (V,), added to the history; None where the
+        model ends the reply."""
+        banned = self.banned if self.reply_tokens else self.banned_first
+        logits = logits.index_fill(0, banned, -torch.inf)
+        so_far = self.ids[self.turns[-1] :]
+        token = pick(logits, so_far, self.settings, self.generator)
+        if token in (self.tokenizer.sep, self.tokenizer.end):
+            return None
+        self.ids.append(token)
+        self.reply_tokens += 1
+        return token
+
+
+@torch.inference_mode()
+def read(model: GPT, cache: KVCache, dialogues: list[Dialogue]) -> Tensor:
+    """Scores (B, V) of the token after each of B dialogues, whose rows in the cache are in the same
+    order. Only what is new is read; of a dialogue with nothing new, its last token again."""
+    starts = []
+    new = []
+    for dialogue in dialogues:
+        start = min(dialogue.cached, len(dialogue.ids) - 1)
+        starts.append(start)
+        new.append(dialogue.ids[start:])
+    lengths = [len(ids) for ids in new]
+    longest = max(lengths)
+    # the padding on the right is written to the cache, where the next tokens replace it unread
+    padded = [ids + [0] * (longest - len(ids)) for ids in new]
+    device = cache.k.device
+    idx = torch.tensor(padded, device=device)
+
+    is_aligned = len(set(starts)) == 1
+    start = starts[0] if is_aligned else torch.tensor(starts, device=device)
+    h = model.trunk(idx, cache=cache, start=start)  # (B, T, C)
+    for dialogue in dialogues:
+        dialogue.cached = len(dialogue.ids)
+    ends = torch.tensor(lengths, device=device)
+    h = take_position(h, ends - 1)  # (B, 1, C)
+    return model.lm_head(h)[:, 0]
+
+
+class Conversation(Dialogue):
+    """A dialogue with a model.
+
+    Only new text is ever read: a turn costs its own length, not that of the history. Where oldest
+    turns had to go, what is left is read again, since its positions have changed."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SampleSettings):
+        super().__init__(model, tokenizer, settings)
+        self.model = model
+        self.cache = model.new_cache()
 
     def reply(self) -> Iterator[str]:
         """Generate the next turn, piece by piece; pieces are whole characters.
 
         The turn is closed however it ends: by the model, at max_tokens, at the end of the block, or
         because the caller stopped listening (Ctrl-C): the history stays a well-formed dialogue."""
-        self.make_room()
-        self.turns.append(len(self.ids))
-        self.reply_tokens = 0
+        self.begin_reply()
         stream = self.tokenizer.stream()
         try:
             for token in self.next_tokens():
@@ -194,35 +248,53 @@ class Conversation:
             self.ids.append(self.tokenizer.sep)
 
     def next_tokens(self) -> Iterator[int]:
-        """The tokens of a reply until the model ends it, each added to the history first."""
-        s = self.settings
-        begin = self.turns[-1]
-        ends = (self.tokenizer.sep, self.tokenizer.end)
-        last = self.block_size - 1  # room for the separator
-        while self.reply_tokens < s.max_tokens and len(self.ids) < last:
-            logits = self.next_logits()
-            banned = self.banned if self.reply_tokens else self.banned_first
-            logits = logits.index_fill(0, banned, -torch.inf)
-            so_far = self.ids[begin:]
-            token = pick(logits, so_far, s, self.generator)
-            if token in ends:
+        """The tokens of a reply until it ends, each added to the history first."""
+        while self.has_room():
+            logits = read(self.model, self.cache, [self])
+            token = self.choose(logits[0])
+            if token is None:
                 return
-            self.ids.append(token)
-            self.reply_tokens += 1
             yield token
 
 
 def replies(
     model: GPT, tokenizer: Tokenizer, prompts: list[str], settings: SampleSettings
 ) -> list[str]:
-    """One reply to each prompt, each in a conversation of its own."""
+    """One reply to each prompt, each in a dialogue of its own: what `Conversation` gives, but a
+    step of the model makes a token of many replies."""
     was_training = model.training
     model.eval()
     answers = []
-    for prompt in prompts:
-        talk = Conversation(model, tokenizer, settings)
-        talk.say(prompt)
-        reply = "".join(talk.reply())
-        answers.append(reply)
+    for first in range(0, len(prompts), ROWS):
+        some = prompts[first : first + ROWS]
+        answers += reply_together(model, tokenizer, some, settings)
     model.train(was_training)
+    return answers
+
+
+def reply_together(
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], settings: SampleSettings
+) -> list[str]:
+    """The replies to a batch of prompts. It ends with the longest of them."""
+    dialogues = []
+    for prompt in prompts:
+        dialogue = Dialogue(model, tokenizer, settings)
+        dialogue.say(prompt)
+        dialogue.begin_reply()
+        dialogues.append(dialogue)
+    longest = max(len(dialogue.ids) for dialogue in dialogues)
+    length = min(longest + settings.max_tokens, model.config.block_size)
+    cache = model.new_cache(len(dialogues), length)
+
+    going = [row for row, dialogue in enumerate(dialogues) if dialogue.has_room()]
+    while going:
+        logits = read(model, cache, dialogues)
+        spoken = [row for row in going if dialogues[row].choose(logits[row]) is not None]
+        going = [row for row in spoken if dialogues[row].has_room()]
+
+    answers = []
+    for dialogue in dialogues:
+        said = dialogue.ids[dialogue.turns[-1] :]
+        text = tokenizer.decode(said)
+        answers.append(one_line(text))
     return answers

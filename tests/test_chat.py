@@ -293,8 +293,9 @@ def test_a_terminal_session(tmp_path_factory, tiny, run, tmp_path):
     assert "again" in history.read_text(encoding="utf-8")
 
 
-def test_a_bf16_conversation_and_meta_of_a_newer_program(run, model, tmp_path):
-    assert run("chat", [model, "dtype=bfloat16"], stdin="hi\n").status == 0
+def test_a_half_precision_conversation_and_meta_of_a_newer_program(run, model, tmp_path):
+    for dtype in ("bfloat16", "float16"):
+        assert run("chat", [model, f"dtype={dtype}"], stdin="hi\n").status == 0
     shutil.copytree(model, tmp_path / "r")
     for step in (tmp_path / "r").glob("step-*"):
         meta = json.loads((step / "meta.json").read_text(encoding="utf-8"))

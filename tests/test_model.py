@@ -22,6 +22,7 @@ from model import (
     GPTConfig,
     LinearCrossEntropy,
     cross_entropy_slice,
+    sample_classes,
 )
 from smallgpt.runs.metrics import flops_per_token
 
@@ -287,6 +288,24 @@ def test_taking_back_is_only_a_smaller_start(config):
         assert_close(model.lm_head(h), model(idx)[:, start:end])
 
 
+@every_form
+@torch.no_grad()
+def test_rows_of_a_batch_go_on_from_positions_of_their_own(config):
+    """Rows of 3, 9 and 6 tokens are read padded to 9, then each goes on in pieces of 1, 4 and 1:
+    what the padding left in the cache must not be seen."""
+    model, idx = lively(GPT(config)), tokens(config, 3, 24)
+    expected, cache = model(idx), model.new_cache(batch=3, length=16)
+    starts = torch.tensor([3, 9, 6])
+    is_real = torch.arange(9) < starts[:, None]
+    model.trunk(torch.where(is_real, idx[:, :9], 0), cache=cache)
+    for n in (1, 4, 1):
+        at = starts[:, None] + torch.arange(n)
+        h = model.trunk(idx.gather(1, at), cache=cache, start=starts)
+        rows = torch.arange(3)[:, None]
+        assert_close(model.lm_head(h), expected[rows, at])
+        starts = starts + n
+
+
 def test_more_than_block_size_is_refused_with_both_numbers():
     model = GPT(SMALL)
     with pytest.raises(AssertionError, match="25 tokens exceed block_size=24"):
@@ -324,6 +343,65 @@ def test_loss_passes_gradcheck():
     h = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     w = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (h, w))
+
+
+def sampled_loss(h: Tensor, weight: Tensor, targets: Tensor, negatives: int) -> Tensor:
+    return LinearCrossEntropy.apply(
+        h, weight, targets, weight.dtype, cross_entropy_slice, negatives
+    )
+
+
+def test_sampled_classes_estimate_the_sum_of_all_without_bias():
+    """A class that stands for too many others would shift every probability."""
+    torch.manual_seed(0)
+    V = 50
+    targets = torch.tensor([3, IGNORE, 7, 3])
+    exponentials = torch.rand(V, dtype=torch.float64)
+    estimates = []
+    for _ in range(4000):
+        classes, places, correction = sample_classes(targets, V, 5)
+        assert len(classes) == len(set(classes.tolist())) == 7  # two targets and five others
+        assert places[1] == IGNORE and classes[places[[0, 2, 3]]].tolist() == [3, 7, 3]
+        estimates.append((exponentials[classes] * correction.exp()).sum())
+    estimates = torch.stack(estimates)
+    error = estimates.std() / len(estimates) ** 0.5
+    assert abs(estimates.mean() - exponentials.sum()) < 4 * error
+
+
+def test_sampled_loss_is_the_exact_one_where_nothing_is_left_out():
+    """With as many negatives as there are other classes the estimate has nothing to estimate."""
+    targets = torch.tensor([2, IGNORE, 0, 6, 6])
+    h = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    exact = linear_cross_entropy(h, w, targets)
+    sampled = sampled_loss(h, w, targets, 6)
+    assert_close(sampled, exact, 1e-12)
+    for a, b in zip(
+        torch.autograd.grad(sampled, (h, w)), torch.autograd.grad(exact, (h, w)), strict=True
+    ):
+        assert_close(a, b, 1e-12)
+
+
+def test_sampled_loss_has_the_gradient_of_its_estimate():
+    """Each draw is a function of its own: its gradient is checked with the draw held."""
+    targets = torch.tensor([2, IGNORE, 0, 6, 6])
+    h = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return sampled_loss(h, w, targets, 4)
+
+    assert torch.autograd.gradcheck(loss, (h, w))
+
+
+def test_the_loss_is_sampled_in_training_only():
+    """An evaluation with sampled classes would flatter the model."""
+    model, idx = lively(GPT(SMALL)), tokens(SMALL, 2, 8)
+    exact = model(idx, idx)
+    model.negatives = 2
+    assert_close(model.eval()(idx, idx), exact, 1e-12)
+    assert model.train()(idx, idx) != exact
 
 
 def test_loss_without_any_target_is_zero_and_so_are_its_gradients():

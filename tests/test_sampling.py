@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from smallgpt import settings
+from smallgpt import sampling, settings
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings, one_line, pick, replies
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer, TokenizerSettings, train
@@ -46,6 +46,7 @@ class Script(torch.nn.Module):
         self.config = SimpleNamespace(block_size=block_size, vocab_size=V)
         self.script, self.ranking = list(script), ranking
         self.lm_head = torch.nn.Identity()
+        self.wte = SimpleNamespace(weight=torch.zeros(1))
 
     def new_cache(self) -> SimpleNamespace:
         return SimpleNamespace(k=torch.zeros(1))
@@ -130,6 +131,19 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_settings(settings, expec
     frequencies = measure(**settings)
     assert frequencies == pytest.approx(expected, abs=0.03)
     assert [f > 0 for f in frequencies] == [p > 0 for p in expected]
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.5, 4.0], ids=["flat", "middling", "peaked"])
+def test_the_nucleus_is_that_of_the_whole_vocabulary(spread):
+    """Where the few likeliest tokens do not reach top_p, all are sorted: none must be missed."""
+    generator = torch.Generator().manual_seed(0)
+    probs = (torch.randn(3000, generator=generator) * spread).softmax(0)
+    for p in (0.05, 0.5, 0.9, 0.999):
+        kept, tokens = sampling.nucleus(probs, p)
+        assert torch.equal(kept, probs[tokens])
+        assert kept.sum() >= p - 1e-6 and kept[:-1].sum() < p + 1e-6, "it reaches p, and no further"
+        others = probs.index_fill(0, tokens, 0)
+        assert others.max() <= kept.min()
 
 
 def test_repetition_penalty_makes_what_was_said_less_likely_whatever_its_sign():
@@ -234,10 +248,42 @@ def test_the_same_seed_gives_the_same_text():
     assert texts(seed=5) == first != texts(seed=6)
 
 
-def test_replies_are_independent_of_each_other_and_leave_the_model_as_it_was():
+def one_by_one(model: GPT, prompts: list[str], s: SampleSettings) -> list[str]:
+    return [exchange(Conversation(model, TOKENIZER, s), prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [GREEDY, SampleSettings(temperature=1.5), SampleSettings(temperature=0, max_tokens=99)],
+    ids=["greedy", "sampled", "to the end of the block"],
+)
+@pytest.mark.parametrize(
+    "parts", [{}, {"pos": "learned", "norm": "layernorm", "qk_norm": False}, {"n_kv_head": 1}]
+)
+def test_replies_made_together_are_those_made_one_by_one(parts, settings):
+    """A reply must not depend on the prompts beside it: on their padding, their positions, or on
+    when they end."""
+    model = chatty(block_size=48, **parts)
+    prompts = [*TEXTS, "0123456789" * 20]
+    expected = one_by_one(model, prompts, settings)
+    assert replies(model, TOKENIZER, prompts, settings) == expected
+    assert len(set(map(len, expected))) > 1, "they end at different steps"
+
+
+def test_a_step_makes_a_token_of_every_reply(monkeypatch):
+    """The cost is that of the longest reply; more prompts than ROWS are answered in groups."""
+    model, rows = chatty(), []
+    trunk = model.trunk
+    model.trunk = lambda idx, **kwargs: rows.append(len(idx)) or trunk(idx, **kwargs)
+    monkeypatch.setattr(sampling, "ROWS", 4)
+    assert len(replies(model, TOKENIZER, TEXTS, GREEDY)) == len(TEXTS) == 6
+    assert rows == [4] * GREEDY.max_tokens + [2] * GREEDY.max_tokens
+    assert replies(model, TOKENIZER, [], GREEDY) == []
+
+
+def test_replies_leave_the_model_as_it_was():
     model, wild = chatty().train(), SampleSettings(temperature=2.0)
-    both = replies(model, TOKENIZER, ["你好", "x"], wild)
-    assert both[1:] == replies(model, TOKENIZER, ["x"], wild)
+    assert all(replies(model, TOKENIZER, ["你好", "x"], wild))
     assert model.training
     with torch.autocast(
         "cpu", torch.bfloat16

@@ -206,7 +206,7 @@ def test_a_language_model_head_of_its_own_trains_only_for_its_own_loss(
     asked, monkeypatch, trunk, freeze
 ):
     untied = open_trunk(str(trunk))
-    weights = untied.weights | {"lm_head.weight": untied.weights["wte.weight"].clone()}
+    weights = {**untied.weights, "lm_head.weight": untied.weights["wte.weight"]}
     config = replace(untied.config, tie_weights=False)
     untied = replace(untied, config=config, weights=weights)
     monkeypatch.setattr(sentiment_train, "open_trunk", lambda _: untied)

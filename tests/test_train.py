@@ -352,7 +352,7 @@ MISTAKES = [
     ("data.path={empty}", "the corpus is empty"),
     ("data.path={short}", "shorter than one block of block_size=32"),
     ("data.path={latin}", "latin.txt, line 3: not UTF-8"),
-    ("batch_tokens=250", "multiple of model.block_size=32 x 1 process(es) = 32, for example 256"),
+    ("batch_tokens=250", "model.block_size=32 x 1 data-parallel reader(s) = 32, for example 256"),
     ("run=../x", "run='../x' must be a plain folder name"),
     ("run=step-2", "run='step-2'"),
     ("resume={empty}", "there is no checkpoint"),
@@ -362,6 +362,7 @@ MISTAKES = [
     ("out_dir={empty}", "empty.txt"),
     ("data.cache={empty}", "empty.txt"),
     ("model.vocab_size=100", "model.vocab_size=100 is less than the tokenizer's"),
+    ("init=bigrams", "init=bigrams needs an LM head of its own: add model.tie_weights=false"),
 ]
 
 
@@ -382,6 +383,23 @@ def test_bfloat16_trains_and_talks(tmp_path, tiny, run):
         assert run("train", tiny(tmp_path, run=dtype, dtype=dtype)).status == 0
     exact, low = (losses(tmp_path / dtype, "train") for dtype in ("float32", "bfloat16"))
     assert low != exact and all(low[step] == pytest.approx(exact[step], rel=0.02) for step in exact)
+
+
+def test_a_run_begins_with_what_its_text_tells_of_pairs(tmp_path, tiny, run):
+    """And says so; and what it was begun with stays when it goes on."""
+    args = tiny(tmp_path, run="r", init="bigrams", model__tie_weights="false")
+    result = run("train", args)
+    assert result.status == 0, result.err
+    assert "begins with " in result.out and "pairs of tokens" in result.out
+    assert losses(tmp_path / "r", "train")[1] < 0.7 * math.log(320)
+    changed = run("train", [*args, "init=random"])
+    assert "init was bigrams and is now random" in mistake(changed)
+
+
+def test_a_run_cannot_begin_with_weights_and_with_counts(tmp_path, tiny, mistake_of):
+    """One of the two would be lost silently."""
+    args = tiny(tmp_path, init="bigrams", init_from="x", model__tie_weights="false")
+    assert "init=bigrams and init_from exclude each other" in mistake_of(train.main, args)
 
 
 @pytest.mark.slow
@@ -484,14 +502,16 @@ class Recording(Single):
 
 
 def test_another_layout_is_a_class_and_the_loop_stays(tmp_path, tiny):
-    """train_fsdp.py hands its layout to the same loop. The layout gets the plain model, makes and
-    takes its weights, owns all micro-batches of a step, gives the model that replies, and settles
+    """train_fsdp.py hands its layout to the same loop. The layout gets the plain model, takes and
+    gives weights, owns all micro-batches of a step, gives the model that replies, and settles
     after an evaluation, which ran without gradients."""
     layouts = []
 
     class Recorded(Spread):
-        def build(self, model, dtype):
+        def build(self, model, dtype, weights=None):
             layouts.append(Recording(model, self.world, dtype))
+            if weights is not None:
+                layouts[-1].set_weights(weights)
             return layouts[-1]
 
     one = World(0, 1, torch.device("cpu"))

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig
-from smallgpt.parallel.layout import cut_in_ranges
+from smallgpt.parallel.layout import Axes, Schedule, cut_in_ranges
 
 F32 = 4  # bytes of weights, gradients and the residual stream, for each number
 BUCKET = 25 * 2**20  # of gradients that DDP sums at a time
@@ -40,35 +40,16 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Axes):
     """How a step is cut: `accum` micro-batches of `rows` sequences for each process."""
 
-    pp: int
-    replicate: int
-    shard: int
-    tp: int
     rows: int
     accum: int
     recompute: int = 0  # every n-th block computes its activations again
     sequence: bool = False
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: Schedule = "1f1b"
     virtual: int = 1  # stages on each process
     reduce: int = F32  # bytes of a number in the sum of gradients
-
-    @property
-    def data(self) -> int:
-        """Processes that read different rows."""
-        return self.replicate * self.shard
-
-    @property
-    def size(self) -> int:
-        """All processes."""
-        return self.pp * self.data * self.tp
-
-    @property
-    def is_plain(self) -> bool:
-        """Does every process hold a whole model? Then it is DDP, or a single process."""
-        return self.pp * self.shard * self.tp == 1
 
     @property
     def share(self) -> int:
@@ -78,6 +59,11 @@ class Layout:
     @property
     def has_fsdp(self) -> bool:
         return not self.is_plain and self.data > 1
+
+    @property
+    def all_forward_first(self) -> bool:
+        """Do all micro-batches of a step go forward before one goes back?"""
+        return self.pp > 1 and self.schedule == "gpipe"
 
     def group(self, axis: str, per_node: int) -> Group:
         """The processes along an axis, "ends" of the pipeline, or "all". tp's are neighbours."""
@@ -97,18 +83,7 @@ class Layout:
 
     def describe(self) -> str:
         """pp 2 (1f1b) x hsdp 4x8 x tp 2, recompute 1, 8 sequences x 4"""
-        parts = []
-        if self.pp > 1:
-            parts.append(f"pp {self.pp} ({self.schedule})")
-        if self.shard > 1 and self.replicate > 1:
-            parts.append(f"hsdp {self.replicate}x{self.shard}")
-        elif self.shard > 1:
-            parts.append(f"fsdp {self.shard}")
-        elif self.replicate > 1:
-            parts.append(f"ddp {self.replicate}")
-        if self.tp > 1:
-            parts.append(f"tp {self.tp} (sequence)" if self.sequence else f"tp {self.tp}")
-        name = " x ".join(parts) or "one process"
+        name = self.name(self.schedule, self.sequence)
         recompute = f", recompute {self.recompute}" if self.recompute else ""
         return f"{name}{recompute}, {self.rows} sequences x {self.accum}"
 
@@ -121,6 +96,7 @@ class Stage:
     is_first: bool  # it has the embedding
     is_last: bool  # it has the final norm, the LM head and the loss
     in_flight: float  # micro-batches whose activations it holds at a time
+    losses: int  # those of them whose loss has been computed
 
     @property
     def layers(self) -> list[int]:
@@ -131,12 +107,14 @@ def stages(n_layer: int, layout: Layout) -> list[Stage]:
     """Those of the processes along the pipeline, in order."""
     pp, virtual, accum = layout.pp, layout.virtual, layout.accum
     ranges = cut_in_ranges(n_layer, pp * virtual)
+    # GPipe computes all losses before its first backward, the other schedules one at a time
+    losses = accum if layout.all_forward_first else 1
     found = []
     for rank in range(pp):
         behind = pp - 1 - rank
         if pp == 1:
             in_flight = 1.0
-        elif layout.schedule == "gpipe":
+        elif layout.all_forward_first:
             in_flight = accum
         elif layout.schedule == "1f1b":
             in_flight = min(accum, behind + 1)
@@ -144,7 +122,7 @@ def stages(n_layer: int, layout: Layout) -> list[Stage]:
             begun = (virtual - 1) * pp + 2 * behind + 1
             in_flight = min(accum, begun / virtual)
         parts = ranges[rank::pp]
-        found.append(Stage(parts, rank == 0, behind == 0, in_flight))
+        found.append(Stage(parts, rank == 0, behind == 0, in_flight, losses))
     return found
 
 
@@ -183,7 +161,7 @@ class Work:
     @property
     def parameters(self) -> int:
         """Numbers of the whole model."""
-        whole = Stage([], is_first=True, is_last=True, in_flight=0)
+        whole = Stage([], is_first=True, is_last=True, in_flight=0, losses=0)
         of_block = numbers(self.block())
         of_root = numbers(self.root(whole))
         return self.config.n_layer * of_block + of_root
@@ -391,18 +369,23 @@ class Process:
 
     @cached_property
     def activations(self) -> float:
-        """Of all blocks and micro-batches, where the first backward begins."""
+        """Of all blocks and micro-batches in flight."""
+        return self.activations_of(self.stage.in_flight, self.stage.losses)
+
+    def activations_of(self, in_flight: float, losses: int) -> float:
+        """Of so many micro-batches, of which the loss of so many has been computed."""
         layout = self.layout
         whole = self.blocks - self.recomputed
         of_blocks = whole * self.kept + self.recomputed * self.input
         if self.is_low and not layout.has_fsdp:
             # autocast's copies of the weights, which each micro-batch makes anew
             of_blocks += self.low * self.blocks * self.block
-        total = self.stage.in_flight * of_blocks
+        total = in_flight * of_blocks
         if layout.pp > 1:
             total += self.travelling
         if self.stage.is_last:
-            total += self.final_norm
+            # LinearCrossEntropy computes gradients in its forward: the newest count as temporary
+            total += losses * self.final_norm + max(0, losses - 1) * self.gradients_of_loss
         return total
 
     @property
@@ -410,6 +393,12 @@ class Process:
         keeps_two = self.work.kernels == "cpu" and self.config.norm == "rmsnorm"
         tensors = 2 if keeps_two else 1
         return tensors * self.stream + norm_scale(self.config) * self.tokens
+
+    @property
+    def gradients_of_loss(self) -> float:
+        """Of the hidden states and of the head's matrix, by one micro-batch."""
+        hidden = self.tokens / self.layout.tp  # tensor-parallel ranks share them
+        return F32 * self.config.n_embd * (self.config.vocab_size + hidden)
 
     @property
     def travelling(self) -> float:
@@ -434,10 +423,10 @@ class Process:
     # the moments that may be the fullest
 
     def moments(self) -> Iterator[Moment]:
-        """Of the last micro-batch."""
+        """Of the last micro-batch; where all go forward first, of the one that goes back first."""
         has_buckets = self.layout.is_plain and self.layout.data > 1  # DDP's, which stay
-        stays = has_buckets or self.layout.accum > 1
-        before = self.gradients if stays else 0.0
+        has_followed = self.layout.accum > 1 and not self.layout.all_forward_first
+        before = self.gradients if has_buckets or has_followed else 0.0
         if self.stage.is_last:
             yield self.at_the_loss(before)
         yield from self.in_the_last_block(before)
@@ -448,7 +437,7 @@ class Process:
         c = self.config
         tokens = self.tokens / self.layout.tp  # tensor-parallel ranks share them
         matrix = c.vocab_size * c.n_embd
-        results = F32 * (matrix + tokens * c.n_embd)
+        results = self.gradients_of_loss
         forward = self.gathered + self.stream + results + self.slice_of_logits(tokens)
         if self.layout.tp > 1:
             forward += F32 * matrix  # gathered
@@ -507,13 +496,19 @@ class Process:
         return width * (tensors * size * self.tokens + work.product * c.n_embd)
 
     def at_the_embedding(self) -> Moment:
-        """Backward ends: all gradients are there, the embedding's before they are summed."""
+        """Backward ends: all gradients are there, the embedding's before they are summed. Others
+        may be in flight."""
+        others = 0.0
+        if self.layout.pp > 1:
+            stage = self.stage
+            others = self.activations_of(stage.in_flight - 1, stage.losses - 1)
         temporary = self.gathered
         if self.stage.is_first:
-            temporary += 2 * F32 * self.root
+            added = 2 if self.stage.is_last else 1  # the head's, too, where it is here
+            temporary += added * F32 * self.root
         if self.layout.has_fsdp:
             temporary += self.layout.reduce * self.root
-        return Moment("embedding", self.gradients, 0.0, temporary)
+        return Moment("embedding", self.gradients, others, temporary)
 
 
 def processes(work: Work, layout: Layout) -> list[Process]:
@@ -673,8 +668,8 @@ def of_pp(process: Process) -> Iterator[Collective]:
 
 
 def of_step(process: Process) -> Iterator[Collective]:
-    """Once a step: the norm of the gradient, from that of each parameter; the number of targets,
-    and the loss."""
+    """Once a step: the norm of the gradient, from that of each parameter; the loss, with the number
+    of targets of the next step."""
     layout, stage = process.layout, process.stage
     of_block = process.work.block()
     of_root = process.work.root(stage)
@@ -688,4 +683,4 @@ def of_step(process: Process) -> Iterator[Collective]:
     if layout.pp > 1:
         yield Collective("pp", "all_reduce", "norm", 1, 8)
     if layout.size > 1:
-        yield Collective("all", "all_reduce", "targets, loss", 2, 8)
+        yield Collective("all", "all_reduce", "loss, targets", 1, 2 * 8)

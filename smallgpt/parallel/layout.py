@@ -11,11 +11,13 @@ communicates most has neighbours:
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 from torch.distributed import DeviceMesh, init_device_mesh
 
 from model import GPTConfig
@@ -26,6 +28,7 @@ from smallgpt.rows import tables
 from smallgpt.settings import Count, Positive
 
 AXES = ("pp", "replicate", "shard", "tp")
+Schedule = Literal["gpipe", "1f1b", "interleaved"]
 
 
 @dataclass
@@ -35,7 +38,7 @@ class MeshSettings:
     tp: Positive = 1  # parts that each matrix product is cut into (tensor parallel)
     sequence: bool = False  # with tp: norms and residual stream are cut, too, along the sequence
     pp: Positive = 1  # stages that the blocks are cut into (pipeline parallel)
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"  # order of a pipeline's work
+    schedule: Schedule = "1f1b"  # order of a pipeline's work
     virtual: Positive = 2  # with interleaved: stages on each process
     offload: bool = False  # weights, gradients and optimizer live in CPU memory (slow)
     reduce: Literal["float32", "bfloat16"] = "float32"  # precision of the sum of gradients
@@ -57,8 +60,48 @@ class MeshSettings:
         return self.pp * self.virtual if self.schedule == "interleaved" and self.pp > 1 else self.pp
 
 
-def sizes(s: MeshSettings, world_size: int) -> dict[str, int]:
-    """Axis -> its size. UserError unless they multiply to the number of processes."""
+@dataclass(frozen=True)
+class Axes:
+    """A mesh: the number of processes along each of its axes."""
+
+    pp: int
+    replicate: int
+    shard: int
+    tp: int
+
+    @property
+    def data(self) -> int:
+        """Processes that read different rows."""
+        return self.replicate * self.shard
+
+    @property
+    def size(self) -> int:
+        """All processes."""
+        return self.pp * self.data * self.tp
+
+    @property
+    def is_plain(self) -> bool:
+        """Does every process hold a whole model? Then it is DDP, or a single process."""
+        return self.pp * self.shard * self.tp == 1
+
+    def name(self, schedule: Schedule, sequence: bool) -> str:
+        """pp 2 (1f1b) x hsdp 4x8 x tp 2"""
+        parts = []
+        if self.pp > 1:
+            parts.append(f"pp {self.pp} ({schedule})")
+        if self.shard > 1 and self.replicate > 1:
+            parts.append(f"hsdp {self.replicate}x{self.shard}")
+        elif self.shard > 1:
+            parts.append(f"fsdp {self.shard}")
+        elif self.replicate > 1:
+            parts.append(f"ddp {self.replicate}")
+        if self.tp > 1:
+            parts.append(f"tp {self.tp} (sequence)" if sequence else f"tp {self.tp}")
+        return " x ".join(parts) or "one process"
+
+
+def axes_of(s: MeshSettings, world_size: int) -> Axes:
+    """The mesh of the settings. UserError unless it has as many processes as there are."""
     found = {axis: getattr(s, axis) for axis in AXES}
     stated = math.prod(size for size in found.values() if size)
     for axis, size in found.items():
@@ -70,7 +113,7 @@ def sizes(s: MeshSettings, world_size: int) -> dict[str, int]:
             f"{wanted} is {math.prod(found.values())} processes, but there are {world_size}: "
             "start as many (torchrun --nproc_per_node times --nnodes), or change the mesh"
         )
-    return found
+    return Axes(**found)
 
 
 def cut_in_ranges(n_layer: int, stages: int) -> list[range]:
@@ -92,13 +135,12 @@ class MeshSpread(Spread):
     def __init__(self, world: World, s: MeshSettings):
         super().__init__(world)
         self.s = s
-        self.sizes = sizes(s, world.size)
+        self.axes = axes_of(s, world.size)
 
     @property
     def is_plain(self) -> bool:
-        """Does every process hold a whole model? Then it is DDP, or a single process."""
-        cut = self.sizes["pp"] * self.sizes["shard"] * self.sizes["tp"]
-        return cut == 1 and not self.s.offload
+        """Is it DDP, or a single process? DDP offloads nothing."""
+        return self.axes.is_plain and not self.s.offload
 
     def check(self, config: GPTConfig) -> None:
         if config.n_layer < self.s.stages:
@@ -113,14 +155,16 @@ class MeshSpread(Spread):
 
             check_cut(config, self.s.tp)
 
-    @property
-    def birthplace(self) -> torch.device:
-        is_whole = self.is_plain or self.world.main
+    def birthplace(self, drawn: bool = True) -> torch.device:
+        hands_out = self.world.main and drawn
+        is_whole = self.is_plain or hands_out
         return torch.device("cpu" if is_whole else "meta")
 
-    def build(self, model: nn.Module, dtype: torch.dtype) -> Single:
+    def build(
+        self, model: nn.Module, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None
+    ) -> Single:
         if self.is_plain:
-            return super().build(model, dtype)
+            return super().build(model, dtype, weights)
         if dtype == torch.float16:
             raise UserError(
                 "dtype=float16 needs a whole model on each process (mesh.shard=1, tp=1, pp=1): "
@@ -134,13 +178,13 @@ class MeshSpread(Spread):
                 "model without it"
             )
         # half a second of imports, for those who need it
-        if self.sizes["pp"] > 1:
+        if self.axes.pp > 1:
             from smallgpt.parallel.pipeline import Pipeline as Strategy
         else:
             from smallgpt.parallel.mesh import Mesh as Strategy
-        return Strategy(model, self.world, dtype, self.make_mesh(), self.s)
+        return Strategy(model, self.world, dtype, self.make_mesh(), self.s, weights)
 
     def make_mesh(self) -> DeviceMesh:
         """The processes as a mesh. A collective."""
-        shape = tuple(self.sizes[axis] for axis in AXES)
+        shape = astuple(self.axes)
         return init_device_mesh(self.world.device.type, shape, mesh_dim_names=AXES)

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from model import GPT, GPTClassifier
 from smallgpt.adam import Optimizer
 from smallgpt.hardware import DTYPES
-from smallgpt.parallel.layout import MeshSettings
+from smallgpt.parallel.layout import Axes, MeshSettings
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.tensor import cut_matrices
 from smallgpt.parallel.world import World
@@ -36,21 +36,31 @@ from smallgpt.parallel.world import World
 class Mesh(Single):
     """A model cut over the axes shard, replicate and tp of a mesh.
 
-    Only the main process's model has weights at first; the others' lies on the meta device. The
-    main one hands them out tensor by tensor, so that no other ever holds the whole."""
+    Only the main process has weights at first, those of its model or those given; the models of the
+    others lie on the meta device. The main one hands them out tensor by tensor, so that no other
+    ever holds the whole."""
 
     frees_weights = True  # of a block, as soon as its forward has run
 
     def __init__(
-        self, model: nn.Module, world: World, dtype: torch.dtype, mesh: DeviceMesh, s: MeshSettings
+        self,
+        model: nn.Module,
+        world: World,
+        dtype: torch.dtype,
+        mesh: DeviceMesh,
+        s: MeshSettings,
+        weights: Mapping[str, Tensor] | None = None,
     ):
-        weights = {name: p.detach() for name, p in model.named_parameters()} if world.main else {}
+        if weights is None:
+            weights = {name: p.detach() for name, p in model.named_parameters()}
         model.to("meta")
         gpt_of(model).tie()
         super().__init__(model, world, dtype)
         self.mesh = mesh
         self.s = s
-        self.name = layout_name(mesh, s)
+        self.name = Axes(*mesh.shape).name(s.schedule, s.sequence)
+        if s.offload:
+            self.name += ", offloaded"
         data = mesh["replicate", "shard"]
         replicate, shard = data.get_coordinate()
         self.data_rank = replicate * data.size(1) + shard
@@ -61,7 +71,7 @@ class Mesh(Single):
         self.model.to_empty(device="cpu" if s.offload else world.device)
         if gpt_of(self.model).lm_head is not None:  # a stage of a pipeline may have none
             gpt_of(self.model).tie()
-        self.hand_out(weights)
+        self.set_weights(weights)
 
     def cut(self) -> None:
         """Cut the model, which lies on the meta device, in place."""
@@ -76,7 +86,7 @@ class Mesh(Single):
     def shard(self, root: nn.Module, blocks: nn.ModuleList) -> None:
         """FSDP2: each block is gathered by itself; embeddings, norm and heads with the root, whose
         whole they are needed for."""
-        if self.data_size == 1 and not self.s.offload:
+        if not self.is_sharded:
             return
         mesh = self.mesh["shard"]
         if self.mesh["replicate"].size() > 1:
@@ -104,6 +114,11 @@ class Mesh(Single):
             register_fsdp_forward_method(root, "run_frozen")
 
     @property
+    def is_sharded(self) -> bool:
+        """Are there others to share the weights with, or the CPU's memory to put them in?"""
+        return self.data_size > 1 or self.s.offload
+
+    @property
     def computes_loss(self) -> bool:
         """Does this process add its loss to the sum over all? Its tensor-parallel peers have the
         same."""
@@ -111,8 +126,9 @@ class Mesh(Single):
 
     # --- weights ----------------------------------------------------------------------------------
 
-    def hand_out(self, weights: Mapping[str, Tensor]) -> None:
-        """Give each process its part of the weights, which the main process holds whole. A
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Give each process its part of the weights, which the main process alone reads. A
         collective."""
         mine = self.names()
         dtype = next(self.model.parameters()).dtype
@@ -137,10 +153,6 @@ class Mesh(Single):
         """A parameter, of which this process has this part, whole: at least on the main process. A
         collective."""
         return whole_of(parameter)
-
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.names().items():
-            set_parameter(parameter, weights[name])
 
     def whole(self) -> GPT | None:
         weights = self.gather_weights()
@@ -171,11 +183,11 @@ class Mesh(Single):
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward, the root would stay gathered
 
-    def clip(self, optimizers: list[Optimizer], max_norm: float) -> float:
+    def clip(self, optimizers: list[Optimizer], max_norm: float) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = self.gradient_norm(parameters)
         nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
-        return float(norm)
+        return norm
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Norm of the whole gradient, of which these parameters have a part. A collective."""
@@ -201,18 +213,3 @@ def set_parameter(parameter: nn.Parameter, whole: Tensor) -> None:
         parameter.to_local().copy_(part.to_local())
     else:
         parameter.copy_(whole)
-
-
-def layout_name(mesh: DeviceMesh, s: MeshSettings) -> str:
-    """pp 2 (1f1b) x fsdp 4 x tp 2"""
-    parts = []
-    pp, replicate, shard, tp = mesh.shape
-    if pp > 1:
-        parts.append(f"pp {pp} ({s.schedule})")
-    if replicate > 1:
-        parts.append(f"hsdp {replicate}x{shard}")
-    elif shard > 1:
-        parts.append(f"fsdp {shard}")
-    if tp > 1:
-        parts.append(f"tp {tp}{' (sequence)' if s.sequence else ''}")
-    return " x ".join(parts) + (", offloaded" if s.offload else "")

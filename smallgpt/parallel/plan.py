@@ -7,7 +7,7 @@ what a step holds and sends. Sizes are bytes, times are seconds, speeds are per 
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -85,26 +85,35 @@ class Cluster:
         return self.usable * self.gpu.memory
 
 
+def carried(group: Group, collective: Collective) -> tuple[float, float]:
+    """Bytes of one call that each GPU passes on: over its network card, and inside its node.
+
+    They go round a ring through all processes, or round as many rings as a node has members."""
+    size = collective.size
+    if collective.operation == "send":
+        return (size, 0.0) if group.nodes > 1 else (0.0, size)
+    rounds = 2 if collective.operation == "all_reduce" else 1
+    between = size * (group.nodes - 1) / group.nodes / group.on_node
+    inside = size * (group.size - 1) / group.size if group.on_node > 1 else 0.0
+    return rounds * between, rounds * inside
+
+
 def seconds(cluster: Cluster, group: Group, collective: Collective) -> float:
-    """Time of one call: a ring through all processes, or as many rings as a node has members, each
-    with a network card of its own. All hops follow one another, and the slower link sets the pace.
-    """
+    """Time of one call. The hops of a ring follow one another; the slower link sets the pace."""
     if group.size == 1:
         return 0.0
     hops_between = group.nodes - 1
     hops_inside = group.size - 1 - hops_between
+    rounds = 1
     if collective.operation == "send":
         hops_between = min(1, hops_between)
         hops_inside = 1 - hops_between
-        inside = collective.size * hops_inside
-        between = collective.size * hops_between
-    else:
-        inside = collective.size * (group.size - 1) / group.size if group.on_node > 1 else 0.0
-        between = collective.size * hops_between / group.nodes / group.on_node
-    waiting = hops_inside * cluster.hop_inside + hops_between * cluster.hop_between
+    elif collective.operation == "all_reduce":
+        rounds = 2
+    waiting = rounds * (hops_inside * cluster.hop_inside + hops_between * cluster.hop_between)
+    between, inside = carried(group, collective)
     moving = max(inside / cluster.gpu.nvlink, between / cluster.link) / cluster.reached
-    passes = 2 if collective.operation == "all_reduce" else 1
-    return passes * (waiting + moving)
+    return waiting + moving
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -203,10 +212,12 @@ class Clock:
         exposed = rounds * (late + self.first_and_last) + (rounds - 1) * later + last
         first_sends = 2 * waiting * sends / layout.accum
         spoken = turns * self.tp + gathers + sums + copies + sends
+        none_hidden = turns * compute + spoken + end
+        expected = turns * (compute + self.tp) + exposed + first_sends + end
         return Time(
-            expected=turns * (compute + self.tp) + exposed + first_sends + end,
+            expected=min(expected, none_hidden),  # a first gather that is late counts twice
             optimistic=max(turns * compute, spoken) + self.update,
-            pessimistic=turns * compute + spoken + end,
+            pessimistic=none_hidden,
             compute=layout.accum * compute + self.update,
             bubble=waiting / turns,
         )
@@ -233,6 +244,9 @@ class Clock:
 # --- the plan -------------------------------------------------------------------------------------
 
 
+SAME_SPEED = 0.02  # speeds that differ by a smaller share count as equal
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a layout takes on a cluster."""
@@ -240,6 +254,7 @@ class Plan:
     layout: Layout
     memory: Memory  # of the process that needs most
     traffic: list[Collective]  # of the process that sends most
+    carried: tuple[float, float]  # bytes that each GPU passes on: between nodes, inside one
     time: Time  # of the slowest stage
     tokens_per_second: float
     mfu: float
@@ -252,12 +267,18 @@ def plan(work: Work, layout: Layout, cluster: Cluster) -> Plan:
     need = max((process.memory() for process in found), key=lambda need: need.total)
     time = max((Clock(process, cluster).time() for process in found), key=lambda t: t.expected)
     sent = max(map(footprint.traffic, found), key=lambda sent: sum(each.bytes for each in sent))
+    network = in_node = 0.0
+    for collective in sent:
+        between, inside = carried(layout.group(collective.axis, cluster.per_node), collective)
+        in_node += collective.count * inside
+        network += collective.count * between
     tokens = layout.data * layout.accum * layout.rows * work.config.block_size
     speed = tokens / time.expected
     return Plan(
         layout=layout,
         memory=need,
         traffic=sent,
+        carried=(network, in_node),
         time=time,
         tokens_per_second=speed,
         mfu=work.flops_per_token * speed / (cluster.size * cluster.gpu.flops),
@@ -273,13 +294,12 @@ def layout_of(
     batch_tokens, micro_batch = shares
     spread = MeshSpread(World(0, size, torch.device("cpu")), mesh)
     spread.check(work.config)
-    axes = spread.sizes
-    data = axes["replicate"] * axes["shard"]
-    cut = share_batch(batch_tokens, work.config.block_size, micro_batch, data, axes["pp"])
+    axes = spread.axes
+    cut = share_batch(batch_tokens, work.config.block_size, micro_batch, axes.data, axes.pp)
     is_interleaved = mesh.schedule == "interleaved" and mesh.pp > 1
     is_low = mesh.reduce == "bfloat16" and work.product < F32
     return Layout(
-        **axes,
+        **asdict(axes),
         rows=cut.micro,
         accum=cut.accum,
         recompute=recompute,
@@ -291,18 +311,42 @@ def layout_of(
 
 
 def search(work: Work, cluster: Cluster, batch_tokens: int, best: int) -> list[Plan]:
-    """The fastest layouts that fit into memory, one for each mesh."""
-    fastest: dict[tuple[int, ...], Plan] = {}
+    """The best layouts that fit into memory, one for each mesh."""
+    plans = []
     for candidate in candidates(work, cluster, batch_tokens):
         layout = made_to_fit(work, candidate, cluster)
-        if layout is None:
-            continue
-        found = plan(work, layout, cluster)
+        if layout is not None:
+            plans.append(plan(work, layout, cluster))
+    best_of: dict[tuple[int, ...], Plan] = {}
+    for found in ranked(plans):
+        layout = found.layout
         mesh = (layout.pp, layout.replicate, layout.shard, layout.tp)
-        if mesh not in fastest or found.tokens_per_second > fastest[mesh].tokens_per_second:
-            fastest[mesh] = found
-    ranked = sorted(fastest.values(), key=lambda found: -found.tokens_per_second)
-    return ranked[:best]
+        best_of.setdefault(mesh, found)
+    return list(best_of.values())[:best]
+
+
+def ranked(plans: list[Plan]) -> list[Plan]:
+    """The fastest first. Those within 2 % of the fastest count as equal, as a roofline is not more
+    exact: of these the one that sends least is first, least between nodes before all. So on."""
+    left = sorted(plans, key=lambda found: -found.tokens_per_second)
+    in_order = []
+    while left:
+        slowest = (1 - SAME_SPEED) * left[0].tokens_per_second
+        equal = [found for found in left if found.tokens_per_second >= slowest]
+        in_order += sorted(equal, key=lambda found: found.carried)
+        left = left[len(equal) :]
+    return in_order
+
+
+def smallest(work: Work, cluster: Cluster, batch_tokens: int) -> Plan | None:
+    """The layout that needs least memory; None where none can share the batch."""
+    recomputed = [
+        replace(layout, recompute=1) for layout in candidates(work, cluster, batch_tokens)
+    ]
+    if not recomputed:
+        return None
+    least = min(recomputed, key=lambda layout: footprint.memory(work, layout).total)
+    return plan(work, least, cluster)
 
 
 def made_to_fit(work: Work, layout: Layout, cluster: Cluster) -> Layout | None:

@@ -3,7 +3,8 @@
 A strategy owns what differs between one process, DDP and other layouts, and nothing else. The
 loops call it in this order:
 
-    model = GPT(config)                        # weights from the seed, the same on every rank
+    with spread.birthplace():
+        model = GPT(config)                    # weights from the seed, the same on every rank
     strategy = spread.build(model, dtype)      # moves it to the device and wraps it in place
     optimizers = make_optimizers(strategy.names(), ...)   # after wrapping: it sees the shards
     ...
@@ -69,11 +70,12 @@ def share_batch(
     unit = block_size * data_size * depth
     if batch_tokens % unit:
         nearest = max(1, round(batch_tokens / unit)) * unit
-        stages = f" x {depth} micro-batches (mesh.pp)" if depth > 1 else ""
-        readers = f"{data_size} {'replica(s)' if depth > 1 else 'process(es)'}"
+        parts = f"{data_size} data-parallel reader(s)"
+        if depth > 1:
+            parts += f" x {depth} micro-batches (mesh.pp)"
         raise UserError(
             f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of "
-            f"model.block_size={block_size} x {readers}{stages} = {unit}, for example {nearest}"
+            f"model.block_size={block_size} x {parts} = {unit}, for example {nearest}"
         )
     turns = batch_tokens // unit  # sequences of each of `depth` equal parts
     micro = min(micro_batch, turns)
@@ -81,6 +83,11 @@ def share_batch(
         micro -= 1
     mine = turns * depth
     return Shares(rows=mine * data_size, accum=mine // micro, micro=micro)
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its name, a tied matrix once."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 class Single:
@@ -91,11 +98,11 @@ class Single:
     batch this process reads; processes that hold parts of one replica have the same one.
     """
 
-    name = "single"
+    name = "one process"
     depth = 1  # processes in a pipeline: a step's micro-batches must be a multiple of it
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.shapes = shapes_of(model)
         self.model = model
         self.world = world
         self.data_rank = world.rank
@@ -109,7 +116,8 @@ class Single:
     def readers(self) -> str:
         """Those that read different rows, in words: each process, or each replica of several."""
         is_each = self.data_size == self.world.size
-        return f"{self.data_size} {'process(es)' if is_each else 'replica(s)'}"
+        noun = "process(es)" if is_each else "replica(s)"
+        return f"{self.data_size} {noun}"
 
     def names(self) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, a tied matrix once. Checkpoints and optimizers use these."""
@@ -124,8 +132,8 @@ class Single:
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Put all weights, whole, by canonical name, into the model. A collective; every process
-        can read them."""
+        """Put all weights, whole, by canonical name, into the model. A collective; each process
+        reads those that it needs, but where the model is cut the main process reads for all."""
         for name, p in self.names().items():
             p.copy_(weights[name])
 
@@ -177,22 +185,22 @@ class Single:
         """Back to training, after evaluations."""
         self.model.train()
 
-    def clip(self, optimizers: list[Optimizer], max_norm: float) -> float:
-        """Norm of the whole gradient before clipping it to max_norm (0 = only measure)."""
+    def clip(self, optimizers: list[Optimizer], max_norm: float) -> Tensor:
+        """Norm of the whole gradient before clipping it to max_norm (0 = only measure), a scalar on
+        the device: a GPU may still be computing it."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         parameters = clippable(list(self.model.parameters()))
-        return float(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
+        return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
 
 class DDP(Single):
     """Every process holds the whole model and a share of each batch; gradients are averaged while
     backward runs (Li et al. 2020)."""
 
-    name = "ddp"
-
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
         super().__init__(model, world, dtype)
+        self.name = f"ddp {world.size}"
         self.gradient_scale = float(world.size)  # DDP averages, the step wants the sum
         # it would cut each compiled block in two at the edge of a bucket
         torch._dynamo.config.optimize_ddp = False
@@ -214,23 +222,27 @@ class Spread:
     def check(self, config: GPTConfig) -> None:
         """UserError if a model of this shape cannot be spread like this."""
 
-    @property
-    def birthplace(self) -> torch.device:
-        """Where this process makes the model: on the CPU, or, of one that only the main process
-        ever holds whole, on the meta device, which has no memory."""
+    def birthplace(self, drawn: bool = True) -> torch.device:
+        """Where this process makes the model: on the CPU, or, of one that it never holds whole, on
+        the meta device, which has no memory. drawn: are its weights drawn, and not read?"""
         return torch.device("cpu")
 
-    def build(self, model: nn.Module, dtype: torch.dtype) -> Single:
+    def build(
+        self, model: nn.Module, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None
+    ) -> Single:
         """Move the model to the device, wrap it in place, and give its strategy: DDP for several
         processes, Single for one.
 
-        dtype: precision of matrix products. The model must hold its weights already; optimizers
-        are made from `names()` afterwards."""
-        strategy = DDP if self.world.size > 1 else Single
+        dtype: precision of matrix products. weights: whole, by canonical name, those to begin with
+        instead of the model's own. Optimizers are made from `names()` afterwards."""
+        kind = DDP if self.world.size > 1 else Single
         found = tables(model)
-        if found and strategy is DDP and self.world.device.type == "cuda":
+        if found and kind is DDP and self.world.device.type == "cuda":
             raise UserError(
                 f"NCCL cannot sum the sparse gradient of {found[0]} over several GPUs: use one, or "
                 "a model without it"
             )
-        return strategy(model.to(self.world.device), self.world, dtype)
+        strategy = kind(model.to(self.world.device), self.world, dtype)
+        if weights is not None:
+            strategy.set_weights(weights)
+        return strategy

@@ -8,15 +8,17 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -24,8 +26,11 @@ from torch.distributed import distributed_c10d
 
 from smallgpt.console import UserError
 from smallgpt.hardware import choose_device
-from smallgpt.parallel.peers import Peers, choose_interface, meet
+from smallgpt.parallel.peers import Peers
+from smallgpt.parallel.roll_call import choose_interface, meet
 
+PULSE = 0.5  # seconds after which the others hear that the main process still works
+T = TypeVar("T")
 # machines may see the same files in different places
 PATHS = ("out_dir", "data.path", "data.test_path", "data.cache", "trunk", "resume", "init_from")
 
@@ -53,11 +58,43 @@ class World:
         torch.distributed.all_reduce(sums)
         return sums.tolist()
 
+    def by_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the main process, for every process. A collective.
+
+        The work may take longer than `timeout`: it has a thread, and meanwhile the processes go on
+        to exchange that they are there. It must not communicate itself."""
+        if self.size == 1:
+            return work()
+        future = in_thread(work) if self.main else None
+        working = True
+        while working:
+            if future:
+                wait([future], timeout=PULSE)
+            is_working = future is not None and not future.done()
+            working = self.sum(is_working)[0] > 0
+        result = [future.result() if future else None]
+        torch.distributed.broadcast_object_list(result)
+        return result[0]
+
     def must_agree(self, files: str, *values: float) -> None:
         """UserError unless all processes hold the same values, which they read from these files.
         A collective."""
         if self.sum(*values) != [value * self.size for value in values]:
             raise UserError(f"the processes see different files: all machines must share {files}")
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """Begin the work in a thread that does not hold up the end of the process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # raised again by future.result()
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 @contextmanager
@@ -131,6 +168,7 @@ def join_group(world: World, peers: Peers, timeout: int, offload: bool) -> None:
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(world.device)
+        peers.gpu = world.device
     backend = "nccl" if on_gpu else "gloo"
     if on_gpu and offload:
         backend = "cpu:gloo,cuda:nccl"  # what lies in CPU memory goes by gloo

@@ -9,6 +9,11 @@
 `state/` is written by torch.distributed.checkpoint through its safetensors storage (the default
 one pickles), and can be read by any number of processes. It holds no random state: the loops
 derive all randomness from (seed, step, rank).
+
+A folder is found by the sizes of its files, which takes no time. The bytes are compared, by the
+checksums in meta.json, by who reads them: those of the weights before the first tensor is read,
+however few are wanted; those of the optimizer state before it is put together from slices of
+several files, by all processes, which divide the files among themselves.
 """
 
 import hashlib
@@ -28,17 +33,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from model import GPTConfig
 from smallgpt.adam import Optimizer, is_cut
 from smallgpt.console import UserError
-from smallgpt.files import flush, write_atomic
-from smallgpt.parallel.strategy import Single
+from smallgpt.files import checksum, flush, write_atomic
+from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World
+from smallgpt.runs import lazy
+from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import Tokenizer
 
+WEIGHTS = "model.safetensors"
+ASIDE = ".old"  # ends the name of a step folder while another one takes its place
 FORMAT = 2  # of meta.json
 READABLE = (1, 2)  # 1 had no sources and no settings: its runs can be used, but not continued
 
@@ -67,6 +76,18 @@ class Checkpoint:
         unknown = {"kind": "unknown", "name": f"the text of {self.path}"}
         return self.meta.get("sources", [unknown])
 
+    def verify(self, *names: str) -> None:
+        """UserError if one of these files holds other bytes than were written. Of files that an
+        older version wrote nothing is known."""
+        checksums = self.meta.get("crc32", {})
+        for name in names:
+            file = self.path / name
+            if name in checksums and checksum(file) != checksums[name]:
+                raise UserError(
+                    f"{file} is damaged, some of its bytes have changed since they were written: "
+                    + instead_of(self.path)
+                )
+
 
 # --- finding --------------------------------------------------------------------------------------
 
@@ -82,13 +103,24 @@ def why_damaged(path: Path) -> str:
         return "its meta.json is unreadable"
     if meta.get("format") not in READABLE:
         return f"its format is {meta.get('format')}, this program reads {READABLE[-1]}"
-    if path / "model.safetensors" not in sizes:
+    if path / WEIGHTS not in sizes:
         return "it has no weights"
     for file, size in sizes.items():
         found = file.stat().st_size if file.is_file() else 0
         if found != size:
             return f"{file.relative_to(path)} has {found} bytes instead of {size}"
     return ""
+
+
+def instead_of(damaged: Path) -> str:
+    """What to do about a damaged step folder, in words."""
+    others = [path for path in step_folders(damaged.parent) if path.name != damaged.name]
+    whole = [path for path in others if not why_damaged(path)]
+    if not whole:
+        return (
+            f"there is no other checkpoint in {damaged.parent}, start again with another run=name"
+        )
+    return f"delete {damaged}, and {whole[-1]} takes its place"
 
 
 def is_step_name(name: str) -> bool:
@@ -252,16 +284,21 @@ class Saver:
         return f"process {rank} does not see {self.run}, a folder that all machines must share"
 
     def write(
-        self, write_state: Callable[[], object], weights: dict[str, torch.Tensor], meta: dict
+        self,
+        write_state: Callable[[], dict[str, int]],
+        weights: dict[str, torch.Tensor],
+        meta: dict,
     ) -> None:
         """Write this process's files, and publish the folder: write_state returns when all
-        processes have written their state."""
+        processes have written their state, and gives the checksums of its files."""
         try:
-            write_state()
+            checksums = write_state()
             if self.world.main:
                 contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-                save_file(contiguous, self.temporary / "model.safetensors")
-                publish(self.temporary, self.final, meta)
+                file = self.temporary / WEIGHTS
+                save_file(contiguous, file)
+                checksums[WEIGHTS] = checksum(file)
+                publish(self.temporary, self.final, {**meta, "crc32": checksums})
                 point(self.run, "latest", self.step)
         except (OSError, SafetensorError) as problem:
             self.error = brief(problem)
@@ -295,6 +332,8 @@ class Saver:
             return
         problem = self.problem()
         shutil.rmtree(self.temporary, ignore_errors=True)
+        if self.world.main:
+            put_back(self.run)
         self.step = 0
         raise UserError(problem)
 
@@ -378,9 +417,23 @@ def publish(temporary: Path, final: Path, meta: dict) -> None:
         file.chmod(usual_mode)  # safetensors lets only their owner read them
     for file in [*files, temporary / "meta.json", temporary / "state", temporary]:
         flush(file)
-    shutil.rmtree(final, ignore_errors=True)  # a damaged folder of the same step
+    aside = final.with_name(f".{final.name}{ASIDE}")
+    if final.exists():  # it was damaged, or training has gone back behind it
+        os.replace(final, aside)
     os.replace(temporary, final)
     flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(run: Path) -> None:
+    """Give the step folders that were put aside, for one that was then not published, their names
+    again."""
+    for aside in run.glob(f".step-*{ASIDE}"):
+        final = aside.with_name(aside.name.removeprefix(".").removesuffix(ASIDE))
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(aside, final)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -395,35 +448,17 @@ def reading(file: Path) -> Iterator[None]:
         raise UserError(f"{file} does not hold valid safetensors: {brief(problem)}") from None
 
 
-class Weights(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file by name, on the CPU, each read when it is asked for: a
-    process that keeps a part of each never holds them all."""
-
-    def __init__(self, file: Path):
-        self.file = safe_open(file, framework="pt")
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        names = self.file.keys()
-        for name in names:
-            self.shapes[name] = tuple(self.file.get_slice(name).get_shape())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
-        return self.file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+def open_weights(checkpoint: Checkpoint) -> Weights:
+    """The saved weights, verified when the first tensor is read."""
+    file = checkpoint.path / WEIGHTS
+    with reading(file):
+        return lazy.in_file(file, partial(checkpoint.verify, WEIGHTS))
 
 
 def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> Weights:
     """The saved weights. Every name and shape must be as wanted, or UserError names one that is
     not."""
-    file = checkpoint.path / "model.safetensors"
-    with reading(file):
-        weights = Weights(file)
+    weights = open_weights(checkpoint)
     found = weights.shapes
     names = sorted(wanted.keys() | found.keys())
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
@@ -439,16 +474,21 @@ def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Put the saved weights into a plain model."""
-    parameters = dict(model.named_parameters())
-    wanted = {name: tuple(p.shape) for name, p in parameters.items()}
-    weights = read_weights(checkpoint, wanted)
+    weights = read_weights(checkpoint, shapes_of(model))
     with torch.no_grad():
-        for name, p in parameters.items():
+        for name, p in model.named_parameters():
             p.copy_(weights[name])
 
 
 def all_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def verify_state(checkpoint: Checkpoint, world: World) -> None:
+    """UserError, in the process that finds it, if the optimizer state is damaged. The processes
+    divide its files among themselves, whoever needs which of them."""
+    names = sorted(name for name in checkpoint.meta["files"] if name.startswith("state/"))
+    checkpoint.verify(*names[world.rank :: world.size])
 
 
 def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[Optimizer]) -> None:
@@ -486,16 +526,19 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
             f"the optimizer state in {checkpoint.path} belongs to another optimizer or "
             "other parameters"
         )
+    verify_state(checkpoint, strategy.world)
     with reading(folder):
         state.load(targets, folder)
 
 
-def digest(weights: dict[str, torch.Tensor]) -> str:
-    """A hash of weights by name: whether two are the same, wherever they lie."""
+def digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of weights by name: whether two are the same, wherever they lie. They are read one
+    after the other."""
     found = hashlib.blake2b(digest_size=12)
     for name in sorted(weights):
+        content = weights[name].cpu().flatten().view(torch.uint8)
         found.update(name.encode())
-        found.update(weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(content.numpy())
     return found.hexdigest()
 
 

@@ -5,7 +5,7 @@ The loop calls the run, the run never calls the loop:
     with Run(s, world) as run:
         run.identify(facts)                   # data, tokenizer, shape: is it the same run?
         ...                                   # model, strategy, optimizers
-        run.resume(strategy, optimizers)
+        run.resume(strategy, optimizers)      # the optimizers' state; the weights are there
         run.begin(max_steps, {...})           # config.yaml; what is about to happen
         for step in run.steps(max_steps, save_every):
             if run.due(eval_every):
@@ -92,6 +92,8 @@ class Run:
     def __enter__(self) -> "Run":
         self.stack.enter_context(lock(self.folder, self.world.main))
         try:
+            if self.world.main:
+                checkpoint.put_back(self.folder)
             self.world.sum(0)  # what this one replaces has written its last checkpoint
             self.look_up()
         except BaseException:
@@ -149,12 +151,11 @@ class Run:
             check_same(self.found, self.identity, settings.identity(type(self.s)()))
 
     def resume(self, strategy: Single, optimizers: list[Optimizer]) -> None:
-        """Put the state of the checkpoint to continue from into model and optimizers, if there is
-        one."""
+        """Put the state of the checkpoint to continue from, if there is one, into the optimizers.
+        The model was built with its weights."""
         self.strategy = strategy
         self.optimizers = optimizers
         if self.found:
-            strategy.set_weights(checkpoint.read_weights(self.found, strategy.shapes))
             checkpoint.load_optimizers(self.found, strategy, optimizers)
             if self.found.meta["scaler"]:  # empty where that run needed none
                 strategy.scaler.load_state_dict(self.found.meta["scaler"])

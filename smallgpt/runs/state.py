@@ -14,16 +14,25 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import SavePlan, SavePlanner
+from torch.distributed.checkpoint import Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+
+from smallgpt.files import checksum
 
 
 class StateWriter(dcp.HuggingFaceStorageWriter):
     """PyTorch's writer of safetensors, but without its copy of all tensors into one bytes object:
-    Python's lock is held for it, and a training beside it stands still."""
+    Python's lock is held for it, and a training beside it stands still.
+
+    Each process computes the checksum of its file, and the main one collects them."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), save_distributed=True)
+        self.checksums: dict[str, int] = {}  # by name in the step folder; on the main process
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list]:
         tensors = {}
+        results = []
         offsets = {}  # of the part of each tensor that this process holds
         for item in plan.items:
             name = item.index.fqn
@@ -40,9 +49,15 @@ class StateWriter(dcp.HuggingFaceStorageWriter):
                 "DCP_SHARDING_INFO": json.dumps(offsets),
             }
             save_file(tensors, file, metadata)
+            results.append((f"state/{file.name}", checksum(file)))
         done = torch.futures.Future()
-        done.set_result([])
+        done.set_result(results)
         return done
+
+    def finish(self, metadata: Metadata, results: list[list[tuple[str, int]]]) -> None:
+        """results: what write_data has given on each process."""
+        for of_process in results:
+            self.checksums.update(of_process)
 
 
 @contextmanager
@@ -55,26 +70,29 @@ def raised_as(kind: type[Exception]) -> Iterator[None]:
         raise kind(str(first)) from None
 
 
-def save(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write the tensors that this process holds. OSError if any process fails. A collective."""
-    writer = StateWriter(str(folder), save_distributed=True)
+def save(tensors: Mapping[str, torch.Tensor], folder: Path) -> dict[str, int]:
+    """Write the tensors that this process holds. Returns, on the main process, the checksum of each
+    file, by its name in the step folder. OSError if any process fails. A collective."""
+    writer = StateWriter(folder)
     alone = not dist.is_initialized()
     with raised_as(OSError):
         dcp.save(tensors, storage_writer=writer, no_dist=alone)
+    return writer.checksums
 
 
 def save_async(
     tensors: Mapping[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
-) -> Callable[[], None]:
+) -> Callable[[], dict[str, int]]:
     """Copy the tensors and begin to write them, in a thread; what is returned waits for its end, as
     `save` does. A collective, in a group of its own."""
-    writer = StateWriter(str(folder), save_distributed=True)
+    writer = StateWriter(folder)
     alone = not dist.is_initialized()
     writing = dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
 
-    def wait() -> None:
+    def wait() -> dict[str, int]:
         with raised_as(OSError):
             writing.result()
+        return writer.checksums
 
     return wait
 

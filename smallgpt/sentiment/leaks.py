@@ -14,6 +14,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,18 +336,17 @@ def check(
     world: World,
     allowed: bool,
 ) -> list[str]:
-    """What `search` finds, in words for a report. Rank 0 searches and has the words.
+    """What `search` finds, in words for a report. The main process searches, for all: a collective.
 
-    UserError on every rank if anything is found and that is not `allowed`."""
-    result = search(tests, sources, cache) if world.main else Search(len(tests))
-    found = int(world.sum(result.found)[0])
-    if found and not allowed:
+    UserError if anything is found and that is not `allowed`."""
+    result = world.by_main(partial(search, tests, sources, cache))
+    if result.found and not allowed:
         raise UserError(
-            f"{found} of {len(tests):,} test texts are in what {trunk_name} was trained on: take "
-            "another trunk, train it without them (`python scripts/data.py text` writes such a "
-            "text), or set allow_leaks=true"
+            f"{result.found} of {len(tests):,} test texts are in what {trunk_name} was trained on: "
+            "take another trunk, train it without them (`python scripts/data.py text` writes such "
+            "a text), or set allow_leaks=true"
         )
-    return [result.note()] if world.main else []
+    return [result.note()]
 
 
 # ---- texts to pretrain on

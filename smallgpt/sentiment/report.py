@@ -265,7 +265,7 @@ def provenance(result: Result) -> list[str]:
         "the test split was scored after training, and chose nothing.",
         "",
     ]
-    for key in ("trunk", "mask", "freeze", "seed", "trainable"):
+    for key in ("trunk", "mask", "freeze", "seed", "trainable", "device"):
         lines.append(f"- {key}: {result[key]}")
     for note in result["notes"]:
         lines.append(f"- {note}")

@@ -2,17 +2,19 @@
 
     read            a folder, as transformers saves it -> GPTConfig, weights, Tokenizer
     read_config     config.json -> GPTConfig
-    load_tensors    model.safetensors or pytorch_model.bin -> tensors by the names of the file
+    open_tensors    model.safetensors or pytorch_model.bin -> tensors by the names of the file
     trunk_weights   those tensors by the names of model.GPT, heads and masks left out
     check_shapes    are these the weights of that model? Also asked of runs and of small-gpt
     tokenizer_of    vocab.json and merges.txt, the same under OpenAI's names, or tokenizer.json
 
+A tensor is read when it is asked for, but for those that torch.save wrote in its oldest format.
 Nothing is unpickled: what torch.save wrote is read with weights_only=True.
 """
 
 import json
 import re
 import zipfile
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,13 +24,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from torch import Tensor
 
 from model import GPT, GPTConfig
 from smallgpt.console import UserError
-from smallgpt.runs import checkpoint
+from smallgpt.parallel.strategy import shapes_of
+from smallgpt.runs import checkpoint, lazy
+from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import STAND_INS, Tokenizer, bytes_of, named
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -97,7 +100,7 @@ PUBLISHED_ROWS = 50257  # of the tokenizer that OpenAI published with GPT-2
 SPECIAL = re.compile(r"<.+>|\[.+\]")  # how a token looks that no merge makes, such as [PAD]
 
 
-def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
+def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
     """A folder with a GPT-2 with any head or none, as transformers saves it.
 
     The weights are float32, by the names of model.GPT. UserError names what is missing, damaged
@@ -106,22 +109,22 @@ def read(folder: Path) -> tuple[GPTConfig, dict[str, Tensor], Tokenizer]:
     return config, weights, tokenizer_of(folder, config.vocab_size)
 
 
-def read_model(folder: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+def read_model(folder: Path) -> tuple[GPTConfig, Weights]:
     """The model of a folder without its tokenizer."""
     source, files = weight_files(folder)
     config_file = folder / "config.json"
     config = read_config(config_file)
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, LazyTensor] = {}
     for file in files:
-        tensors |= load_tensors(file)
-    weights = from_conv1d(trunk_weights(tensors))
-    rows = len(weights.get("wte.weight", ()))
+        tensors |= open_tensors(file).tensors
+    weights = from_conv1d(trunk_weights(Weights(tensors)))
+    rows, *_ = weights.shapes.get("wte.weight", (0,))
     if rows and rows != config.vocab_size:
         raise UserError(
             f"{config_file} has vocab_size {config.vocab_size}, and the embedding in {source} has "
             f"{rows} rows: take both files from the same model, or set vocab_size to {rows}"
         )
-    check_shapes(weights, config, source)
+    check_shapes(weights.shapes, config, source)
     return config, weights
 
 
@@ -195,13 +198,13 @@ def shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def load_tensors(file: Path) -> dict[str, Any]:
+def open_tensors(file: Path) -> Weights:
     """What save_file or torch.save wrote, if it is a dictionary of tensors and plain values."""
-    check_download(file)
     if file.suffix != ".safetensors":
-        return torch_load(file)
+        return lazy.in_memory(torch_load(file))
+    check_download(file)
     try:
-        return load_file(file)
+        return lazy.in_file(file)
     except SafetensorError as e:
         raise UserError(
             f"{file} does not hold valid safetensors ({e}): download it again"
@@ -210,6 +213,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
 
 def torch_load(file: Path) -> dict[str, Any]:
     """What torch.save wrote. Anything but tensors and plain values is refused unexecuted."""
+    check_download(file)
     # mapped into memory, where the format allows: an optimizer beside the weights is never read
     mmap = zipfile.is_zipfile(file)
     try:
@@ -222,14 +226,14 @@ def torch_load(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def trunk_weights(tensors: dict[str, Any]) -> dict[str, Tensor]:
+def trunk_weights(theirs: Weights) -> Weights:
     """The tensors of a trunk, in float32, by our names; masks and heads are left out."""
     weights = {}
-    for theirs, tensor in tensors.items():
-        name = our_name(theirs)
-        if name and isinstance(tensor, Tensor):
-            weights[name] = tensor.float()
-    return weights
+    for their_name, tensor in theirs.tensors.items():
+        name = our_name(their_name)
+        if name:
+            weights[name] = tensor.then(Tensor.float)
+    return Weights(weights)
 
 
 def our_name(theirs: str) -> str:
@@ -241,31 +245,33 @@ def our_name(theirs: str) -> str:
     return name if match["block"] is None else f"blocks.{match['block']}.{name}"
 
 
-def from_conv1d(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_conv1d(weights: Weights) -> Weights:
     """GPT-2's matrices as nn.Linear has them.
 
     Its Conv1D keeps them as (in, out), nn.Linear as (out, in); and its c_attn is q, k and v in
     one, (3 C, C) once it is transposed, with a bias (3 C,)."""
     linear = {}
-    for name, w in weights.items():
-        if name.endswith(CONV1D) and w.dim() == 2:
-            w = w.t().contiguous()
+    for name, tensor in weights.tensors.items():
+        if name.endswith(CONV1D) and tensor.like.dim() == 2:
+            tensor = tensor.then(Tensor.t)
         if ".qkv." not in name:
-            linear[name] = w
+            linear[name] = tensor
             continue
-        q, k, v = w.tensor_split(3)
-        linear[name.replace("qkv", "q")] = q
-        linear[name.replace("qkv", "k")] = k
-        linear[name.replace("qkv", "v")] = v
-    return linear
+        for number, letter in enumerate("qkv"):
+            linear[name.replace("qkv", letter)] = tensor.then(partial(third, number=number))
+    return Weights(linear)
 
 
-def check_shapes(weights: dict[str, Tensor], config: GPTConfig, file: Path) -> None:
-    """UserError unless the weights that were read from `file` are all those of GPT(config)."""
+def third(w: Tensor, number: int) -> Tensor:
+    """q, k or v (C, ...) of all three (3 C, ...)."""
+    return w.tensor_split(3)[number]
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], config: GPTConfig, file: Path) -> None:
+    """UserError unless the shapes, of weights in `file`, are all those of GPT(config)."""
     with torch.device("meta"):  # names and shapes only: no memory, no random numbers
         model = GPT(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
+    expected = shapes_of(model)
     surplus = sorted(found.keys() - expected.keys())
     for name in [*expected, *surplus]:
         is_now, should_be = found.get(name, "absent"), expected.get(name, "absent")

@@ -2,28 +2,30 @@
 
     open_model      a run -> (Checkpoint, GPT, Tokenizer), to talk to or to ask
     open_trunk      any of the three -> Trunk, to fine-tune
-    grow            rows for the token ids that a trunk does not have yet
+    load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
     digest          a hash of the weights that a trunk has now
 
 A Trunk is the same thing wherever it comes from: the GPTConfig, float32 weights by the names of
-model.GPT, and a tokenizer whose ids are the rows of those weights. Nothing is unpickled.
+model.GPT, and a tokenizer whose ids are the rows of those weights. Opening it reads names and
+shapes; a tensor is read when it is asked for. Nothing is unpickled.
 """
 
 import functools
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
 from smallgpt.console import UserError, shell_word
-from smallgpt.runs import checkpoint
+from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
+from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer
 from smallgpt.weights import gpt2
 
@@ -34,7 +36,8 @@ SMALL_GPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "b
 
 @dataclass
 class Trunk:
-    """A pretrained model. Its tokenizer may have more ids than it has rows: `grow` gives them some.
+    """A pretrained model. Its tokenizer may have more ids than it has rows: `load_trunk` gives them
+    some.
 
     A source is a dictionary of one of three kinds:
         {"kind": "text", "path": "/data/chat.txt", "weight": 1.0, "sha256": "9f86..."}
@@ -43,7 +46,7 @@ class Trunk:
     """
 
     config: GPTConfig  # vocab_size = rows of the weights
-    weights: dict[str, Tensor]  # float32; no lm_head.weight where it is tied
+    weights: Mapping[str, Tensor]  # float32; no lm_head.weight where it is tied
     tokenizer: Tokenizer
     rows: int  # of the embedding that come from pretraining; ids >= rows are new
     name: str  # for reports
@@ -98,19 +101,20 @@ def digest(path: str) -> str:
         return ""
 
 
-def grow(weights: dict[str, Tensor], rows: int, std: float = 0.02) -> dict[str, Tensor]:
-    """The weights with `rows` rows in wte (V, C), and in an untied lm_head, for new tokens.
+@torch.no_grad()
+def load_trunk(gpt: GPT, trunk: Trunk, std: float = 0.02) -> None:
+    """Put a trunk's weights into a GPT of its shape that may have more tokens.
 
-    New rows are normal(0, std) and come last. The old ones stay bit for bit; where there are
-    enough, nothing changes."""
-    grown = dict(weights)
-    for name in ("wte.weight", "lm_head.weight"):
-        if name in weights:
-            old = weights[name]
-            missing = max(0, rows - len(old))
-            new = std * torch.randn(missing, old.size(1))
-            grown[name] = torch.cat([old, new])
-    return grown
+    The rows of new tokens, in the embedding and in an untied LM head, are normal(0, std). The old
+    ones stay bit for bit."""
+    for name, p in gpt.named_parameters():
+        weight = trunk.weights[name]
+        if weight.shape == p.shape:
+            p.copy_(weight)
+            continue
+        rows = len(weight)
+        p[:rows] = weight
+        p[rows:] = std * torch.randn(len(p) - rows, *p.shape[1:])
 
 
 # --- runs of train.py and sentiment_train.py ------------------------------------------------------
@@ -120,15 +124,15 @@ def _open_run(path: str) -> Trunk:
     """A checkpoint of train.py; or of a classifier, which keeps its trunk under gpt.*"""
     found = checkpoint.required(path)
     tokenizer = checkpoint.tokenizer_of(found)
-    file = found.path / "model.safetensors"
-    with checkpoint.reading(file):
-        tensors = load_file(file)
-    tensors.pop("head.weight", None)
-    weights = {name.removeprefix("gpt."): tensor.float() for name, tensor in tensors.items()}
+    tensors = {}
+    for name, tensor in checkpoint.open_weights(found).tensors.items():
+        if name != "head.weight":
+            tensors[name.removeprefix("gpt.")] = tensor.then(Tensor.float)
+    weights = Weights(tensors)
 
-    rows = len(weights["wte.weight"])
+    rows = weights.shapes["wte.weight"][0]
     config = checkpoint.model_config(found.meta["model"] | {"vocab_size": rows}, found.path)
-    gpt2.check_shapes(weights, config, file)
+    gpt2.check_shapes(weights.shapes, config, found.path / checkpoint.WEIGHTS)
     head = found.meta.get("head", {})
     return Trunk(
         config,
@@ -185,7 +189,7 @@ def _open_small_gpt(file: Path) -> Trunk:
         raise UserError(
             f"{file} is a file of a model: give the folder that holds it, {file.parent}"
         )
-    found = gpt2.load_tensors(file)
+    found = gpt2.torch_load(file)
     for key in ("state_dict", *SMALL_GPT_SIZES):
         if key not in found:
             raise UserError(
@@ -194,8 +198,8 @@ def _open_small_gpt(file: Path) -> Trunk:
             )
     sizes = {key: found[key] for key in SMALL_GPT_SIZES}
     config = checkpoint.model_config(gpt2.FORM | sizes, file)
-    weights = gpt2.trunk_weights(found["state_dict"])
-    gpt2.check_shapes(weights, config, file)
+    weights = gpt2.trunk_weights(lazy.in_memory(found["state_dict"]))
+    gpt2.check_shapes(weights.shapes, config, file)
 
     corpus = _corpus_beside(file)
     tokenizer = _small_gpt_tokenizer(corpus, config.vocab_size)

@@ -144,7 +144,7 @@ def train(case: Case, strategy: Single, data_size: int) -> dict:
         count = sum(len(batch.labels) for batch in everyone)
         loss = strategy.forward_backward(batches, case.loss_of, 1 / count)
         losses.append(strategy.sum(float(loss))[0] / count)
-        norms.append(strategy.clip(optimizers, OPTIM.clip))
+        norms.append(float(strategy.clip(optimizers, OPTIM.clip)))
         update(optimizers, strategy.scaler, norms[-1])
         seen = case.batch(5, 16, torch.Generator().manual_seed(100 + step))
         found = strategy.evaluate(*seen.inputs)
@@ -195,7 +195,7 @@ def compare(case: Case, world: World) -> dict:
     """The cut model beside one process, on the main process."""
     spread = MeshSpread(world, case.mesh)
     spread.check(GPTConfig(**{**TINY, **case.config}))
-    with spread.birthplace:
+    with spread.birthplace():
         model = case.model()
     strategy = spread.build(model, torch.float64)
     begun = copies(strategy.gather_weights())

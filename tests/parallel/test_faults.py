@@ -2,12 +2,16 @@
 
 import signal
 import socket
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import faults
 from helpers import Result, command, drawn_seed, mistake, sentence, wait_for
+from smallgpt.parallel import peers
 
 TIMEOUT = 10  # seconds, in which all must have started on a busy machine, too
 CASES = [
@@ -90,6 +94,22 @@ def test_who_hangs_is_named_with_the_line_where(ends):
         said = without_host(result)
         assert "others waited in vain for process 1 (at tests/misbehaving.py:" in said
         assert "in misbehave)" in said
+
+
+def test_a_process_that_waits_for_its_gpu_does_not_hang(monkeypatch):
+    """Regression: with NCCL the main thread waits at a line of ours, for a number of the GPU, where
+    the collective is; such a process was called hung. (A stand-in for the GPU.)"""
+    gpu = torch.device("cuda", 1)
+    main = threading.main_thread()
+    has_ended = {gpu: False}
+
+    def default_stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(query=lambda: has_ended[device])
+
+    monkeypatch.setattr(torch.cuda, "default_stream", default_stream)
+    assert peers.place_of(main, gpu) == peers.WAITING
+    has_ended[gpu] = True
+    assert peers.place_of(main, gpu).endswith("in place_of")
 
 
 def without_host(result: Result) -> str:

@@ -101,8 +101,8 @@ def test_a_batch_fills_the_pipeline():
     with pytest.raises(UserError) as error:
         share_batch(32 * 4, 32, 16, data_size=2, depth=4)
     assert str(error.value).endswith(
-        "a multiple of model.block_size=32 x 2 replica(s) x 4 micro-batches (mesh.pp) = 256, "
-        "for example 256"
+        "a multiple of model.block_size=32 x 2 data-parallel reader(s) x 4 micro-batches "
+        "(mesh.pp) = 256, for example 256"
     )
 
 

@@ -191,7 +191,7 @@ def test_mistakes_are_said_once(out, tiny, run_ranks):
         run_ranks(2, tiny(out, run="x", data__path="/no/such/file.txt"))
     )
     message = one_message(run_ranks(2, tiny(out, run="x", batch_tokens=32)))
-    assert "multiple of model.block_size=32 x 2 process(es) = 64, for example 64" in message
+    assert "model.block_size=32 x 2 data-parallel reader(s) = 64, for example 64" in message
 
 
 @pytest.fixture
@@ -248,6 +248,32 @@ def test_machines_with_different_settings_are_told(out, tiny, start, change):
     key, _, value = change.partition("=")
     assert f"the processes were started differently: {key} is " in message
     assert f"{value} in process 1 on " in message
+
+
+def main() -> None:
+    """What each of two processes does: it may wait for the other one for two seconds only."""
+    with world.start("cpu", timeout=2) as both:
+
+        def work() -> str:
+            assert both.main
+            time.sleep(4)
+            return "found"
+
+        assert both.by_main(work) == "found"
+        print("all know it", flush=True)
+
+        def fail() -> None:
+            raise UserError("what the main process reads is damaged")
+
+        both.by_main(fail)
+
+
+def test_the_others_wait_for_long_work_of_the_main_process(run_ranks):
+    """Regression: a search of many minutes, such as the one for test texts in a corpus, ended the
+    run: the others waited for it in a sum of their own, which has a time limit."""
+    results = run_ranks(2, [], script="parallel.test_world")
+    assert [result.out for result in results] == ["all know it\n"] * 2, results[0].err
+    assert one_message(results).endswith("what the main process reads is damaged")
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])

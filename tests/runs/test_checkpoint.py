@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, read without unpickling, never outside the run folder."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -149,6 +150,80 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, kind):
         spoil(saved / f"step-0000000{step}")
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         checkpoint.find(saved, said.append)
+
+
+def flip_a_byte(file: Path) -> None:
+    """In the middle of its tensors."""
+    data = bytearray(file.read_bytes())
+    data[-60] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_flipped_byte_is_found_when_it_is_read(saved):
+    """Regression: only sizes were compared, and a model with wrong numbers was used."""
+    step = saved / "step-00000003"
+    found = checkpoint.find(saved)
+    module, optimizers = tiny_module()
+    (state,) = (step / "state").iterdir()
+    advice = f"delete {step}, and {saved / 'step-00000002'} takes its place"
+    flip_a_byte(state)
+    checkpoint.load_weights(found, module)  # which are whole
+    with pytest.raises(UserError, match=f"{state} is damaged, .*: {advice}$"):
+        checkpoint.load_optimizers(found, strategy_of(module), optimizers)
+    flip_a_byte(step / "model.safetensors")
+    with pytest.raises(UserError, match=f"model.safetensors is damaged, .*: {advice}$"):
+        checkpoint.load_weights(found, module)
+    shutil.rmtree(step)
+    assert checkpoint.find(saved).path == saved / "step-00000002"
+    for other in (1, 3):
+        shutil.rmtree(saved / f"step-0000000{other}", ignore_errors=True)
+    flip_a_byte(saved / "step-00000002" / "model.safetensors")
+    with pytest.raises(UserError, match=f"there is no other checkpoint in {saved}, start again"):
+        checkpoint.load_weights(checkpoint.find(saved), module)
+
+
+def test_a_checkpoint_without_checksums_is_read(saved):
+    """Those of older versions are used as before."""
+    meta = saved / "step-00000003" / "meta.json"
+    older = json.loads(meta.read_text(encoding="utf-8"))
+    assert older.pop("crc32").keys() == older["files"].keys()
+    meta.write_text(json.dumps(older), encoding="utf-8")
+    module, optimizers = tiny_module()
+    checkpoint.load_weights(checkpoint.find(saved), module)
+    checkpoint.load_optimizers(checkpoint.find(saved), strategy_of(module), optimizers)
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_crash_while_a_step_folder_is_replaced_loses_nothing(tmp_path, monkeypatch, number):
+    """Regression: the old folder was deleted before the new one had its name. The crash comes after
+    so many changes of names: none, the old one's, both."""
+    save(tmp_path, 1)
+    changes = []
+
+    def crashing(change):
+        def crash(*args, **kwargs):
+            changes.append(args)
+            if len(changes) == number:
+                raise Crash
+            return change(*args, **kwargs)
+
+        return crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "flush", lambda _: None)
+        patch.setattr(checkpoint.os, "replace", crashing(os.replace))
+        patch.setattr(checkpoint, "point", crashing(checkpoint.point))
+        with pytest.raises(Crash):
+            save(tmp_path, 1)
+    checkpoint.put_back(tmp_path)
+    module, _ = tiny_module()
+    checkpoint.load_weights(checkpoint.find(tmp_path), module)
+    save(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "latest"}
 
 
 @pytest.mark.parametrize(

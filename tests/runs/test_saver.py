@@ -222,6 +222,21 @@ def test_processes_that_hold_different_parameters(tmp_path, run_ranks):
         assert result.status == 0, result.err
     assert_holds_the_first_update(tmp_path / "sync")
     assert_holds_the_first_update(tmp_path / "async")
+    assert_two_verify(tmp_path / "sync")
+    assert_two_verify(tmp_path / "async")
+
+
+def assert_two_verify(run: Path) -> None:
+    """Of two processes the second one finds the damage in what the second one wrote."""
+    found = checkpoint.find(run)
+    _, second = sorted((found.path / "state").iterdir())
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 1
+    second.write_bytes(data)
+    first_rank, second_rank = (World(rank, 2, torch.device("cpu")) for rank in range(2))
+    checkpoint.verify_state(found, first_rank)
+    with pytest.raises(UserError, match=f"{second.name} is damaged"):
+        checkpoint.verify_state(found, second_rank)
 
 
 SHARDED = {"dtype": "float64", "max_steps": 24, "optim__name": "muon", "save_every": 3}

@@ -22,13 +22,13 @@ TINY = [
 
 @pytest.fixture
 def show(monkeypatch, capsys, tmp_path):
-    """show("world_size=8", ...) -> what is printed; nothing is simulated."""
+    """show("world_size=8", ...) -> what is printed on both streams; nothing is simulated."""
 
-    def show(*words: object) -> str:
+    def show(*words: object, status: int = 0) -> str:
         given = ["scripts/plan.py", "simulate=false", f"out_dir={tmp_path}", *map(str, words)]
         monkeypatch.setattr("sys.argv", given)
-        plan.main()
-        return capsys.readouterr().out
+        assert plan.main() == status
+        return "".join(capsys.readouterr())
 
     return show
 
@@ -104,11 +104,44 @@ def test_a_layout_that_cannot_run_is_named_and_others_are_found(show):
     assert "best 1" in text and "settings  " not in text
 
 
+LONG = ["gpu=4090", "model.n_layer=32", "model.block_size=8388608", "batch_tokens=67108864"]
+HUGE = ["gpu=4090", "model.n_embd=8192", "model.n_layer=48", "model.n_head=64"]
+
+
+@pytest.mark.parametrize(
+    "words, says, helps",
+    [
+        (HUGE, "optimizer", "more GPUs than world_size=8, or mesh.offload=true"),
+        (LONG, "activations", "a shorter model.block_size than 8388608; or GPUs with more"),
+        (["gpu=4090", "model.vocab_size=16777216"], "temporary", "a smaller vocabulary"),
+    ],
+)
+def test_nothing_fits(show, words, says, helps):
+    """A script must not start what cannot run; a person must know what to change, and that it
+    would be enough."""
+    text = show(*TINY, *words, status=1)
+    (sentence,) = re.findall("^error: no layout fits: (.*)$", text, re.MULTILINE)
+    assert says in sentence and f"what helps is {helps}" in sentence
+    needs, room = re.search(r"needs ([\d.]+) GB, and ([\d.]+) GB of a GPU's", sentence).groups()
+    assert float(needs) > float(room)
+    assert row(text, "all, of 24 GB")[-1] == f"{needs} GB (too much)"
+
+
+def test_only_the_settings_layout_is_asked_for(show):
+    """With best=0 a script asks whether the run that it starts fits."""
+    text = show(*TINY, *HUGE[1:], "gpu=B200", "best=0", status=1)
+    assert "error: the layout of the settings needs" in text and "set best=3" in text
+    assert "smallest" not in text
+    text = show(*TINY, *HUGE[1:], "gpu=B200", "world_size=64", "batch_tokens=524288")
+    assert "error" not in text
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
         (["gpu=H1000"], "gpu=H1000 is not known: choose one of B200, H200, H100"),
         (["link=fast"], "link=fast is no speed: write it as 400Gb (bits) or 50GB"),
+        (["link=0Gb"], "link=0Gb is no speed"),
         (["world_size=12"], "world_size=12 is not a multiple of gpus_per_node=8"),
         (["mesh.shard=3", "best=0"], "3 processes, but there are 8"),
         (["mesh.tp=3", "world_size=3", "best=0"], "n_head=4 is no multiple of it"),
@@ -120,6 +153,7 @@ def test_a_layout_that_cannot_run_is_named_and_others_are_found(show):
         (["init_from=checkpoints/a"], "init_from: give the model's shape as settings"),
         (["model.vocab_size=0", "tokenizer.kind=o200k_base"], "set model.vocab_size"),
         (["out=a.jpg"], "out=a.jpg must end with .png"),
+        (["out=no/such/a.png"], "out=no/such/a.png: there is no folder no/such"),
     ],
 )
 def test_mistakes(mistake_of, tmp_path, words, says):

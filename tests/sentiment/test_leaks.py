@@ -199,13 +199,13 @@ def test_a_trunk_that_read_the_test_is_refused_wherever_it_is_used(tmp_path, mon
 
 
 class SecondRank:
-    main = False
+    """A process that learns what the main one has found."""
 
-    def __init__(self, found_by_rank_0: int) -> None:
-        self.found = found_by_rank_0
+    def __init__(self, found: int) -> None:
+        self.result = leaks.Search(1, found=found, searched=["a.txt"])
 
-    def sum(self, value: float) -> list[float]:
-        return [value + self.found]
+    def by_main(self, work) -> leaks.Search:
+        return self.result
 
 
 def test_every_rank_stops_and_rank_0_alone_searches(tmp_path, monkeypatch):
@@ -213,8 +213,9 @@ def test_every_rank_stops_and_rank_0_alone_searches(tmp_path, monkeypatch):
     arguments = [[ENGLISH], "t", [UNKNOWN], tmp_path]
     with pytest.raises(UserError, match="^3 of 1 test texts"):
         leaks.check(*arguments, SecondRank(3), False)
-    assert leaks.check(*arguments, SecondRank(3), True) == []
-    assert leaks.check(*arguments, SecondRank(0), False) == []
+    found = ["test texts searched for in a.txt: found 3"]
+    assert leaks.check(*arguments, SecondRank(3), True) == found
+    leaks.check(*arguments, SecondRank(0), False)
 
 
 def test_no_number_stands_for_what_was_not_looked_at(tmp_path):

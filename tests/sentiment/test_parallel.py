@@ -5,15 +5,25 @@ each feature's run alone."""
 
 import json
 import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from fine_tuning import assert_same_predictions, predictions, result_of
 from helpers import last_weights, losses
 from scripts.classify import Classifier, ClassifySettings
+from sentiment_train import SentimentSettings, finetune
+from smallgpt import settings
+from smallgpt.parallel.world import start
+from smallgpt.runs import lazy
 from smallgpt.runs.metrics import read
+from smallgpt.sentiment import report
 
 # 33 examples in batches of 16: one batch of an epoch has a single example, so that of several data
 # ranks some have none
@@ -155,9 +165,76 @@ def test_a_classifier_of_a_cut_model_is_a_trunk(cut, fit):
 
 
 def test_the_console_says_how_the_batch_and_the_model_are_cut(cut):
-    """A user sees which layout runs, and how many replicas share a batch."""
+    """A user sees which layout runs, and how many replicas share a batch; a reader of the report
+    sees the layout and the precision."""
     said = (cut / "console.txt").read_text(encoding="utf-8")
     assert "steps an epoch, 4 process(es)" in said and "cpu, fsdp 4; float64" in said
-    assert "steps an epoch, 2 replica(s)" in said and "cpu, hsdp 2x1 x tp 2; float64" in said
+    assert "steps an epoch, 2 replica(s)" in said and "cpu, ddp 2 x tp 2; float64" in said
     assert "steps an epoch, 1 replica(s)" in said and "cpu, pp 2 (1f1b) x tp 2; float64" in said
     assert "frozen   train: the stages of a pipeline read tokens: it runs every time" in said
+    assert result_of(cut / "losses-fsdp")["device"] == "cpu, fsdp 4; float64"
+
+
+# --- who reads ------------------------------------------------------------------------------------
+
+
+class CountingFile:
+    """A safetensors file that counts how often each tensor is read in this process."""
+
+    reads: Counter[str] = Counter()  # by "folder/name of the tensor", of all files
+
+    def __init__(self, file: Path, framework: str):
+        self.folder = file.parent.name
+        self.opened = safe_open(file, framework)
+        self.keys = self.opened.keys
+        self.get_slice = self.opened.get_slice
+
+    def get_tensor(self, name: str) -> Tensor:
+        self.reads[f"{self.folder}/{name}"] += 1
+        return self.opened.get_tensor(name)
+
+
+def main() -> int:
+    """In each process of a group: the fine-tunings that a JSON file lists, and what each has read
+    for them."""
+    lazy.safe_open = CountingFile
+    report.draw = lambda *_: None
+    report.baselines = lambda *_: {}
+    with start("cpu") as world:
+        for arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            s = settings.load(SentimentSettings, arguments)
+            assert finetune(s, world) == 0
+            print(json.dumps({"run": s.run, "reads": CountingFile.reads}), flush=True)
+            CountingFile.reads.clear()
+    return 0
+
+
+def test_who_reads_the_trunk(tmp_path, fine, trunk, gpt2, start_ranks):
+    """Regression: a trunk of 1.5B parameters lay whole in the memory of every process before it was
+    cut. Now the main process reads for all: a tensor for its hash, and again to hand it out."""
+    meshes = {"ddp": {}, "fsdp": {"mesh__shard": 2}, "pp": {"mesh__pp": 2}, "tp": {"mesh__tp": 2}}
+    jobs = []
+    for name, mesh in meshes.items():
+        of_gpt2 = {"trunk": gpt2} if name == "tp" else {}
+        jobs.append(fine(tmp_path, run=name, max_steps=1, **mesh, **of_gpt2))
+    jobs.append(fine(tmp_path, run="fsdp", max_steps=2, **meshes["fsdp"]))  # which goes on
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    processes = start_ranks(2, [tmp_path / "jobs.json"], script="sentiment.test_parallel")
+    reads = []  # by process: run -> counts
+    resumed = []
+    for process in processes:
+        result = process.wait()
+        assert result.status == 0, result.err
+        lines = [json.loads(line) for line in result.out.splitlines() if line.startswith("{")]
+        resumed.append(lines.pop()["reads"])
+        reads.append({line["run"]: line["reads"] for line in lines})
+    names = load_file(trunk / "step-00000004" / "model.safetensors").keys()
+    once = {f"step-00000004/{name}": 1 for name in names}
+    best = {f"step-00000001/{name}" for name in last_weights(tmp_path / "ddp")}
+    for layout in ("fsdp", "pp"):
+        twice = dict.fromkeys(once, 2)
+        assert reads[0][layout] == twice | dict.fromkeys(best, 1)
+        assert reads[1][layout] == {}
+    assert best <= resumed[0].keys() and resumed[1] == {}
+    assert reads[0]["tp"] and reads[1]["tp"] == {}
+    assert reads[1]["ddp"] == once | dict.fromkeys(best, 1)  # it holds the whole model

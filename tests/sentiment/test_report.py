@@ -173,6 +173,7 @@ def write_report(
         "freeze": "none",
         "seed": 0,
         "trainable": 5,
+        "device": "cuda, fsdp 4; bfloat16",
         "step": 2,
         "select": "accuracy",
         "validation": test,
@@ -226,6 +227,7 @@ def test_the_report_names_model_and_baselines(written):
     assert f"| always $$ | {line} |" in text and f"| TF-IDF (word) + linear SVM | {line} |" in text
     assert "Chosen at step 2 by validation accuracy" in text
     assert "- trunk: t\n" in text and "- a note\n" in text
+    assert "- device: cuda, fsdp 4; bfloat16\n" in text
     assert "No test example" not in text
 
 

@@ -20,7 +20,7 @@ from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
 from smallgpt.runs import checkpoint
 from smallgpt.weights import pretrained
-from smallgpt.weights.pretrained import Trunk, grow, open_model, open_trunk
+from smallgpt.weights.pretrained import Trunk, load_trunk, open_model, open_trunk
 
 torch.set_num_threads(1)
 
@@ -57,33 +57,30 @@ def test_growth_keeps_the_old_rows_and_what_the_model_says_of_them(gpt2_folder):
     trunk = open_trunk(str(gpt2_folder))
     rows = trunk.tokenizer.vocab_size
     assert rows == trunk.rows + 6  # our special tokens
-    before = {name: w.clone() for name, w in trunk.weights.items()}
     torch.manual_seed(0)
-    grown = grow(trunk.weights, rows)
-    assert grown["wte.weight"].shape == (rows, 32)
-    assert grown["wte.weight"][: trunk.rows].equal(before["wte.weight"])
-    assert 0.005 < grown["wte.weight"][trunk.rows :].std() < 0.05
-    assert trunk.weights.keys() == grown.keys()
-    assert all(trunk.weights[name].equal(before[name]) for name in before)
-    config = dataclasses.replace(trunk.config, vocab_size=rows)
-    larger = dataclasses.replace(trunk, weights=grown, config=config)
+    grown = GPT(dataclasses.replace(trunk.config, vocab_size=rows))
+    load_trunk(grown, trunk)
+    assert grown.wte.weight[: trunk.rows].equal(trunk.weights["wte.weight"])
+    assert 0.005 < grown.wte.weight[trunk.rows :].std() < 0.05
+    others = [name for name in trunk.weights if name != "wte.weight"]
+    assert all(grown.get_parameter(name).equal(trunk.weights[name]) for name in others)
     idx = some_ids(trunk.rows)
-    assert_close(ours(larger)(idx)[..., : trunk.rows], ours(trunk)(idx), 1e-6)
-    assert grow(grown, 5)["wte.weight"].equal(grown["wte.weight"])  # never shrinks
+    assert_close(grown.eval()(idx)[..., : trunk.rows], ours(trunk)(idx), 1e-6)
 
 
-def test_an_untied_head_grows_with_the_embedding():
-    weights = {
-        "wte.weight": torch.ones(4, 2000),
-        "lm_head.weight": torch.zeros(4, 2000),
-        "norm.weight": torch.ones(3),
-    }
-    grown = grow(weights, 6, std=0.5)
-    for name in ("wte.weight", "lm_head.weight"):
-        assert grown[name][:4].equal(weights[name]) and grown[name].shape == (6, 2000)
-        assert abs(float(grown[name][4:].std()) - 0.5) < 0.05
-    assert not grown["wte.weight"][4:].equal(grown["lm_head.weight"][4:])
-    assert grown["norm.weight"] is weights["norm.weight"]
+@torch.no_grad()
+def test_an_untied_head_grows_with_the_embedding(gpt2_folder):
+    """Its new rows would be those of another initialisation, or missing."""
+    trunk = open_trunk(str(gpt2_folder))
+    head = torch.ones_like(trunk.weights["wte.weight"])
+    trunk = dataclasses.replace(trunk, weights={**trunk.weights, "lm_head.weight": head})
+    shape = dataclasses.replace(trunk.config, tie_weights=False, vocab_size=trunk.rows + 50)
+    grown = GPT(shape)
+    load_trunk(grown, trunk, std=0.5)
+    new = [table[trunk.rows :] for table in (grown.wte.weight, grown.lm_head.weight)]
+    assert all(abs(float(rows.std()) - 0.5) < 0.05 for rows in new)
+    assert not new[0].equal(new[1])
+    assert grown.lm_head.weight[: trunk.rows].equal(head)
 
 
 # --- GPT-2, in a folder or on the hub -------------------------------------------------------------
@@ -324,8 +321,9 @@ def test_small_gpt_keeps_its_ids(tmp_path):
         assert all(i >= trunk.rows for c in text for i in found.encode(c) if c not in CHARS)
     new = {found.bos, found.end, found.cls, found.pair}
     assert len(new) == 4 and all(i >= trunk.rows for i in new)
-    grown = grow(trunk.weights, found.vocab_size)
-    assert grown["wte.weight"][: trunk.rows].equal(trunk.weights["wte.weight"])
+    grown = GPT(dataclasses.replace(trunk.config, vocab_size=found.vocab_size))
+    load_trunk(grown, trunk)
+    assert grown.wte.weight[: trunk.rows].equal(trunk.weights["wte.weight"])
 
 
 def test_the_vocabulary_is_that_of_a_counter_over_all_dialogues(tmp_path):

@@ -1,0 +1,143 @@
+"""A GPT that knows which token follows which before its first step of training.
+
+How likely a token is after another one can be counted: a pass over the text, no gradients. The
+first minutes of a pretraining are spent on learning just that. So the counts are factorised into
+the token embedding and the LM head, as word vectors are made (Levy and Goldberg 2014: factors of
+the matrix of pointwise mutual information). The blocks begin with zeros where they write into the
+residual stream, and the whole model begins as a bigram model of low rank.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import GPT, IGNORE
+from smallgpt.text.batches import Corpus
+
+COUNTED = 2**24  # training tokens that are counted, at most
+AT_ONCE = 2**21  # of them in memory
+SMOOTHING = 5.0  # occurrences that every token is given, spread like the tokens of the whole text
+CONSTANT = 0.2  # share of an embedding's squared length that is the same for all tokens
+ASSOCIATION = 0.75  # share, at most, that tells what follows
+OVERSAMPLING = 16  # further columns of the randomised factorisation
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tokens first[i], second[i] followed each other count[i] times; all (N,), each pair once."""
+
+    first: Tensor
+    second: Tensor
+    count: Tensor
+
+
+def begin_with_bigrams(model: GPT, corpus: Corpus, seed: int) -> str:
+    """Make a new GPT, on the CPU and with an LM head of its own, a bigram model of the batches that
+    the training of this seed reads. Returns what was done, in words."""
+    V, C = model.wte.weight.shape
+    pairs = count_pairs(corpus, seed, V)
+    generator = torch.Generator().manual_seed(seed)
+    embedding, head = factorise(pairs, V, C, model.wte.weight.dtype, generator)
+    with torch.no_grad():
+        model.wte.weight.copy_(embedding)
+        model.lm_head.weight.copy_(head)
+        for name, p in model.named_parameters():
+            if name.endswith("proj.weight"):
+                p.zero_()
+    return f"begins with {len(pairs.count):,} pairs of tokens, counted in the training text"
+
+
+def count_pairs(corpus: Corpus, seed: int, vocab_size: int) -> Pairs:
+    """How often each token follows each in the first batches, of an epoch at most."""
+    n_rows = min(corpus.blocks_per_epoch, math.ceil(COUNTED / corpus.block_size))
+    rows_at_once = max(1, AT_ONCE // corpus.block_size)
+    found = []
+    counts = []
+    for first in range(0, n_rows, rows_at_once):
+        rows = range(first, min(first + rows_at_once, n_rows))
+        x, y = corpus.train_batch(rows, seed)
+        is_pair = y != IGNORE
+        numbers = x[is_pair] * vocab_size + y[is_pair]
+        number, count = numbers.unique(return_counts=True)
+        found.append(number)
+        counts.append(count)
+    number, place = torch.cat(found).unique(return_inverse=True)
+    count = torch.zeros_like(number).index_add_(0, place, torch.cat(counts))
+    return Pairs(number // vocab_size, number % vocab_size, count)
+
+
+def factorise(
+    pairs: Pairs, vocab_size: int, width: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Embedding and LM head, both (V, C) = (vocab_size, width), whose logits are those of a bigram
+    model: head @ embedding[a] = log p(b) + what a tells of b, but for a constant.
+
+    Two of the C coordinates are taken: one of the embedding is constant and carries log p(b); one
+    fills each row up to length sqrt(C), so that the final norm leaves it as it is."""
+    first, second = pairs.first, pairs.second
+    count = pairs.count.to(dtype)
+    zeros = torch.zeros(vocab_size, dtype=dtype)
+    n_first = zeros.index_add(0, first, count)  # (V,)
+    n_second = zeros.index_add(0, second, count)
+    frequency = n_second + 0.5
+    frequency /= frequency.sum()
+
+    # positive pointwise mutual information, smoothed
+    given = (count + SMOOTHING * frequency[second]) / (n_first[first] + SMOOTHING)
+    information = (given / frequency[second]).log().clamp(min=0)
+    # what is frequent is to be fitted best
+    weight_first = (n_first / n_first.mean() + 1e-3).sqrt()
+    weight_second = (n_second / n_second.mean() + 1e-3).sqrt()
+    weighted = information * weight_first[first] * weight_second[second]
+    rank = min(width - 2, vocab_size)
+    place = torch.stack([first, second])
+    matrix = torch.sparse_coo_tensor(
+        place, weighted, (vocab_size, vocab_size), is_coalesced=True, check_invariants=False
+    )
+    left, right = low_rank(matrix, rank, generator)
+    left = left / weight_first[:, None]
+    right = right / weight_second[:, None]
+
+    # few rows are much longer than the others: these are shortened to what 98 % have
+    lengths = left.norm(dim=1, keepdim=True)
+    longest = lengths.quantile(0.98)
+    scale = math.sqrt(ASSOCIATION * width) / longest
+    left = left * scale * (longest / lengths).clamp(max=1)
+    constant = math.sqrt(CONSTANT * width)
+
+    embedding = torch.zeros(vocab_size, width, dtype=dtype)
+    head = torch.zeros(vocab_size, width, dtype=dtype)
+    embedding[:, 0] = constant
+    embedding[:, 2 : 2 + rank] = left
+    missing = width - embedding.square().sum(1)
+    embedding[:, 1] = missing.sqrt()
+    log_frequency = frequency.log()
+    head[:, 0] = (log_frequency - log_frequency.mean()) / constant  # softmax ignores the mean
+    head[:, 2 : 2 + rank] = right / scale
+    # turned at random: no coordinate differs from the others, as the norms and Adam expect
+    turn, _ = torch.linalg.qr(torch.randn(width, width, dtype=dtype, generator=generator))
+    return embedding @ turn, head @ turn
+
+
+def low_rank(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two matrices, (A, rank) and (B, rank), with left @ right.T near the sparse matrix (A, B): its
+    largest singular values, shared equally (Halko, Martinsson and Tropp 2011, algorithm 4.4 with
+    two iterations)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        rows = matrix.to_sparse_csr()  # multiplies seven times as fast as the coordinates do
+        columns = matrix.t().coalesce().to_sparse_csr()  # its transpose
+    n_columns = min(rank + OVERSAMPLING, *matrix.shape)
+    start = torch.randn(matrix.size(1), n_columns, dtype=matrix.dtype, generator=generator)
+    sample = rows @ start
+    for _ in range(2):
+        basis, _ = torch.linalg.qr(sample)
+        sample = rows @ (columns @ basis)
+    basis, _ = torch.linalg.qr(sample)
+    small = columns @ basis  # (B, n_columns)
+    u, values, vt = torch.linalg.svd(small.T, full_matrices=False)
+    root = values[:rank].sqrt()
+    return (basis @ u[:, :rank]) * root, vt[:rank].T * root
