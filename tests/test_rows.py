@@ -101,7 +101,7 @@ def test_clipping_is_that_of_the_same_dense_gradient():
         model = nn.ModuleDict({"table": table_of(ROWS, sparse), "head": nn.Linear(4, 1).double()})
         backward(model["table"], READ[0])
         model["head"].weight.grad = torch.ones(1, 4, dtype=torch.float64)
-        norm = Single(model, ONE, torch.float64).clip([], 0.5)
+        norm = float(Single(model, ONE, torch.float64).clip([], 0.5))
         found[sparse] = norm, model["table"].weight.grad.to_dense(), model["head"].weight.grad
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-14) and found[True][0] > 0.5
     for sparse_gradient, dense_gradient in zip(found[True][1:], found[False][1:], strict=True):
@@ -162,7 +162,7 @@ def train(strategy: Single, rank: int, size: int) -> list[float]:
         tokens = torch.randint(50, (8, 8), generator=torch.Generator().manual_seed(step))
         batches = [Batch(rows) for rows in tokens.chunk(size)[rank].chunk(2)]
         strategy.forward_backward(batches, lambda run, batch: run(*batch.inputs), 1 / 64)
-        norms.append(strategy.clip(optimizers, 0.5))
+        norms.append(float(strategy.clip(optimizers, 0.5)))
         for optimizer in optimizers:
             update(optimizer)
     return norms
