@@ -201,7 +201,7 @@ def test_the_cpu_clock_counts_what_a_program_starts(tmp_path):
         with Program(command, tmp_path, tmp_path / "log", "cpu") as program:
             ((clock, line),) = program.lines()
         seconds.append(clock)
-    assert 0.5 < seconds[0] < 1.5 and seconds[1] < 0.4
+    assert seconds[0] - seconds[1] > 0.4  # ticks of a hundredth
 
 
 # ---- the real ones, tiny
