@@ -161,6 +161,7 @@ class Report:
             self.draw_curves(left, name, f"C{i}")
         left.set_xlabel("seconds, start and tokenising included")
         left.set_ylabel("held-out bits per byte")
+        left.set_xlim(left=0)
         left.set_ylim(self.readable_heights())
         left.grid(alpha=0.3)
         left.legend(frameon=False, fontsize=8)
@@ -180,15 +181,16 @@ class Report:
         ends = []
         for runs in self.runs.values():
             ends += [run.last for run in runs.values()]
-        return 0.97 * min(ends), 1.6 * max(ends)
+        return 0.97 * min(ends), max(1.6 * min(ends), 1.03 * max(ends))
 
     def draw_bars(self, axes: Any) -> None:
         """A bar for each contender, from its first second to its last."""
         names = list(self.runs)
         until = [0.0] * len(names)
-        for label in ("tokenising", "start", "compiling", "training"):
+        colours = {"tokenising": "C0", "start": "C1", "compiling": "C2", "training": "0.85"}
+        for label, colour in colours.items():
             widths = [self.seconds_of(name)[label] for name in names]
-            axes.barh(names, widths, left=until, label=label)
+            axes.barh(names, widths, left=until, label=label, color=colour)
             until = [begin + width for begin, width in zip(until, widths, strict=True)]
         axes.invert_yaxis()
         axes.set_xlabel("seconds")

@@ -69,6 +69,7 @@ from train import TrainSettings  # noqa: E402
 
 LONGEST_TIMING = 20.0  # seconds of steps from which the length of a step is taken
 FAR = 5.0  # percent from the budget
+DEFAULTS = settings.flat(TrainSettings())
 FEWEST_STEPS = 10  # a run of fewer tells nothing
 
 
@@ -104,16 +105,19 @@ class Results:
         files.write_atomic(self.file, text + "\n")
 
     def of(self, contender: Contender) -> dict[str, Any]:
-        """What is known of a contender. UserError where it was another one under this name."""
+        """What is known of a contender. UserError where it was another one under this name.
+
+        A setting that the version which trained it did not have had its default."""
         definition = json.loads(json.dumps(contender.definition()))
         entry = {"definition": definition, "timing": None, "runs": {}}
         known = self.content["contenders"].setdefault(contender.name, entry)
-        if known["definition"] == definition:
-            return known
         changed = []
         for name in {**known["definition"], **definition}:
-            if known["definition"].get(name) != definition.get(name):
+            before = known["definition"].get(name, DEFAULTS.get(name))
+            if before != definition.get(name):
                 changed.append(name)
+        if not changed:
+            return known
         raise UserError(
             f"{self.file} holds runs of {contender.name} with other settings "
             f"({', '.join(changed)}): give it another name, or another --out"

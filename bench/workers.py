@@ -87,7 +87,8 @@ def tokens(config: str) -> None:
 
     def held_out_bytes() -> Iterator[int]:
         for block in range(corpus.n_val_blocks):
-            _, y = corpus.val_batch(range(block, block + 1))
+            indices = range(block, block + 1)
+            _, y = corpus.val_batch(indices)
             yield corpus.val_bytes(y)
 
     tell_done(held_out_bytes())
@@ -99,8 +100,10 @@ def token_ids(config: str, folder: str) -> None:
     corpus = prepare(s.data, s.tokenizer, s.block_size, quiet=True)
     tokenizer = corpus.tokenizer
     sizes = tokenizer.token_bytes()
-    train = np.concatenate([file[:] for file in corpus._train])
-    val = np.concatenate([file[:] for file in corpus._val])
+    train_parts = [file[:] for file in corpus._train]
+    val_parts = [file[:] for file in corpus._val]
+    train = np.concatenate(train_parts)
+    val = np.concatenate(val_parts)
     vocab_size = 64 * math.ceil(tokenizer.vocab_size / 64)  # as our model rounds it
     write_nanogpt_data(Path(folder), train, val, vocab_size)
     write_alphabet(Path(folder), sizes, ignored=tokenizer.bos)
