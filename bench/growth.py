@@ -140,7 +140,7 @@ def build(args: argparse.Namespace) -> Contender:
         targets = sum(batch.n_targets for batch in batches)
         nats = strategy.forward_backward(batches, lambda run, b: run(*b.inputs), 1 / targets)
         loss = float(nats) / targets
-        norm = strategy.clip(optimizers, s.clip)
+        norm = float(strategy.clip(optimizers, s.clip))
         check_finite(loss, norm, strategy.scaler, at, 0)
         update(optimizers, strategy.scaler, norm)
         at += 1
