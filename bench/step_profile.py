@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -95,8 +96,8 @@ class Watched(Spread):
         self.profiler = torch.profiler.profile(activities=activities)
         self.milliseconds = 0.0
 
-    def build(self, model: train.GPT, dtype: torch.dtype) -> Single:
-        strategy = super().build(model, dtype)
+    def build(self, *arguments: Any) -> Single:
+        strategy = super().build(*arguments)
         seed = strategy.seed
 
         def begin_step(seed_of_run: int, step: int) -> None:

@@ -424,18 +424,18 @@ def draw_speed(ax: "Axes", names: list[str], plans: list[Plan]) -> None:
     speeds = []
     below = []
     above = []
-    texts = []
     for found in plans:
         speed = found.tokens_per_second / 1e3
         slow, fast = bounds(found)
         speeds.append(speed)
         below.append(speed * (1 - slow))
         above.append(speed * max(0.0, fast - 1))
-        texts.append(f"  MFU {found.mfu:.1%}")
     errors = [below, above]
     ax.barh(names, speeds, xerr=errors, height=0.6, capsize=3, color="#bcd2e8")
-    for name, text in zip(names, texts, strict=True):
-        ax.text(0, name, text, va="center", fontsize=9)
+    ends = [speed + more for speed, more in zip(speeds, above, strict=True)]
+    for name, end, found in zip(names, ends, plans, strict=True):
+        ax.text(end, name, f"  MFU {found.mfu:.1%}", va="center", fontsize=9)
+    ax.set_xlim(0, 1.3 * max(ends))
     ax.set(title="speed", xlabel="thousand tokens/s; line: none to all communication hidden")
     ax.xaxis.set_major_formatter("{x:,g}")
     ax.set_yticks([])

@@ -24,6 +24,8 @@ logging.getLogger("torch.distributed.tensor._collective_utils").setLevel(logging
 class OptimSettings:
     name: Literal["adamw", "muon"] = "adamw"  # muon = for the blocks' matrices; AdamW for the rest
     lr: Free[PositiveFloat] = 1e-3  # peak learning rate, of both optimizers
+    embedding_factor: Free[PositiveFloat] = 1.0  # rate of the embeddings, as a multiple of lr
+    head_factor: Free[PositiveFloat] = 1.0  # the same of an LM head that is not tied to them
     min_lr: Free[Fraction] = 0.1  # last learning rate, as a fraction of the peak
     schedule: Free[Literal["cosine", "wsd"]] = "cosine"  # wsd = stay at the peak, then go down
     warmup: Free[Count] = 100  # steps of linear warm-up, at most a third of the run
@@ -57,6 +59,14 @@ def layer_scale(name: str, n_layer: int, decay: float) -> float:
     if re.search(r"wte|wpe", name):
         return decay ** (n_layer + 1)
     return 1.0
+
+
+def role_factor(name: str, s: OptimSettings) -> float:
+    """Learning rate of a parameter as a multiple of s.lr: embeddings and LM head may have rates of
+    their own (as in modded-nanogpt and nanochat)."""
+    if re.search(r"wte|wpe", name):
+        return s.embedding_factor
+    return s.head_factor if "lm_head" in name else 1.0
 
 
 # --- Muon -----------------------------------------------------------------------------------------
@@ -177,7 +187,8 @@ def role_of(name: str, p: nn.Parameter, s: OptimSettings, scale: float, decays: 
     is_matrix = p.dim() >= 2
     by_muon = s.name == "muon" and p.dim() == 2 and "blocks." in name
     decayed = is_matrix and decays
-    return Role("muon" if by_muon else "adamw", s.lr * scale, decayed)
+    rate = s.lr * role_factor(name, s) * scale
+    return Role("muon" if by_muon else "adamw", rate, decayed)
 
 
 def make_optimizers(
@@ -190,7 +201,8 @@ def make_optimizers(
     canonical names (Strategy.names).
 
     Every trainable parameter is in exactly one group; frozen ones are in none. Each group keeps
-    its peak rate in `peak_lr`, which `set_lr` scales: s.lr times scale(name of the parameter).
+    its peak rate in `peak_lr`, which `set_lr` scales: s.lr times the factor of its role times
+    scale(name of the parameter).
     undecayed: names of matrices without weight decay.
     """
     roles: dict[Role, list[nn.Parameter]] = {}

@@ -109,6 +109,38 @@ def test_utilisation_counts_the_operations_that_a_run_counts():
     assert common.flops_per_token(Namespace(**shape)) == metrics.flops_per_token(model)
 
 
+class Measured:
+    """What a table reads of a contender on an H100 that has run three rounds."""
+
+    about = {
+        "precision": "bfloat16",
+        "compiled": True,
+        "why": "as asked",
+        "machine": {"peak_flops": 989e12},
+    }
+
+    def __init__(self, name: str, *speeds: float):
+        self.name = name
+        self.rounds = list(speeds)
+        self.samples = [{"peak_cuda": 2**30, "peak_rss": 0} for _ in speeds]
+
+    def speeds(self) -> list[float]:
+        return self.rounds
+
+
+def test_the_table_of_a_gpu():
+    """A ratio is the median of the rounds' ratios; utilisation and memory are the GPU's."""
+    args = Namespace(trains=True, unit="tokens", device="cuda", **gpu.REAL.training["90M"].model())
+    speed = 0.5 * 989e12 / common.flops_per_token(args)  # half of the peak
+    workers = [Measured("ours", speed, speed, speed), Measured("other", speed / 2, speed, speed)]
+    ours, other = common.table(workers, args).splitlines()[2:]
+    assert ours == (
+        f"| ours | bfloat16 | yes | {speed:,.0f} ({speed:,.0f} to {speed:,.0f}) | 1.00x (1.00 to "
+        "1.00) | 50.0% | 1,024 MiB | as asked |"
+    )
+    assert "| 1.00x (1.00 to 2.00) | 50.0% |" in other
+
+
 # --- bench/step_profile.py ------------------------------------------------------------------------
 
 

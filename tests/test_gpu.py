@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -138,8 +139,8 @@ def test_batches_reach_a_busy_gpu_whole_and_without_waiting():
 class SyncsCounted(Spread):
     """One process, which warns of each wait for the GPU in steps 2, 3 and 4."""
 
-    def build(self, model: GPT, dtype: torch.dtype) -> Single:
-        strategy = super().build(model, dtype)
+    def build(self, *arguments: Any) -> Single:
+        strategy = super().build(*arguments)
         seed = strategy.seed
 
         def begin_step(seed_of_run: int, step: int) -> None:

@@ -133,6 +133,23 @@ def test_set_lr_scales_every_group_and_answers_with_the_rate():
         assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.02 * factor}
 
 
+@both
+def test_embeddings_and_head_have_rates_of_their_own(name):
+    """A factor that reached another parameter would change a recipe silently. A tied head has the
+    rate of the embedding that it is."""
+    s = OptimSettings(name=name, lr=0.01, embedding_factor=4.0, head_factor=0.5)
+    for tied in (True, False):
+        model = GPT(replace(TINY, tie_weights=tied, pos="learned"))
+        rates = {}
+        for optimizer in make_optimizers(named(model), s):
+            for group in optimizer.param_groups:
+                for n in names_of(group["params"], model):
+                    rates[n] = group["peak_lr"]
+        assert rates.pop("wte.weight") == rates.pop("wpe.weight") == pytest.approx(0.04)
+        assert rates.pop("lm_head.weight", 0.005) == pytest.approx(0.005)
+        assert set(rates.values()) == {0.01}
+
+
 # --- groups ---------------------------------------------------------------------------------------
 
 
