@@ -109,6 +109,7 @@ def test_a_run_learns_what_the_words_say(fine, tmp_path, run):
     assert list(found["baselines"]) == ["always good", "TF-IDF (word) + linear SVM"]
     assert f"| **this model** | {found['test']['accuracy']:.2%} |" in text
     assert f"Chosen at step {found['step']} by validation accuracy" in text
+    assert "\n- device: cpu, one process; float32\n" in text
     for name, width in (("curves", 1350), ("confusion", 690)):
         picture = (folder / f"{name}.png").read_bytes()
         assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000

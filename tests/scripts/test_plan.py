@@ -129,10 +129,10 @@ def test_nothing_fits(show, words, says, helps):
 
 def test_only_the_settings_layout_is_asked_for(show):
     """With best=0 a script asks whether the run that it starts fits."""
-    text = show(*TINY, *HUGE[1:], "gpu=B200", "best=0", status=1)
+    text = show(*TINY, *HUGE[1:], "best=0", status=1)
     assert "error: the layout of the settings needs" in text and "set best=3" in text
     assert "smallest" not in text
-    text = show(*TINY, *HUGE[1:], "gpu=B200", "world_size=64", "batch_tokens=524288")
+    text = show(*TINY, *HUGE[1:], "world_size=64", "batch_tokens=524288")
     assert "error" not in text
 
 
