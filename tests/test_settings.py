@@ -377,7 +377,9 @@ def test_the_identity_is_every_setting_that_is_not_free():
 def test_what_may_change_when_a_run_is_resumed(script):
     """A new setting is part of the identity; one that is marked Free is listed here, too."""
     common = "run out_dir device dtype compile max_steps eval_every save_every log_every keep"
-    optim = "lr embedding_factor head_factor min_lr schedule warmup decay weight_decay beta1 beta2 clip"
+    optim = (
+        "lr embedding_factor head_factor min_lr schedule warmup decay weight_decay beta1 beta2 clip"
+    )
     free = {
         *common.split(),
         "resume",
