@@ -218,7 +218,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             h = F.silu(self.gate(x)) * h
         elif self.kind == "relu2":
-            h = F.relu(h).square()
+            h = F.relu(h)
+            h = h * h  # autocast on a GPU would take square() in float32
         else:
             h = F.gelu(h, approximate="tanh")
         return self.proj(h)

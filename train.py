@@ -13,6 +13,7 @@ optim.lr=3e-4.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -169,6 +170,15 @@ def round_vocabulary(config: GPTConfig, vocab_size: int) -> None:
         )
 
 
+def new_model(s: TrainSettings, dtype: torch.dtype) -> GPT:
+    """The GPT of these settings, its weights drawn from the seed: the same on every rank."""
+    torch.manual_seed(s.seed)
+    model = GPT(s.model).to(hardware.weights_dtype(dtype))
+    model.recompute = s.recompute
+    model.negatives = s.negatives
+    return model
+
+
 def train(s: TrainSettings, world: World, spread: Spread) -> int:
     """The whole run, its model spread over the processes like this; returns its exit status."""
     with Run(s, world) as run:
@@ -192,14 +202,12 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         run.identify(facts)
         spread.check(s.model)
 
-        torch.manual_seed(s.seed)  # the same weights on every rank
         with spread.birthplace(drawn=parent is None):
-            model = GPT(s.model).to(hardware.weights_dtype(dtype))
-        model.recompute = s.recompute
-        model.negatives = s.negatives
+            model = new_model(s, dtype)
         model_line = describe_model(model, corpus)  # a layout may leave parts of it to others
-        if s.init == "bigrams" and world.main and not parent:
-            model_line += f"; {begin_with_bigrams(model, corpus, s.seed)}"
+        if s.init == "bigrams" and not parent:
+            begun = world.by_main(partial(begin_with_bigrams, model, corpus, s.seed))
+            model_line += f"; {begun}"
         full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
         weights = checkpoint.read_weights(parent, shapes_of(model)) if parent else None
         strategy = spread.build(model, dtype, weights)

@@ -53,7 +53,6 @@ def imported(path: Path) -> set[str]:
 RANKS = [
     {"model", "smallgpt.settings", "smallgpt.console", "smallgpt.files", "smallgpt.plots"},
     {"smallgpt.adam"},
-    {"smallgpt.rows"},
     {"smallgpt.hardware", "smallgpt.tokenizer", "smallgpt.optim", "smallgpt.sampling"},
     {"smallgpt.text", "smallgpt.parallel"},
     {"smallgpt.runs"},

@@ -24,7 +24,6 @@ from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import Single, Spread
 from smallgpt.parallel.world import World
-from smallgpt.rows import tables
 from smallgpt.settings import Count, Positive
 
 AXES = ("pp", "replicate", "shard", "tp")
@@ -169,13 +168,6 @@ class MeshSpread(Spread):
             raise UserError(
                 "dtype=float16 needs a whole model on each process (mesh.shard=1, tp=1, pp=1): "
                 "use dtype=bfloat16 or float32"
-            )
-        found = tables(model)
-        if found:
-            raise UserError(
-                f"each process must hold {found[0]} whole, of which a step updates a few rows: use "
-                "mesh.shard=1 mesh.replicate=0 mesh.tp=1 mesh.pp=1 mesh.offload=false (DDP), or a "
-                "model without it"
             )
         # half a second of imports, for those who need it
         if self.axes.pp > 1:

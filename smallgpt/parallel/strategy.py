@@ -31,7 +31,6 @@ from smallgpt.adam import Optimizer
 from smallgpt.console import UserError
 from smallgpt.hardware import autocast
 from smallgpt.parallel.world import World
-from smallgpt.rows import clippable, tables
 
 
 class HasInputs(Protocol):
@@ -190,7 +189,7 @@ class Single:
         the device: a GPU may still be computing it."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        parameters = clippable(list(self.model.parameters()))
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
         return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
 
 
@@ -236,12 +235,6 @@ class Spread:
         dtype: precision of matrix products. weights: whole, by canonical name, those to begin with
         instead of the model's own. Optimizers are made from `names()` afterwards."""
         kind = DDP if self.world.size > 1 else Single
-        found = tables(model)
-        if found and kind is DDP and self.world.device.type == "cuda":
-            raise UserError(
-                f"NCCL cannot sum the sparse gradient of {found[0]} over several GPUs: use one, or "
-                "a model without it"
-            )
         strategy = kind(model.to(self.world.device), self.world, dtype)
         if weights is not None:
             strategy.set_weights(weights)

@@ -77,49 +77,65 @@ def factorise(
 
     Two of the C coordinates are taken: one of the embedding is constant and carries log p(b); one
     fills each row up to length sqrt(C), so that the final norm leaves it as it is."""
-    first, second = pairs.first, pairs.second
     count = pairs.count.to(dtype)
     zeros = torch.zeros(vocab_size, dtype=dtype)
-    n_first = zeros.index_add(0, first, count)  # (V,)
-    n_second = zeros.index_add(0, second, count)
+    n_first = zeros.index_add(0, pairs.first, count)  # (V,)
+    n_second = zeros.index_add(0, pairs.second, count)
     frequency = n_second + 0.5
     frequency /= frequency.sum()
-
-    # positive pointwise mutual information, smoothed
-    given = (count + SMOOTHING * frequency[second]) / (n_first[first] + SMOOTHING)
-    information = (given / frequency[second]).log().clamp(min=0)
-    # what is frequent is to be fitted best
-    weight_first = (n_first / n_first.mean() + 1e-3).sqrt()
-    weight_second = (n_second / n_second.mean() + 1e-3).sqrt()
-    weighted = information * weight_first[first] * weight_second[second]
     rank = min(width - 2, vocab_size)
-    place = torch.stack([first, second])
-    matrix = torch.sparse_coo_tensor(
-        place, weighted, (vocab_size, vocab_size), is_coalesced=True, check_invariants=False
-    )
-    left, right = low_rank(matrix, rank, generator)
-    left = left / weight_first[:, None]
-    right = right / weight_second[:, None]
+    left, right = associations(pairs, count, n_first, n_second, frequency, rank, generator)
 
     # few rows are much longer than the others: these are shortened to what 98 % have
     lengths = left.norm(dim=1, keepdim=True)
     longest = lengths.quantile(0.98)
+    shortened = left * (longest / lengths).clamp(max=1)
     scale = math.sqrt(ASSOCIATION * width) / longest
-    left = left * scale * (longest / lengths).clamp(max=1)
     constant = math.sqrt(CONSTANT * width)
+    log_frequency = frequency.log()
+    log_frequency -= log_frequency.mean()  # softmax ignores it
 
     embedding = torch.zeros(vocab_size, width, dtype=dtype)
-    head = torch.zeros(vocab_size, width, dtype=dtype)
     embedding[:, 0] = constant
-    embedding[:, 2 : 2 + rank] = left
+    embedding[:, 2 : 2 + rank] = shortened * scale
     missing = width - embedding.square().sum(1)
     embedding[:, 1] = missing.sqrt()
-    log_frequency = frequency.log()
-    head[:, 0] = (log_frequency - log_frequency.mean()) / constant  # softmax ignores the mean
+    head = torch.zeros(vocab_size, width, dtype=dtype)
+    head[:, 0] = log_frequency / constant
     head[:, 2 : 2 + rank] = right / scale
     # turned at random: no coordinate differs from the others, as the norms and Adam expect
-    turn, _ = torch.linalg.qr(torch.randn(width, width, dtype=dtype, generator=generator))
+    random = torch.randn(width, width, dtype=dtype, generator=generator)
+    turn, _ = torch.linalg.qr(random)
     return embedding @ turn, head @ turn
+
+
+def associations(
+    pairs: Pairs,
+    count: Tensor,
+    n_first: Tensor,
+    n_second: Tensor,
+    frequency: Tensor,
+    rank: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Factors (V, rank) of the positive pointwise mutual information of the pairs, smoothed: left
+    of the first token, right of the second. What is frequent is fitted best."""
+    expected = frequency[pairs.second]
+    given = (count + SMOOTHING * expected) / (n_first[pairs.first] + SMOOTHING)
+    ratio = given / expected
+    information = ratio.log().clamp(min=0)
+    weight_first = (n_first / n_first.mean() + 1e-3).sqrt()
+    weight_second = (n_second / n_second.mean() + 1e-3).sqrt()
+    weighted = information * weight_first[pairs.first] * weight_second[pairs.second]
+    matrix = torch.sparse_coo_tensor(
+        torch.stack([pairs.first, pairs.second]),
+        weighted,
+        (len(frequency), len(frequency)),
+        is_coalesced=True,
+        check_invariants=False,
+    )
+    left, right = low_rank(matrix, rank, generator)
+    return left / weight_first[:, None], right / weight_second[:, None]
 
 
 def low_rank(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
