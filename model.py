@@ -252,12 +252,18 @@ class Block(nn.Module):
 
 
 def cross_entropy_slice(
-    logits: Tensor, targets: Tensor, accumulate: torch.dtype, with_gradient: bool
+    logits: Tensor,
+    targets: Tensor,
+    accumulate: torch.dtype,
+    with_gradient: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy of logits (N, V) in the precision `accumulate`, and its gradient (N, V)
-    in that of the logits where it is wanted."""
+    """Summed cross-entropy of logits (N, V), plus bias (V,), in the precision `accumulate`, and its
+    gradient (N, V) in that of the logits where it is wanted."""
     dtype = logits.dtype
     logits = logits.to(accumulate)
+    if bias is not None:
+        logits = logits + bias
     valid = (targets != IGNORE)[:, None]  # (N, 1)
     index = targets.clamp(min=0)[:, None]
     log_z = logits.logsumexp(dim=-1, keepdim=True)
@@ -290,16 +296,15 @@ def sample_classes(targets: Tensor, n_classes: int, negatives: int) -> tuple[Ten
     place = torch.zeros(n_classes, dtype=torch.long, device=device)
     place[classes] = torch.arange(len(classes), device=device)
     places = torch.where(targets == IGNORE, IGNORE, place[targets.clamp(min=0)])
-    return classes, places, stands_for.log()
+    return classes, places, stands_for.log()  # 0 of a class that stands for itself alone
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of h @ weight.T against targets, a slice of rows at a time.
+    """Summed cross-entropy of h @ weight.T + bias against targets, a slice of rows at a time.
 
     The logits of a slice become their own gradient while they are in the cache, and of a large
     (N, V) only a slice ever exists (the idea of Liger-Kernel). h (N, C), weight (V, C),
-    targets (N,); negatives: 0 = exact, else the number of sampled classes beside the targets of a
-    slice. Returns a float32 (or float64) scalar."""
+    targets (N,), bias (V,), which has no gradient; returns a float32 (or float64) scalar."""
 
     @staticmethod
     def forward(
@@ -309,13 +314,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         dtype: torch.dtype,
         slice_loss,
-        negatives: int = 0,
+        bias: Tensor | None = None,
     ):
         with_gradient = any(ctx.needs_input_grad)
         entries = 2**22 if h.device.type == "cpu" else 2**25  # logits that exist at a time
-        n_classes = weight.size(0)
-        is_sampled = 0 < negatives < n_classes
-        rows = max(64, entries // (2 * negatives if is_sampled else n_classes))
+        rows = max(64, entries // weight.size(0))
         accumulate = torch.float64 if h.dtype == torch.float64 else torch.float32
         w = weight.to(dtype)
         total = torch.zeros((), device=h.device, dtype=accumulate)
@@ -324,23 +327,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         slices = zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True)
         with torch.autocast(h.device.type, enabled=False):
             for x, target, grad_x in slices:
-                read = w
-                if is_sampled:
-                    classes, target, correction = sample_classes(target, n_classes, negatives)
-                    read = w[classes]
-                logits = x @ read.T
-                if is_sampled:
-                    logits = logits + correction.to(dtype)
-                loss, grad_logits = slice_loss(logits, target, accumulate, with_gradient)
+                logits = x @ w.T
+                loss, grad_logits = slice_loss(logits, target, accumulate, with_gradient, bias)
                 total += loss
-                if not with_gradient:
-                    continue
-                grad_x.copy_(grad_logits @ read)
-                grad_read = grad_logits.T @ x
-                if is_sampled:
-                    grad_w.index_add_(0, classes, grad_read.to(accumulate))
-                else:
-                    grad_w += grad_read
+                if with_gradient:
+                    grad_x.copy_(grad_logits @ w)
+                    grad_w += grad_logits.T @ x
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
@@ -503,8 +495,11 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         h, targets = h.flatten(0, 1), targets.flatten()
-        negatives = self.negatives if self.training else 0
-        return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss, negatives)
+        bias = None
+        if self.negatives and self.training:
+            classes, targets, bias = sample_classes(targets, weight.size(0), self.negatives)
+            weight = weight[classes]
+        return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss, bias)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None

@@ -76,7 +76,12 @@ WITH_DROPOUT = [(FSDP2, DDP2), (HSDP, DDP4), (FSDP4, DDP4)]
 SHAPE = ("model.n_layer=4", "model.n_head=4", "model.n_embd=32", "model.block_size=32")
 FORMS = {
     "tied": ("model.n_kv_head=2",),
-    "untied": ("model.n_kv_head=2", "model.tie_weights=false", "init=bigrams"),
+    "untied": (
+        "model.n_kv_head=2",
+        "model.tie_weights=false",
+        "init=bigrams",
+        "negatives=1000000",  # none is left out: sampling draws nothing that could differ
+    ),
     "GPT-2 form": (
         "model.pos=learned",
         "model.norm=layernorm",
