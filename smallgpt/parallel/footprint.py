@@ -254,8 +254,6 @@ def hidden_bytes(work: Work) -> int:
     low = work.product
     if work.config.mlp == "swiglu":
         return (3 if work.kernels == "compiled" else 4) * low
-    if work.config.mlp == "relu2" and work.kernels == "cuda" and low < F32:
-        return 2 * low + F32  # CUDA's autocast squares in float32
     return 2 * low
 
 
@@ -491,9 +489,7 @@ class Process:
         tensors = {"relu2": 3, "gelu": 1, "swiglu": 2}[c.mlp]
         if work.kernels == "compiled":
             tensors = 1
-        squares_in_float32 = work.kernels == "cuda" and c.mlp == "relu2"
-        size = F32 if squares_in_float32 else work.product
-        return width * (tensors * size * self.tokens + work.product * c.n_embd)
+        return width * work.product * (tensors * self.tokens + c.n_embd)
 
     def at_the_embedding(self) -> Moment:
         """Backward ends: all gradients are there, the embedding's before they are summed. Others

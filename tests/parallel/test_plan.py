@@ -150,7 +150,8 @@ class FusedNorm(torch.autograd.Function):
 
 
 class AutocastOfCuda(TorchFunctionMode):
-    """CUDA's autocast computes norms and powers in float32; its norms are one kernel."""
+    """CUDA's autocast computes norms and powers in float32; its norms are one kernel. (A squared
+    ReLU as a power would be kept in float32, too.)"""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.rms_norm:
