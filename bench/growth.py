@@ -35,6 +35,7 @@ from bench.common import (  # noqa: E402
     serve,
     shape,
     start,
+    training_step,
 )
 from smallgpt import plots  # noqa: E402
 
@@ -100,14 +101,7 @@ def build(args: argparse.Namespace) -> Contender:
     from bench.large import TOKENIZER, make
     from model import GPT, GPTConfig
     from smallgpt import hardware
-    from smallgpt.optim import (
-        OptimSettings,
-        check_finite,
-        lr_factor,
-        make_optimizers,
-        set_lr,
-        update,
-    )
+    from smallgpt.optim import OptimSettings, make_optimizers
     from smallgpt.parallel.strategy import Spread, share_batch
     from smallgpt.parallel.world import World
     from smallgpt.text.tokens import prepare
@@ -135,14 +129,10 @@ def build(args: argparse.Namespace) -> Contender:
         for rows in shares.of(at, 0):
             x, y = corpus.train_batch(rows, seed=0)
             batches.append(to_batch(x, y, corpus, isolate=False, device=device))
-        set_lr(optimizers, lr_factor(at, 1000, s))
         strategy.seed(0, at)
         targets = sum(batch.n_targets for batch in batches)
-        nats = strategy.forward_backward(batches, lambda run, b: run(*b.inputs), 1 / targets)
-        loss = float(nats) / targets
-        norm = float(strategy.clip(optimizers, s.clip))
-        check_finite(loss, norm, strategy.scaler, at, 0)
-        update(optimizers, strategy.scaler, norm)
+        inputs = [batch.inputs for batch in batches]
+        training_step(strategy, optimizers, s, at, inputs, targets)
         at += 1
 
     def steps() -> None:

@@ -6,9 +6,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import IGNORE, GPTConfig
+from bench.common import gpt2_of_hugging_face
+from model import IGNORE
 from smallgpt import hardware, settings
 from smallgpt.optim import lr_factor, make_optimizers, set_lr
 from smallgpt.parallel.strategy import share_batch
@@ -33,7 +33,7 @@ class HuggingFace:
         )
         round_vocabulary(s.model, self.corpus.tokenizer.vocab_size)
         torch.manual_seed(s.seed)
-        self.model = gpt2_of_hugging_face(s.model)
+        self.model = gpt2_of_hugging_face(s.model, s.model.dropout)
         self.model.to(self.device).train()
         self.forward = self.model
         if s.compile == "true":
@@ -105,20 +105,3 @@ def main(config: str, marks: set[int]) -> None:
         if done in marks:
             loss, bits_per_byte = training.evaluate()
             print(f"{begin} | val loss {loss:.4f} | {bits_per_byte:.4f} bits/byte")
-
-
-def gpt2_of_hugging_face(config: GPTConfig) -> GPT2LMHeadModel:
-    """GPT2LMHeadModel of the same shape, with fused attention."""
-    dropouts = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], config.dropout)
-    theirs = GPT2Config(
-        vocab_size=config.vocab_size,
-        n_positions=config.block_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=None,
-        **dropouts,
-    )
-    return GPT2LMHeadModel(theirs)

@@ -156,7 +156,7 @@ def assert_same_predictions(a: Path, b: Path, tolerance: float) -> None:
         assert float(x["p_good"]) == pytest.approx(float(y["p_good"]), abs=tolerance + 1.01e-4)
 
 
-def main() -> int:
+def main(after_each: Callable[[SentimentSettings], None] = lambda s: None) -> int:
     """In each process of a group: the fine-tunings whose settings a JSON file lists."""
     report.draw = lambda *_: None
     report.baselines = lambda *_: {}
@@ -164,4 +164,5 @@ def main() -> int:
         for arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
             s = settings.load(SentimentSettings, arguments)
             assert finetune(s, world) == 0
+            after_each(s)
     return 0

@@ -5,7 +5,6 @@ each feature's run alone."""
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+import fine_tuning
 from fine_tuning import assert_same_predictions, predictions, result_of
 from helpers import last_weights, losses
 from scripts.classify import Classifier, ClassifySettings
-from sentiment_train import SentimentSettings, finetune
-from smallgpt import settings
-from smallgpt.parallel.world import start
+from sentiment_train import SentimentSettings
 from smallgpt.runs import lazy
 from smallgpt.runs.metrics import read
-from smallgpt.sentiment import report
 
 # 33 examples in batches of 16: one batch of an epoch has a single example, so that of several data
 # ranks some have none
@@ -198,15 +195,12 @@ def main() -> int:
     """In each process of a group: the fine-tunings that a JSON file lists, and what each has read
     for them."""
     lazy.safe_open = CountingFile
-    report.draw = lambda *_: None
-    report.baselines = lambda *_: {}
-    with start("cpu") as world:
-        for arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-            s = settings.load(SentimentSettings, arguments)
-            assert finetune(s, world) == 0
-            print(json.dumps({"run": s.run, "reads": CountingFile.reads}), flush=True)
-            CountingFile.reads.clear()
-    return 0
+
+    def tell(s: SentimentSettings) -> None:
+        print(json.dumps({"run": s.run, "reads": CountingFile.reads}), flush=True)
+        CountingFile.reads.clear()
+
+    return fine_tuning.main(tell)
 
 
 def test_who_reads_the_trunk(tmp_path, fine, trunk, gpt2, start_ranks):
