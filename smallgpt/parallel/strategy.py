@@ -16,6 +16,7 @@ loops call it in this order:
 class, which overrides what is different there.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,43 +46,80 @@ LossOf = Callable[[Callable[..., Any], Any], Tensor]  # (what runs the model, a 
 
 
 @dataclass(frozen=True)
+class Growth:
+    """A size that each step has: a quarter and then half of the full one, in the two halves of the
+    first `warmup` steps."""
+
+    full: int
+    warmup: int = 0
+
+    def at(self, step: int) -> int:
+        if step < self.warmup // 2:
+            return self.full // 4
+        if step < self.warmup:
+            return self.full // 2
+        return self.full
+
+    def before(self, step: int) -> int:
+        """The sizes of all earlier steps together."""
+        quarters = min(step, self.warmup // 2)
+        halves = min(step, self.warmup) - quarters
+        others = step - quarters - halves
+        return quarters * (self.full // 4) + halves * (self.full // 2) + others * self.full
+
+
+@dataclass(frozen=True)
 class Shares:
-    """How the global batch of a step is cut: rows = data ranks * accum * micro."""
+    """How the global batch of a step is cut: rows = data ranks * accum * micro. In the first
+    `warmup` steps it is a smaller one (Growth), cut into fewer or smaller micro-batches."""
 
     rows: int  # sequences per step, over all processes
     accum: int  # forward passes per step and process
     micro: int  # sequences per forward pass
+    depth: int = 1  # accum is a multiple of it
+    warmup: int = 0
 
     def of(self, step: int, data_rank: int) -> list[range]:
         """The global sample indices of each micro-batch of this data rank at this step."""
-        mine = self.accum * self.micro
-        first = step * self.rows + data_rank * mine
-        return [range(row, row + self.micro) for row in range(first, first + mine, self.micro)]
+        mine = Growth(self.accum * self.micro, self.warmup).at(step)
+        micro = math.gcd(self.micro, mine // self.depth)
+        first = Growth(self.rows, self.warmup).before(step) + data_rank * mine
+        return [range(row, row + micro) for row in range(first, first + mine, micro)]
 
 
 def share_batch(
-    batch_tokens: int, block_size: int, micro_batch: int, data_size: int, depth: int = 1
+    batch_tokens: int,
+    block_size: int,
+    micro_batch: int,
+    data_size: int,
+    depth: int = 1,
+    warmup: int = 0,
 ) -> Shares:
     """Derive accumulation and micro-batch (at most micro_batch sequences) from the global batch.
 
     depth: the accumulation is a multiple of it, so that a pipeline of that depth is filled.
-    UserError if batch_tokens is not a multiple of block_size times the data ranks times depth."""
+    warmup: steps in which the batch grows from a quarter of its size.
+    UserError if batch_tokens is not a multiple of block_size times the data ranks times depth, or
+    its quarter is not."""
     unit = block_size * data_size * depth
-    if batch_tokens % unit:
-        nearest = max(1, round(batch_tokens / unit)) * unit
+    smallest = 4 * unit if warmup else unit  # batch, that is
+    if batch_tokens % smallest:
+        nearest = max(1, round(batch_tokens / smallest)) * smallest
         parts = f"{data_size} data-parallel reader(s)"
         if depth > 1:
             parts += f" x {depth} micro-batches (mesh.pp)"
+        if warmup:
+            parts += " x 4 (batch_warmup begins with a quarter)"
         raise UserError(
             f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of "
-            f"model.block_size={block_size} x {parts} = {unit}, for example {nearest}"
+            f"model.block_size={block_size} x {parts} = {smallest}, for example {nearest}"
         )
     turns = batch_tokens // unit  # sequences of each of `depth` equal parts
     micro = min(micro_batch, turns)
     while turns % micro:
         micro -= 1
     mine = turns * depth
-    return Shares(rows=mine * data_size, accum=mine // micro, micro=micro)
+    return Shares(mine * data_size, mine // micro, micro, depth, warmup)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
