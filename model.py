@@ -103,11 +103,12 @@ class KVCache:
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the precision of its input: the fused kernel wants the weight in the same precision,
-    and autocast does not see to it."""
+    """In the precision of its input: the fused kernel wants the weight in the same precision, and
+    has sums in float32 itself. A GPU's autocast would make it all float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):

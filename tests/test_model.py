@@ -21,6 +21,7 @@ from model import (
     GPTClassifier,
     GPTConfig,
     LinearCrossEntropy,
+    RMSNorm,
     cross_entropy_slice,
     sample_classes,
 )
@@ -425,6 +426,25 @@ class Watch(TorchDispatchMode):
                 self.largest = max(self.largest, tensor.numel())
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_norm_keeps_the_precision_of_its_input_under_autocast(monkeypatch, dtype):
+    """A GPU's autocast computes a norm in float32, which it would be asked to be without: queries
+    and keys were twice as wide. (A CPU's leaves norms alone, so that one looks at the switch.)"""
+    original = F.rms_norm
+
+    def watched(*args) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        return original(*args)
+
+    monkeypatch.setattr(F, "rms_norm", watched)
+    norm = RMSNorm(8)
+    x = torch.randn(2, 8).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert y.dtype == dtype and norm(x).equal(y)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

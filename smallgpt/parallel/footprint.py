@@ -233,9 +233,9 @@ def kept_by_block(work: Work, tp: int = 1, sequence: bool = False) -> dict[str, 
         inputs = count if copies else 1
         kept[f"{half}: input"] = inputs * low * c.n_embd
     if c.qk_norm:
-        # a fused norm keeps its input in float32, the CPU's also what it made of it
-        each = {"cpu": 2 * F32, "cuda": F32, "compiled": low}
-        kept["before qk_norm"] = each[work.kernels] * (queries + keys)
+        # a fused norm keeps its input; the CPU's in float32, and what it made of it, too
+        each = 2 * F32 if work.kernels == "cpu" else low
+        kept["before qk_norm"] = each * (queries + keys)
         kept["qk_norm's scale"] = F32 * (heads + kv_heads)
     kept["q, k, v"] = low * (queries + 2 * keys)
     kept["attended"] = low * queries

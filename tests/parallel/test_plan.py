@@ -144,18 +144,21 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        scale = x.square().mean(-1, keepdim=True).rsqrt()
+        scale = x.float().square().mean(-1, keepdim=True).rsqrt()
         ctx.save_for_backward(x, scale)
-        return (x * scale * weight).contiguous()
+        return (x * scale * weight).to(x.dtype).contiguous()
 
 
 class AutocastOfCuda(TorchFunctionMode):
-    """CUDA's autocast computes norms and powers in float32; its norms are one kernel. (A squared
-    ReLU as a power would be kept in float32, too.)"""
+    """CUDA's autocast computes norms and powers in float32, unless it is disabled around them; its
+    norms are one kernel. (A squared ReLU as a power would be kept in float32, too.)"""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.rms_norm:
-            return FusedNorm.apply(args[0].float(), kwargs["weight"].float())
+            x, weight = args[0], kwargs["weight"]
+            if torch.is_autocast_enabled("cpu"):
+                x, weight = x.float(), weight.float()
+            return FusedNorm.apply(x, weight)
         if func is torch.Tensor.square:
             return func(args[0].float())
         return func(*args, **(kwargs or {}))
