@@ -277,27 +277,47 @@ def cross_entropy_slice(
     return loss, gradient.to(dtype)
 
 
-def sample_classes(targets: Tensor, n_classes: int, negatives: int) -> tuple[Tensor, ...]:
+def most_classes(n_targets: int, n_classes: int, negatives: int) -> int:
+    """How many of n_classes the loss of so many targets reads at most: all, or, where it samples,
+    those of the targets and so many others."""
+    return min(n_classes, n_targets + negatives) if negatives else n_classes
+
+
+def sample_classes(
+    targets: Tensor, n_classes: int, negatives: int, fixed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of n_classes those that are targets (N,) here, and so many others drawn at random, which
     stand for all others: S classes in all.
 
     Returns the classes (S,); the place of each target among them (N,), IGNORE where there is none;
     and what is to be added to their logits (S,): log of the number of classes that one stands for.
     So the sum of all exponentials is estimated without bias (sampled softmax, Jean et al. 2015).
-    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled."""
+    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled.
+
+    fixed: S is the most that there can be, and those too many count nothing. So its size does not
+    depend on the targets, and nobody waits for a GPU that has them."""
     device = targets.device
-    is_target = torch.zeros(n_classes, dtype=torch.bool, device=device)
-    is_target[targets[targets != IGNORE]] = True
-    present = is_target.nonzero()[:, 0]
-    absent = is_target.logical_not().nonzero()[:, 0]
-    drawn = absent[torch.randperm(len(absent), device=device)[:negatives]]
-    classes = torch.cat([present, drawn])
-    stands_for = torch.ones(len(classes), device=device)
-    stands_for[len(present) :] = len(absent) / max(1, len(drawn))
-    place = torch.zeros(n_classes, dtype=torch.long, device=device)
-    place[classes] = torch.arange(len(classes), device=device)
-    places = torch.where(targets == IGNORE, IGNORE, place[targets.clamp(min=0)])
-    return classes, places, stands_for.log()  # 0 of a class that stands for itself alone
+    is_valid = targets != IGNORE
+    index = torch.where(is_valid, targets, n_classes)
+    is_target = torch.zeros(n_classes + 1, dtype=torch.bool, device=device)
+    is_target = is_target.index_fill_(0, index, True)[:n_classes]
+    keys = torch.rand(n_classes, device=device)
+    order = torch.where(is_target, -1.0, keys).argsort(stable=True)  # the targets' come first
+    n_present = is_target.sum()
+    n_absent = n_classes - n_present
+    n_drawn = n_absent.clamp(max=negatives)
+    n_read = n_present + n_drawn
+
+    size = most_classes(len(targets), n_classes, negatives) if fixed else int(n_read)
+    classes = order[:size]
+    number = torch.arange(n_classes, device=device)
+    place = torch.empty_like(order)
+    place[order] = number
+    places = torch.where(is_valid, place[targets.clamp(min=0)], IGNORE)
+    number = number[:size]
+    log_others = (n_absent / n_drawn).log()  # that a drawn one stands for
+    bias = torch.where(number < n_present, 0.0, log_others)
+    return classes, places, bias.masked_fill(number >= n_read, -math.inf)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -498,7 +518,8 @@ class GPT(nn.Module):
         h, targets = h.flatten(0, 1), targets.flatten()
         bias = None
         if self.negatives and self.training:
-            classes, targets, bias = sample_classes(targets, weight.size(0), self.negatives)
+            fixed = device != "cpu"
+            classes, targets, bias = sample_classes(targets, weight.size(0), self.negatives, fixed)
             weight = weight[classes]
         return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss, bias)
 

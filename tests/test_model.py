@@ -384,6 +384,46 @@ def test_sampled_loss_is_the_exact_one_where_nothing_is_left_out():
         assert_close(a, b, 1e-12)
 
 
+@pytest.mark.parametrize("negatives", [1, 6, 40])
+def test_a_fixed_number_of_classes_gives_the_same_loss(negatives):
+    """A GPU takes as many classes whatever the targets are: those too many must count nothing."""
+    targets = torch.tensor([2, IGNORE, 0, 6, 6, 2])
+    h = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fixed in (False, True):
+        torch.manual_seed(4)
+        classes, places, bias = sample_classes(targets, 20, negatives, fixed)
+        assert len(classes) == min(20, (6 if fixed else 3) + negatives)
+        loss = LinearCrossEntropy.apply(h, w[classes], places, w.dtype, cross_entropy_slice, bias)
+        results.append((loss, *torch.autograd.grad(loss, (h, w))))
+    for one, other in zip(*results, strict=True):
+        assert_close(other, one, 1e-12)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: it reads a number, or a size that depends on
+    numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"), name
+        is_index = name in ("index", "index_put_") and args[1] is not None
+        if is_index:
+            masks = [x for x in args[1] if x is not None and x.dtype == torch.bool]
+            assert not masks, f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_classes_are_sampled_without_a_look_at_them():
+    """Each look made a GPU wait for the CPU that waited for it, three times a micro-batch."""
+    targets = torch.tensor([2, IGNORE, 0, 6, 6])
+    with NoHostReads():
+        sample_classes(targets, 20, 4, fixed=True)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            sample_classes(targets, 20, 4)
+
+
 def test_sampled_loss_has_the_gradient_of_its_estimate():
     """Each draw is a function of its own: its gradient is checked with the draw held."""
     targets = torch.tensor([2, IGNORE, 0, 6, 6])
