@@ -23,6 +23,7 @@ from model import (
     LinearCrossEntropy,
     RMSNorm,
     cross_entropy_slice,
+    most_classes,
     sample_classes,
 )
 from smallgpt.runs.metrics import flops_per_token
@@ -671,7 +672,7 @@ def test_flops_per_token_is_what_pytorch_counts(config):
     model, idx = GPT(config), tokens(config, 1, config.block_size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx, next_tokens(idx)).backward()
-    assert counter.get_total_flops() == flops_per_token(model) * config.block_size
+    assert counter.get_total_flops() == flops_per_token(config) * config.block_size
 
 
 def test_flops_per_token_by_hand():
@@ -679,7 +680,20 @@ def test_flops_per_token_by_hand():
     mlp = 3 * 32 * 128  # 8/3 * 32 = 85.3, rounded up to a multiple of 64
     head = 96 * 32
     scores = 2 * 24 * 32  # q k^T and weights v, multiply-adds over 24 positions
-    assert flops_per_token(GPT(QWEN3)) == 6 * (2 * (attention + mlp + scores) + head)
+    assert flops_per_token(QWEN3) == 6 * (2 * (attention + mlp + scores) + head)
+
+
+def test_flops_of_a_sampled_loss_are_those_of_the_classes_it_reads(monkeypatch):
+    """MFU would count products that nobody made. A GPU reads as many as there can be."""
+    config = replace(SMALL, vocab_size=960)
+    model, idx = GPT(config).train(), tokens(config, 1, config.block_size)
+    model.negatives = 8
+    monkeypatch.setattr("model.sample_classes", lambda *args: sample_classes(*args[:3], fixed=True))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    classes = most_classes(config.block_size, config.vocab_size, 8)
+    assert classes == config.block_size + 8
+    assert counter.get_total_flops() == flops_per_token(config, classes) * config.block_size
 
 
 @torch.no_grad()

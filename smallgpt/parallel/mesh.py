@@ -65,6 +65,7 @@ class Mesh(Single):
         replicate, shard = data.get_coordinate()
         self.data_rank = replicate * data.size(1) + shard
         self.data_size = data.size()
+        self.loss_parts = mesh["tp"].size()
         self.gradient_scale = float(self.data_size)  # FSDP averages, the step wants the sum
         self.dtype = dtype
         self.cut()

@@ -137,6 +137,7 @@ class Single:
 
     name = "one process"
     depth = 1  # processes in a pipeline: a step's micro-batches must be a multiple of it
+    loss_parts = 1  # processes that share the tokens of a micro-batch's loss
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
         self.shapes = shapes_of(model)

@@ -188,7 +188,11 @@ def test_the_model_is_the_model(form, tied):
     model = GPT(config)
     work = Work(config)
     assert work.parameters == sum(p.numel() for p in model.parameters())
-    assert work.flops_per_token == flops_per_token(model)
+    layout = Layout(1, 1, 1, tp=2, rows=1, accum=1)
+    assert work.flops_per_token(layout) == flops_per_token(config)
+    sampled = replace(work, negatives=8)
+    assert sampled.classes(layout) == 16 + 8  # each rank has the loss of half the tokens
+    assert sampled.flops_per_token(layout) == flops_per_token(config, 16 + 8)
 
 
 def test_every_gpu_has_a_data_sheet():
