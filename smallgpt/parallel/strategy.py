@@ -65,7 +65,8 @@ class Growth:
         quarters = min(step, self.warmup // 2)
         halves = min(step, self.warmup) - quarters
         others = step - quarters - halves
-        return quarters * (self.full // 4) + halves * (self.full // 2) + others * self.full
+        growing = quarters * (self.full // 4) + halves * (self.full // 2)
+        return growing + others * self.full
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,13 @@ class Shares:
 
     def of(self, step: int, data_rank: int) -> list[range]:
         """The global sample indices of each micro-batch of this data rank at this step."""
-        mine = Growth(self.accum * self.micro, self.warmup).at(step)
+        of_rank = Growth(self.accum * self.micro, self.warmup)
+        of_all = Growth(self.rows, self.warmup)
+        mine = of_rank.at(step)
         micro = math.gcd(self.micro, mine // self.depth)
-        first = Growth(self.rows, self.warmup).before(step) + data_rank * mine
-        return [range(row, row + micro) for row in range(first, first + mine, micro)]
+        first = of_all.before(step) + data_rank * mine
+        end = first + mine
+        return [range(row, row + micro) for row in range(first, end, micro)]
 
 
 def share_batch(
@@ -124,7 +128,15 @@ def share_batch(
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its name, a tied matrix once."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {}
+    for name, p in model.named_parameters():
+        shapes[name] = tuple(p.shape)
+    return shapes
+
+
+def with_gradient(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have one."""
+    return [p for p in model.parameters() if p.grad is not None]
 
 
 class Single:
@@ -164,9 +176,11 @@ class Single:
     def gather_weights(self) -> dict[str, Tensor]:
         """All weights, whole, on the CPU, by canonical name, on the main process; nothing on the
         others. They may share the parameters' memory. A collective."""
-        if not self.world.main:
-            return {}
-        return {name: p.detach().cpu() for name, p in self.names().items()}
+        weights = {}
+        if self.world.main:
+            for name, p in self.names().items():
+                weights[name] = p.detach().cpu()
+        return weights
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -183,7 +197,8 @@ class Single:
     def seed(self, seed: int, step: int) -> None:
         """Seed torch for one step of this data rank. All randomness of a run is a function of
         (seed, step, data rank): there is nothing to save, and resuming is exact."""
-        key = (seed * 1_000_003 + step) * 1_000_003 + self.data_rank
+        of_step = seed * 1_000_003 + step
+        key = of_step * 1_000_003 + self.data_rank
         torch.manual_seed(key % 2**63)
 
     def sum(self, *values: float) -> list[float]:
@@ -228,8 +243,9 @@ class Single:
         the device: a GPU may still be computing it."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+        parameters = with_gradient(self.model)
+        most = max_norm or math.inf
+        return nn.utils.clip_grad_norm_(parameters, most)
 
 
 class DDP(Single):
