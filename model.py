@@ -93,17 +93,19 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of the positions `at`, (T,) in all rows or (B, T) in each, of
         which the last is end - 1; return those of 0..end."""
-        start = end - k.size(2)
-        found = []
-        for kept, new in ((self.k[layer], k), (self.v[layer], v)):  # (B, K, length, D)
-            if at.dim() == 1:
-                kept[:, :, start:end] = new
-            else:
-                by_position = kept.transpose(1, 2)  # (B, length, K, D)
-                rows = torch.arange(at.size(0), device=at.device)[:, None]
-                by_position[rows, at] = new.transpose(1, 2).to(kept.dtype)
-            found.append(kept[:, :, :end])
-        return tuple(found)
+        return put(self.k[layer], at, end, k), put(self.v[layer], at, end, v)
+
+
+def put(cache: Tensor, at: Tensor, end: int, new: Tensor) -> Tensor:
+    """Store `new` (B, K, T, D) in one layer's cache (B, K, length, D), as KVCache.write does."""
+    if at.dim() == 1:
+        start = end - new.size(2)
+        cache[:, :, start:end] = new
+    else:
+        by_position = cache.transpose(1, 2)  # (B, length, K, D)
+        rows = torch.arange(at.size(0), device=at.device)[:, None]
+        by_position[rows, at] = new.transpose(1, 2).to(cache.dtype)
+    return cache[:, :, :end]
 
 
 class RMSNorm(nn.RMSNorm):
