@@ -573,13 +573,11 @@ class GPT(nn.Module):
         h = self.norm(x)
         return self.lm_head(h) if targets is None else self.loss(h, targets)
 
-    def compile_parts(self, dynamic: bool | None = False) -> str:
+    def compile_parts(self) -> str:
         """torch.compile, one block compiled once and used for all: a third of the whole model's
-        compile time. Returns what is compiled, in words.
-
-        dynamic: False = once for each shape, None = a second shape is taken as one of many."""
+        compile time. Returns what is compiled, in words."""
         for block in self.blocks:
-            block.compile(dynamic=dynamic)
+            block.compile()
         self.slice_loss = torch.compile(cross_entropy_slice)
         return "on"
 

@@ -364,7 +364,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
         weights = checkpoint.read_weights(run.found, shapes_of(model)) if run.found else None
         strategy = spread.build(model, dtype, weights)
         if s.compile == "true":
-            strategy.model.gpt.compile_parts(dynamic=None)
+            strategy.model.gpt.compile_parts()
         objective = Objective(s, task, strategy, perturbation)
         scale = partial(layer_scale, n_layer=task.config.n_layer, decay=s.layer_decay)
         optimizers = make_optimizers(strategy.names(), s.optim, scale, freeze.undecayed(model))

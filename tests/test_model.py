@@ -731,9 +731,4 @@ def test_compiled_parts_equal_eager_and_the_block_is_compiled_once(monkeypatch):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, (
         "one block and one slice of the softmax"
     )
-    # sequences that grow: a later shape would run kernels made for any, slower ones
-    for rows in (4, 8):
-        idx = idx.view(rows, -1)
-        model(idx, next_tokens(idx))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
     torch._dynamo.reset()

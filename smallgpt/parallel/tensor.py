@@ -243,7 +243,7 @@ class CutGPT(GPT):
         x = super().run_blocks(shares, context, first, end).full_tensor()
         return x if at is None else take_position(x, at)
 
-    def compile_parts(self, dynamic: bool | None = False) -> str:
+    def compile_parts(self) -> str:
         """Only the loss: torch 2.13 cannot compile blocks that are cut over one axis of a mesh."""
         self.slice_loss = torch.compile(self.slice_loss)
         return "on for the loss only (mesh.tp)"
