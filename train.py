@@ -58,7 +58,6 @@ class TrainSettings:
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
     batch_warmup: Count = 0  # steps in which batch_tokens grows: a quarter, half, all of it
-    length_warmup: Count = 0  # steps in which sequences grow: a quarter, half, all of block_size
     micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
     negatives: Count = 0  # tokens that the training loss samples beside the targets; 0 = exact loss
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
@@ -108,21 +107,6 @@ def to_batch(x: Tensor, y: Tensor, corpus: Corpus, isolate: bool, device: torch.
         begins = x == corpus.tokenizer.bos
         segments = begins.cumsum(1)
     return Batch((x, y, segments), n_targets)
-
-
-def read_batches(
-    step: int, corpus: Corpus, shares: Shares, strategy: Single, s: TrainSettings
-) -> list[Batch]:
-    """The micro-batches of this data rank. Where sequences are to be short, each row is cut into
-    several."""
-    length = Growth(s.model.block_size, s.length_warmup).at(step)
-    batches = []
-    for rows in shares.of(step, strategy.data_rank):
-        x, y = corpus.train_batch(rows, s.seed)
-        x = x.view(-1, length)
-        y = y.view(-1, length)
-        batches.append(to_batch(x, y, corpus, s.data.isolate, strategy.world.device))
-    return batches
 
 
 def count_targets(batches: list[Batch]) -> int:
@@ -187,15 +171,6 @@ def round_vocabulary(config: GPTConfig, vocab_size: int) -> None:
         )
 
 
-def check_lengths(s: TrainSettings) -> None:
-    """UserError if sequences cannot begin with a quarter of their length."""
-    if s.length_warmup and s.model.block_size % 4:
-        raise UserError(
-            f"length_warmup begins with a quarter of model.block_size={s.model.block_size}, which "
-            "is no whole number: make it a multiple of 4"
-        )
-
-
 def new_model(s: TrainSettings, dtype: torch.dtype) -> GPT:
     """The GPT of these settings, its weights drawn from the seed: the same on every rank."""
     torch.manual_seed(s.seed)
@@ -224,7 +199,6 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         tokenizer = checkpoint.tokenizer_of(parent) if parent else s.tokenizer
         corpus = prepare(s.data, tokenizer, s.model.block_size)
         round_vocabulary(s.model, corpus.tokenizer.vocab_size)
-        check_lengths(s)
         sources = merge_sources(corpus.sources, parent.sources if parent else [])
         tokens = Growth(s.batch_tokens, s.batch_warmup)
         facts = Facts(
@@ -272,7 +246,13 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         )
         run.full_speed = full_speed(s, shares, strategy, dtype)
 
-        load = partial(read_batches, corpus=corpus, shares=shares, strategy=strategy, s=s)
+        def load(step: int) -> list[Batch]:
+            """The micro-batches of this data rank."""
+            batches = []
+            for rows in shares.of(step, strategy.data_rank):
+                x, y = corpus.train_batch(rows, s.seed)
+                batches.append(to_batch(x, y, corpus, s.data.isolate, device))
+            return batches
 
         def loss_of(run_model, batch: Batch) -> Tensor:
             """Summed loss of a micro-batch, in nats."""
@@ -338,8 +318,6 @@ def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
     )
     if s.batch_warmup:
         text += f"; growing from a quarter in {s.batch_warmup} steps"
-    if s.length_warmup:
-        text += f"; sequences grow from a quarter of their length in {s.length_warmup} steps"
     return text
 
 

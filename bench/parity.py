@@ -91,7 +91,6 @@ FORMS = {
     ),
     "1 K/V head": ("model.n_kv_head=1",),
     "growing batch": ("batch_warmup=6",),
-    "growing sequences": ("length_warmup=6",),
 }
 HEADS = {
     "classifier": ("pool=last",),

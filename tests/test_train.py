@@ -7,7 +7,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -262,17 +261,6 @@ def test_a_batch_that_has_no_quarter_is_refused(tmp_path, tiny, run):
     )
 
 
-def test_growing_sequences_resume_exactly(tmp_path, tiny, start, run):
-    """A length counted from the process's start would train on other rows after a restart."""
-    args = ["length_warmup=8", "max_steps=10", "save_every=3", "data.isolate=true"]
-    whole = tiny(tmp_path, run="whole") + args
-    cut = tiny(tmp_path, run="cut") + args
-    assert run("train", whole).status == 0
-    assert start("train", cut, die_at=(1, ".step-00000006.tmp")).wait().status == -signal.SIGKILL
-    assert run("train", cut).status == 0
-    assert_same(tmp_path / "cut", tmp_path / "whole")
-
-
 def test_utilisation_counts_what_a_sampled_loss_multiplies(monkeypatch):
     """As of the whole vocabulary it would count products that nobody made; tensor-parallel ranks
     have the loss of a part of the tokens each."""
@@ -284,30 +272,6 @@ def test_utilisation_counts_what_a_sampled_loss_multiplies(monkeypatch):
         strategy = SimpleNamespace(world=World(0, 2, torch.device("cpu")), loss_parts=parts)
         speed = train.full_speed(s, shares, strategy, torch.bfloat16)
         assert speed == 2 * 1e12 / metrics.flops_per_token(config, classes)
-
-
-def test_short_sequences_read_the_same_tokens():
-    """A cut along the wrong axis would give each token the target of another."""
-    s = train.TrainSettings(length_warmup=2)
-    s.model.block_size = 8
-    pair = torch.arange(16).view(2, 8), torch.arange(1, 17).view(2, 8)
-    corpus = SimpleNamespace(train_batch=lambda rows, seed: pair)
-    strategy = SimpleNamespace(data_rank=0, world=World(0, 1, torch.device("cpu")))
-    shares = Shares(rows=2, accum=1, micro=2)
-    for step, shape in enumerate([(8, 2), (4, 4), (2, 8)]):
-        (batch,) = train.read_batches(step, corpus, shares, strategy, s)
-        x, y, _ = batch.inputs
-        assert x.shape == shape and batch.n_targets == 16
-        assert x.flatten().equal(torch.arange(16)) and y.equal(x + 1)
-
-
-def test_a_length_that_has_no_quarter_is_refused(tmp_path, tiny, run):
-    """The rows could not be cut into equal ones."""
-    args = [*tiny(tmp_path, run="r"), "model.block_size=18", "batch_tokens=36", "length_warmup=8"]
-    assert mistake(run("train", args)) == (
-        "length_warmup begins with a quarter of model.block_size=18, which is no whole number: "
-        "make it a multiple of 4"
-    )
 
 
 MOMENTS = {
