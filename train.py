@@ -30,7 +30,7 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel.strategy import Growth, Shares, Single, Spread, shapes_of, share_batch
+from smallgpt.parallel.strategy import Shares, Single, Spread, shapes_of, share_batch
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
@@ -57,7 +57,6 @@ class TrainSettings:
     compile: Free[Switch] = "auto"  # torch.compile; auto = where it works and pays
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
-    batch_warmup: Count = 0  # steps in which batch_tokens grows: a quarter, half, all of it
     micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
     negatives: Count = 0  # tokens that the training loss samples beside the targets; 0 = exact loss
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
@@ -200,13 +199,12 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         corpus = prepare(s.data, tokenizer, s.model.block_size)
         round_vocabulary(s.model, corpus.tokenizer.vocab_size)
         sources = merge_sources(corpus.sources, parent.sources if parent else [])
-        tokens = Growth(s.batch_tokens, s.batch_warmup)
         facts = Facts(
             s.model,
             corpus.tokenizer,
             corpus.fingerprint,
             sources,
-            tokens=tokens,
+            tokens_per_step=s.batch_tokens,
             init_from=s.init_from,
         )
         run.identify(facts)
@@ -227,7 +225,6 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             s.micro_batch,
             strategy.data_size,
             strategy.depth,
-            s.batch_warmup,
         )
         optimizers = make_optimizers(strategy.names(), s.optim)
         run.resume(strategy, optimizers)
@@ -239,7 +236,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             s.max_steps,
             {
                 "model": model_line,
-                "data": describe_data(corpus, tokens.before(s.max_steps) // s.model.block_size),
+                "data": describe_data(corpus, s.max_steps * shares.rows),
                 "batch": describe_batch(s, shares, strategy),
                 "device": device_line,
             },
@@ -263,7 +260,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         for step in run.steps(s.max_steps, s.save_every):
             if run.due(s.eval_every):
                 result = evaluate(strategy, corpus, s.data.isolate, shares.micro)
-                run.evaluated({"tokens": tokens.before(step), **result})
+                run.evaluated({"tokens": step * s.batch_tokens, **result})
                 run.text("replies", sample_replies(strategy, corpus, s, compiled))
             if step >= s.max_steps:
                 break
@@ -281,10 +278,10 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
             run.log(
-                tokens.at(step),
+                s.batch_tokens,
                 "tokens",
                 loss=loss,
-                tokens=tokens.before(step + 1),
+                tokens=(step + 1) * s.batch_tokens,
                 lr=lr,
                 grad_norm=norm,
             )
@@ -312,13 +309,10 @@ def describe_data(corpus: Corpus, rows: int) -> str:
 
 
 def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
-    text = (
+    return (
         f"{s.batch_tokens:,} tokens = {shares.rows} sequences of {s.model.block_size} = "
         f"{strategy.readers} x {shares.accum} accumulation x {shares.micro} sequences"
     )
-    if s.batch_warmup:
-        text += f"; growing from a quarter in {s.batch_warmup} steps"
-    return text
 
 
 def main() -> int:

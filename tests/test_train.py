@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,33 +233,6 @@ def test_kill_9_before_any_file_operation_then_resume_is_exact(
         deaths += 1
     assert ended.status == 0 and deaths >= 8
     assert_same(tmp_path / "r", uninterrupted)
-
-
-def test_a_growing_batch_resumes_exactly(tmp_path, tiny, start, run):
-    """A step that counted its rows from the process's start, or from equal batches, would read
-    others after a restart; and the log would count tokens that nobody read."""
-    args = ["batch_warmup=8", "max_steps=10", "save_every=3", "micro_batch=4"]
-    whole = tiny(tmp_path, run="whole") + args
-    cut = tiny(tmp_path, run="cut") + args
-    assert run("train", whole).status == 0
-    assert start("train", cut, die_at=(1, ".step-00000006.tmp")).wait().status == -signal.SIGKILL
-    assert run("train", cut).status == 0
-    assert_same(tmp_path / "cut", tmp_path / "whole")
-    records = metrics.read(tmp_path / "cut", "train")
-    tokens = [64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280]  # 64, then 128, then 256 a step
-    assert [record["tokens"] for record in records] == tokens
-    meta = json.loads((tmp_path / "cut" / "step-00000010" / "meta.json").read_text("utf-8"))
-    assert meta["tokens"] == 1280
-
-
-def test_a_batch_that_has_no_quarter_is_refused(tmp_path, tiny, run):
-    """Its first steps could not be shared equally."""
-    args = [*tiny(tmp_path, run="r"), "batch_tokens=192", "batch_warmup=8"]
-    assert mistake(run("train", args)) == (
-        "batch_tokens=192 cannot be shared equally: it must be a multiple of model.block_size=32 "
-        "x 1 data-parallel reader(s) x 4 (batch_warmup begins with a quarter) = 128, for example "
-        "256"
-    )
 
 
 def test_utilisation_counts_what_a_sampled_loss_multiplies(monkeypatch):

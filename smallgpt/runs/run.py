@@ -35,7 +35,7 @@ from model import GPTConfig
 from smallgpt import settings
 from smallgpt.adam import Optimizer
 from smallgpt.console import UserError
-from smallgpt.parallel.strategy import Growth, Single
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import StopRequest, World
 from smallgpt.runs import checkpoint, metrics
 from smallgpt.runs.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ class Facts:
     data: str  # fingerprint of what is trained on
     sources: list[dict]  # where it came from, with hashes; also what the trunk was trained on
     identity: dict[str, Any] = field(default_factory=dict)  # more that may not change, as the head
-    tokens: Growth = Growth(0)  # of each step of a pretraining
+    tokens_per_step: int = 0  # of pretraining
     init_from: str = ""  # run whose weights a pretraining began with
 
 
@@ -310,7 +310,7 @@ class Run:
             "data": self.facts.data,
             "sources": self.facts.sources,
             **self.facts.identity,
-            "tokens": self.facts.tokens.before(self.step),
+            "tokens": self.step * self.facts.tokens_per_step,
             "init_from": self.facts.init_from,
             "scaler": self.strategy.scaler.state_dict(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
