@@ -217,7 +217,9 @@ def config_of(facts: dict[str, Any], tensors: Weights, file: Path) -> GPTConfig:
     found = {key.removeprefix(prefix): facts[key] for key in facts if key.startswith(prefix)}
     found.setdefault("attention.head_count_kv", found.get("attention.head_count"))
     sizes = read_sizes(found, GGUF_SIZES, file)
-    rows, *_ = tensors.shapes.get("token_embd.weight", (0,))
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{file} is damaged, token_embd.weight is absent: download it again")
+    rows = tensors.shapes["token_embd.weight"][0]
     head_size = found.get("rope.dimension_count") or sizes["n_embd"] // sizes["n_head"]
     check_head_size(head_size, sizes, file)
     if "rope_freqs.weight" in tensors:
