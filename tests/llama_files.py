@@ -96,7 +96,7 @@ def facts_of(changed: str = "general.name", value: object = "x") -> dict[str, ob
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": [*TOKENS, *(f"[PAD{i}]" for i in range(ROWS - len(TOKENS)))],
-        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(TOKENS) - 3) + [3] * (ROWS - len(TOKENS)),
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(TOKENS) - 3) + [5] * (ROWS - len(TOKENS)),
         "tokenizer.ggml.merges": MERGES,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.chat_template": TEMPLATE,

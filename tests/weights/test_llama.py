@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import chat
+from fine_tuning import ALONE, made
+from helpers import write_csv
 from llama_files import (
     LACKING,
     MERGES,
@@ -23,10 +27,6 @@ from llama_files import (
     write_gguf,
     write_json,
 )
-
-import chat
-from fine_tuning import ALONE, made
-from helpers import write_csv
 from model import GPT
 from scripts import classify
 from sentiment_train import SentimentSettings, finetune
@@ -142,6 +142,9 @@ def test_both_forms_are_the_same_trunk(kept_folder, kept_file):
     assert folder.weights.keys() == file.weights.keys()
     assert all(folder.weights[name].equal(file.weights[name]) for name in file.weights)
     assert folder.rows == file.rows == ROWS
+    for trunk, path in ((folder, kept_folder), (file, kept_file)):
+        assert trunk.notes == [f"3 of the {ROWS} rows of {path} stand for no token"]
+        assert trunk.tokenizer.decode(range(ROWS - 3, ROWS)) == ""
 
 
 def test_the_config_of_transformers_4_has_its_rotary_base_elsewhere(folder):
