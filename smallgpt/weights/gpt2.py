@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import shapes_of
 from smallgpt.runs import checkpoint, lazy
@@ -276,9 +276,7 @@ def third(w: Tensor, number: int) -> Tensor:
 
 def check_shapes(found: dict[str, tuple[int, ...]], config: GPTConfig, file: Path) -> None:
     """UserError unless the shapes, of weights in `file`, are all those of GPT(config)."""
-    with torch.device("meta"):  # names and shapes only: no memory, no random numbers
-        model = GPT(config)
-    expected = shapes_of(model)
+    expected = shapes_of(lazy.hollow(config))
     surplus = sorted(found.keys() - expected.keys())
     for name in [*expected, *surplus]:
         is_now, should_be = found.get(name, "absent"), expected.get(name, "absent")

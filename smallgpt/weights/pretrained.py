@@ -68,7 +68,8 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
             f"python scripts/classify.py {shell_word(path)} TEXT, or as a trunk"
         )
     tokenizer = checkpoint.tokenizer_of(found)
-    model = GPT(checkpoint.model_config(found.meta["model"], found.path))
+    with lazy.SkipInit():
+        model = GPT(checkpoint.model_config(found.meta["model"], found.path))
     checkpoint.load_weights(found, model)
     return found, model, tokenizer
 
@@ -128,10 +129,8 @@ def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
         return str(found.path), model, tokenizer
     trunk = open_trunk(path)
     rows = max(trunk.rows, trunk.tokenizer.vocab_size)
-    with torch.device("meta"):  # to draw 135 million weights takes longer than to read them
+    with lazy.SkipInit():
         model = GPT(replace(trunk.config, vocab_size=rows))
-    model.to_empty(device="cpu")
-    model.tie()
     load_trunk(model, trunk, std=0.0)
     return trunk.name, model, trunk.tokenizer
 
