@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, GPTClassifier, GPTConfig
+from model import GPT, GPTClassifier, GPTConfig, Pool
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.optim import (
@@ -49,6 +49,7 @@ from smallgpt.sentiment.adversarial import Adversary, typical_norm
 from smallgpt.sentiment.batches import (
     Buckets,
     Inputs,
+    add_leading_space,
     drop_tokens,
     encode,
     score,
@@ -72,6 +73,7 @@ from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
 
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
+Words = dict[str, str]  # label -> its word
 
 
 @dataclass
@@ -97,9 +99,14 @@ class SentimentSettings:
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
+    trunk_blocks: Count = 0  # the lowest blocks of the trunk that are used; 0 = all
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
     freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks
-    pool: Literal["last", "mean"] = "last"  # the head reads the last token's state, or the mean
+    lora: Count = 0  # rank of adapters, which train in place of the blocks' matrices; 0 = none
+    pool: Pool = "last"  # the head reads the last state, the mean, or the two means of a pair
+    marks: bool = False  # of a pair: mark the tokens that both texts have
+    cue: str = ""  # text behind each text, with pool=last: " The sentiment is"
+    label_words: Words = field(default_factory=dict)  # the head's beginning: label_words.neg=bad
     block_size: Count = 0  # longest text in tokens, longer lose their middle; 0 = the trunk's
     dropout: Rate = 0.1  # in the trained part of the trunk
     token_dropout: Rate = 0.0  # share of each training text's tokens left out, new at every step
@@ -125,13 +132,38 @@ class SentimentSettings:
             problems.append(
                 "token_dropout must be 0 with lm_weight: there is no next word in a gap"
             )
-        if self.adversarial and self.freeze != "none":
-            problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none")
+        if self.adversarial and (self.freeze != "none" or self.lora):
+            problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none and lora=0")
         if self.adversarial and self.mesh.pp > 1:
             problems.append(
                 f"adversarial={self.adversarial} must be 0, or mesh.pp=1: a text's second pass "
                 "begins where its first has ended"
             )
+        return problems + self.lora_problems() + self.head_problems()
+
+    def lora_problems(self) -> list[str]:
+        """The same, of the adapters."""
+        problems = []
+        if self.lora and self.freeze == "trunk":
+            problems.append(
+                f"lora={self.lora} adapts the blocks, and freeze=trunk forbids it: choose one"
+            )
+        if self.lora and self.mesh.tp > 1:
+            problems.append(f"lora={self.lora} must be 0, or mesh.tp=1: thin matrices are not cut")
+        return problems
+
+    def head_problems(self) -> list[str]:
+        """The same, of the head and what it reads."""
+        problems = []
+        if self.marks and self.freeze != "none":
+            problems.append("marks=true needs freeze=none: the first block has to learn them")
+        if self.cue and self.pool != "last":
+            problems.append(f"cue needs pool=last: with pool={self.pool} the head reads the text")
+        if self.label_words and self.pool == "pair":
+            problems.append("label_words needs pool=last or mean: two means have no word")
+        for label, word in self.label_words.items():
+            if not word.strip():
+                problems.append(f"label_words.{label} must be a word, such as good")
         return problems
 
 
@@ -170,13 +202,14 @@ def prepare(s: SentimentSettings, world: World) -> Task:
     trunk = open_trunk(s.trunk)
     config = classifier_config(s, trunk)
     head = head_record(s, data, trunk)
+    check_head(s, data, head)
     block_size = head["block_size"]
     notes = data.notes + trunk.notes + search_leaks(s, data, trunk, world)
     tokenizer = trunk.tokenizer
     width = 0 if s.mask else block_size
     inputs = {}
     for name, examples in data.splits.items():
-        encoded = encode(examples, data.labels, tokenizer, block_size, head["prefix"])
+        encoded = encode(examples, data.labels, tokenizer, block_size, head["prefix"], head["cue"])
         inputs[name] = Inputs(encoded, tokenizer.pad, width, world.device)
         notes.append(
             f"{name}: {encoded.cut} texts have over {block_size} tokens and lose their middle"
@@ -186,12 +219,16 @@ def prepare(s: SentimentSettings, world: World) -> Task:
 
 
 def classifier_config(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
-    """The trunk's, with this fine-tuning's dropout, and with rows for new tokens."""
+    """The trunk's lowest blocks, with this fine-tuning's dropout, and with rows for new tokens."""
     config = trunk.config
     if s.block_size > config.block_size:
         raise UserError(f"block_size={s.block_size} is more than the trunk's {config.block_size}")
+    if s.trunk_blocks > config.n_layer:
+        raise UserError(f"trunk_blocks={s.trunk_blocks} is more than the trunk's {config.n_layer}")
+    n_layer = s.trunk_blocks or config.n_layer
     rows = max(trunk.rows, 64 * math.ceil(trunk.tokenizer.vocab_size / 64))
-    return replace(config, dropout=s.dropout, vocab_size=max(config.vocab_size, rows))
+    vocab_size = max(config.vocab_size, rows)
+    return replace(config, n_layer=n_layer, dropout=s.dropout, vocab_size=vocab_size)
 
 
 def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, Any]:
@@ -203,16 +240,40 @@ def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, 
         "mask": s.mask,
         "block_size": s.block_size or trunk.config.block_size,
         "prefix": [bos] if bos < trunk.rows else [],  # GPT-2 never saw ours
+        "cue": trunk.tokenizer.encode(s.cue),
+        "marks": s.marks,
         "rows": trunk.rows,
     }
 
 
+def check_head(s: SentimentSettings, data: Reviews, head: dict[str, Any]) -> None:
+    """UserError where a head cannot be made of this set."""
+    has_pairs = any(example.pair for example in data.splits["train"])
+    if (s.pool == "pair" or s.marks) and not has_pairs:
+        asked = "pool=pair" if s.pool == "pair" else "marks=true"
+        raise UserError(f"{asked} compares two texts, and {s.data.set} has no pairs")
+    if len(head["cue"]) > head["block_size"] // 2:
+        raise UserError(
+            f"the cue has {len(head['cue'])} tokens, and a text at most {head['block_size']}: "
+            "shorten it"
+        )
+    if s.label_words and sorted(s.label_words) != sorted(data.labels):
+        raise UserError(
+            f"label_words has {', '.join(sorted(s.label_words))}, and the labels of "
+            f"{s.data.set} are {', '.join(sorted(data.labels))}: give each a word"
+        )
+
+
 def search_leaks(s: SentimentSettings, data: Reviews, trunk: Trunk, world: World) -> list[str]:
-    """What the leak check found, in words; UserError if the trunk has read test texts."""
-    texts = []
-    for example in data.splits["test"]:
-        texts += [text for text in (example.text, example.pair) if text]
-    return leaks.check(texts, trunk.name, trunk.sources, cache_of(s), world, s.allow_leaks)
+    """What the trunk has read, and what the leak check found there, in words; UserError if that are
+    test texts."""
+    texts: dict[str, list[str]] = {"test": [], "validation": []}
+    for split, found in texts.items():
+        for example in data.splits[split]:
+            found += [text for text in (example.text, example.pair) if text]
+    cache = cache_of(s)
+    notes = leaks.check(*texts.values(), trunk.name, trunk.sources, cache, world, s.allow_leaks)
+    return [f"trained on before: {leaks.chain(trunk.sources)}", *notes]
 
 
 def cache_of(s: SentimentSettings) -> Path:
@@ -228,18 +289,33 @@ def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) 
     device, where none are read; what they freeze is frozen."""
     torch.manual_seed(s.seed)  # the same head on every rank
     with birthplace:
-        model = GPTClassifier(GPT(task.config), len(task.data.labels), s.pool, s.mask)
+        sep = task.trunk.tokenizer.sep
+        n_classes = len(task.data.labels)
+        model = GPTClassifier(GPT(task.config), n_classes, s.pool, s.mask, sep, s.marks)
     if birthplace.type != "meta":
         load_trunk(model.gpt, task.trunk)
+        if s.label_words:
+            begin_head(model, task, s.label_words)
     tied = task.config.tie_weights
     first_new = task.trunk.rows  # token id
     learns_tokens = s.lm_weight and tied
     if task.inputs["train"].largest < first_new and not learns_tokens:
         first_new = task.config.vocab_size  # no text has a new one: there is nothing to learn
-    freeze.freeze(model, s.freeze, first_new)
+    freeze.freeze(model, s.freeze, first_new, s.lora)
     if not s.lm_weight and not tied:
         model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
     return model
+
+
+@torch.no_grad()
+def begin_head(model: GPTClassifier, task: Task, words: dict[str, str]) -> None:
+    """Let the head of each label be the row of the LM head that foretells its word (the mean of its
+    tokens' rows): before any training its scores are those of a cloze (Schick and Schütze 2021;
+    Gao et al. 2021)."""
+    tokenizer = task.trunk.tokenizer
+    for row, label in zip(model.head.weight, task.data.labels, strict=True):
+        ids = tokenizer.encode(add_leading_space(words[label], tokenizer))
+        row.copy_(model.gpt.lm_head.weight[ids].mean(0))
 
 
 def perturbation_norm(s: SentimentSettings, model: GPTClassifier, world: World) -> float:
@@ -275,6 +351,7 @@ class Objective:
         train = task.inputs["train"]
         self.train = train
         self.sep = task.trunk.tokenizer.sep  # the token between the texts of a pair
+        self.cue = len(task.head["cue"])  # tokens
         self.buckets = Buckets(train.data.lengths, s.batch_size, s.seed)
         self.labels = torch.from_numpy(train.data.labels).to(train.device)
         dtype = next(strategy.model.parameters()).dtype
@@ -305,7 +382,7 @@ class Objective:
         x, lengths, reads = self.train.of(rows)
         if self.s.token_dropout:
             share, fill, width = self.s.token_dropout, self.train.fill, self.train.width
-            x, lengths = drop_tokens(x, lengths, share, fill, self.sep, width)
+            x, lengths = drop_tokens(x, lengths, share, fill, self.sep, width, self.cue)
         targets = self.train.targets(rows) if self.s.lm_weight else None
         return MicroBatch((x, lengths, targets, reads), self.labels[rows], weight)
 
@@ -358,10 +435,12 @@ def finetune(s: SentimentSettings, world: World) -> int:
         spread.check(task.config)
 
         model = make_classifier(s, task, spread.birthplace()).to(hardware.weights_dtype(dtype))
-        task.trunk.weights = {}  # the model has them, where this process holds a whole one
         trainable = freeze.count_trainable(model)
         perturbation = perturbation_norm(s, model, world)
-        weights = checkpoint.read_weights(run.found, shapes_of(model)) if run.found else None
+        weights = None
+        if run.found:
+            weights = checkpoint.read_weights(run.found, shapes_of(model), task.trunk.weights)
+        task.trunk.weights = {}  # the model has them, where this process holds a whole one
         strategy = spread.build(model, dtype, weights)
         if s.compile == "true":
             strategy.model.gpt.compile_parts()

@@ -58,6 +58,8 @@ class Stage(nn.Module):
             outer.append(gpt.wte)
             if gpt.wpe is not None:
                 outer.append(gpt.wpe)
+            if isinstance(model, GPTClassifier) and model.marks is not None:
+                outer.append(model.marks)
         if self.is_last:
             outer.append(gpt.norm)
             outer.append(gpt.lm_head)
@@ -153,7 +155,7 @@ class Pipeline(Mesh):
         if block:
             layer = int(block[1])
             return next(number for number, layers in enumerate(self.layers) if layer in layers)
-        is_embedding = re.search(r"wte|wpe", name)
+        is_embedding = re.search(r"wte|wpe|marks", name)
         return 0 if is_embedding else self.s.stages - 1
 
     def gather(self, name: str, parameter: nn.Parameter | None) -> Tensor:
@@ -297,8 +299,10 @@ def keep_only(model: GPT | GPTClassifier, stages: Iterable[Stage]) -> None:
     for number, block in enumerate(gpt.blocks):
         if block not in kept:
             gpt.blocks[number] = nn.Identity()
-    if isinstance(model, GPTClassifier) and model.head not in kept:
-        model.head = None
+    if isinstance(model, GPTClassifier):
+        for name in ("marks", "head"):
+            if getattr(model, name) not in kept:
+                setattr(model, name, None)
 
 
 def cut_rows(inputs: tuple, parts: int) -> list[Rows]:

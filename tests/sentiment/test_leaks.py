@@ -54,7 +54,7 @@ def labelled(path: Path, n: int = 60, **changes) -> tuple[Reviews, dict]:
 
 def noted(tests: list[str], sources: list[dict], cache: Path, allowed: bool = True) -> str:
     """The note of a check for a report."""
-    (note,) = leaks.check(tests, "the trunk", sources, cache, ALONE, allowed)
+    (note,) = leaks.check(tests, [], "the trunk", sources, cache, ALONE, allowed)
     return note
 
 
@@ -210,7 +210,7 @@ class SecondRank:
 
 def test_every_rank_stops_and_rank_0_alone_searches(tmp_path, monkeypatch):
     monkeypatch.setattr(leaks, "search", lambda *_: pytest.fail("rank 1 must not search"))
-    arguments = [[ENGLISH], "t", [UNKNOWN], tmp_path]
+    arguments = [[ENGLISH], [], "t", [UNKNOWN], tmp_path]
     with pytest.raises(UserError, match="^3 of 1 test texts"):
         leaks.check(*arguments, SecondRank(3), False)
     found = ["test texts searched for in a.txt: found 3"]
