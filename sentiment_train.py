@@ -251,7 +251,10 @@ def check_head(s: SentimentSettings, data: Reviews, head: dict[str, Any]) -> Non
     has_pairs = any(example.pair for example in data.splits["train"])
     if (s.pool == "pair" or s.marks) and not has_pairs:
         asked = "pool=pair" if s.pool == "pair" else "marks=true"
-        raise UserError(f"{asked} compares two texts, and {s.data.set} has no pairs")
+        raise UserError(
+            f"{asked} compares two texts, and {s.data.set} has no pairs: set data.pair_column, or "
+            "leave it out"
+        )
     if len(head["cue"]) > head["block_size"] // 2:
         raise UserError(
             f"the cue has {len(head['cue'])} tokens, and a text at most {head['block_size']}: "
@@ -520,7 +523,7 @@ def write_report(
     labels = task.inputs["test"].data.labels
     result = {
         "set": s.data.set,
-        "trunk": task.trunk.name,
+        "trunk": describe_trunk(s, task),
         "mask": s.mask,
         "freeze": s.freeze,
         "pool": s.pool,
@@ -544,11 +547,18 @@ def write_report(
     )
 
 
+def describe_trunk(s: SentimentSettings, task: Task) -> str:
+    name = task.trunk.name
+    if not s.trunk_blocks:
+        return name
+    return f"{name}, lowest {s.trunk_blocks} of {task.trunk.config.n_layer} blocks"
+
+
 def describe_model(s: SentimentSettings, task: Task, strategy: Single, trainable: int) -> str:
     parameters = sum(math.prod(shape) for shape in strategy.shapes.values())
     return (
-        f"{task.trunk.name}, {parameters / 1e6:.1f}M parameters, {trainable:,} of them trained "
-        f"(freeze={s.freeze})"
+        f"{describe_trunk(s, task)}, {parameters / 1e6:.1f}M parameters, {trainable:,} of them "
+        f"trained (freeze={s.freeze}, lora={s.lora})"
     )
 
 

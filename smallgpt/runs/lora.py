@@ -27,7 +27,8 @@ class AdaptedLinear(nn.Linear):
     """A linear layer with a frozen weight W (out, in), and A (rank, in) and B (out, rank)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        thin = F.linear(x, self.lora_a)  # (..., rank)
+        return super().forward(x) + F.linear(thin, self.lora_b)
 
 
 def adapt(blocks: Iterable[nn.Module], rank: int) -> None:
@@ -37,11 +38,12 @@ def adapt(blocks: Iterable[nn.Module], rank: int) -> None:
         block.requires_grad_(False)
         for layer in block.modules():
             if type(layer) is nn.Linear:
-                layer.__class__ = AdaptedLinear
+                layer.__class__ = AdaptedLinear  # its weight keeps its name
                 a = layer.weight.new_empty(rank, layer.in_features)
+                b = layer.weight.new_zeros(layer.out_features, rank)
                 nn.init.normal_(a, std=1 / math.sqrt(layer.in_features))
                 layer.lora_a = nn.Parameter(a)
-                layer.lora_b = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
+                layer.lora_b = nn.Parameter(b)
 
 
 def is_factor(name: str) -> bool:
@@ -58,16 +60,21 @@ def merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights by name as they are saved: W + B A in place of W, A and B."""
     found = {}
     for name, weight in weights.items():
+        if is_factor(name):
+            continue
+        found[name] = weight
         if is_adapted(name, weights):
             layer = name.removesuffix("weight")
-            weight = weight + weights[layer + B] @ weights[layer + A]
-        if not is_factor(name):
-            found[name] = weight
+            a = weights[layer + A]
+            b = weights[layer + B]
+            found[name] = weight + b @ a
     return found
 
 
 def unmerged(
-    saved: Weights, shapes: Mapping[str, tuple[int, ...]], trunk: Mapping[str, Tensor] | None = None
+    saved: Weights,
+    shapes: Mapping[str, tuple[int, ...]],
+    trunk: Mapping[str, Tensor] | None = None,
 ) -> Weights:
     """Saved weights for a model whose parameters have these shapes: its factors are 0, and a W that
     has some is that of the trunk; or, without a trunk, the merged one."""

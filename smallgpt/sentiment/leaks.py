@@ -339,8 +339,8 @@ def check(
 ) -> list[str]:
     """What `search` finds, in words for a report. The main process searches, for all: a collective.
 
-    UserError if a test text is found and that is not `allowed`. A validation text is only told: what
-    it chooses may be the wrong thing, but the test is honest."""
+    UserError if a test text is found and that is not `allowed`. Validation texts are only counted:
+    they may choose the wrong run, but the test stays honest."""
     result = world.by_main(partial(search, tests, sources, cache))
     if result.found and not allowed:
         raise UserError(

@@ -1,0 +1,224 @@
+"""What the head of a classifier reads: two texts, marks, a cue, label words, the lowest blocks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sentiment_train
+from fine_tuning import ALONE, BLOCK, CPU, made, predictions
+from helpers import last_weights, losses, write_csv
+from model import GPT, GPTClassifier, GPTConfig
+from scripts.classify import Classifier, ClassifySettings
+from sentiment_train import SentimentSettings, make_classifier, prepare
+from smallgpt import settings
+from smallgpt.weights.pretrained import open_model, open_trunk
+
+torch.set_num_threads(1)
+SMALL = GPTConfig(vocab_size=20, block_size=12, n_layer=2, n_head=2, n_embd=8)
+SEP = 19
+
+
+@pytest.fixture
+def asked(fine, tmp_path) -> Callable[..., SentimentSettings]:
+    return lambda **changes: settings.load(SentimentSettings, fine(tmp_path, **changes))
+
+
+def lively(model: GPTClassifier) -> GPTClassifier:
+    """In float64, with weights that make everything matter."""
+    torch.manual_seed(1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model.double().eval()
+
+
+def of_run(folder: Path) -> Classifier:
+    return Classifier(str(folder), ClassifySettings(device="cpu", dtype="float32"))
+
+
+def assert_classified_as_reported(folder: Path) -> None:
+    """scripts/classify.py reads the texts as the test split was read."""
+    model, rows = of_run(folder), predictions(folder)
+    texts = [f"{row['text']}\t{row['pair']}" if row["pair"] else row["text"] for row in rows]
+    found = model.score(texts).exp()
+    wanted = [[float(row[f"p_{label}"]) for label in model.labels] for row in rows]
+    assert len(rows) > 20 and np.abs(found.numpy() - wanted).max() < 2e-4
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+ROWS = [[1, 3, 4, SEP, 4, 5, 6, 7], [2, 2, 2, 8, 8, SEP, 2], [9, SEP, 9]]
+
+
+def by_hand(model: GPTClassifier, ids: list[int]) -> torch.Tensor:
+    """Scores of one pair, from the definitions of the mark and of the head."""
+    at = ids.index(SEP)
+    first, second = ids[:at], ids[at:]
+    x = model.gpt.wte(torch.tensor([ids]))
+    if model.marks is not None:
+        for i, token in enumerate(ids):
+            is_shared = token in (second if i < at else first)
+            x[0, i] += model.marks.weight[int(is_shared)]
+    context = model.gpt.context(len(ids), CPU)
+    h = model.gpt.norm(model.gpt.run_blocks(x, context))[0]
+    if model.pool == "mean":
+        return model.head(h.mean(0))
+    u, v = h[:at].mean(0), h[at:].mean(0)
+    return model.head.weight @ torch.cat([u, v, (u - v).abs(), u * v])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool, marks", [("pair", False), ("pair", True), ("mean", True)])
+def test_a_pair_is_compared_as_defined(pool, marks):
+    """A mark on the wrong token, or means over the wrong ones, would still train a little."""
+    model = lively(GPTClassifier(GPT(SMALL), 3, pool, True, SEP, marks))
+    wanted = torch.stack([by_hand(model, ids) for ids in ROWS])
+    for width in (8, 12):  # padding changes nothing, also where it is a token that a text has
+        for fill in (0, 2):
+            padded = torch.tensor([ids + [fill] * (width - len(ids)) for ids in ROWS])
+            found = model(padded, torch.tensor([len(ids) for ids in ROWS]))
+            assert torch.allclose(found, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("freeze", ["none", "trunk", "all_but_last:1"])
+def test_a_run_on_pairs(fit, pairs, freeze, capsys):
+    """Also above frozen blocks, whose cached states know no separator."""
+    marks = freeze == "none"
+    case = dict(data__path=pairs, data__pair_column="Second", pool="pair", marks=marks)
+    folder = fit(run="cached", freeze=freeze, **case)
+    says_why = "pool=pair reads the tokens, too: it runs every time" in capsys.readouterr().out
+    assert says_why == (freeze == "all_but_last:1")
+    assert_classified_as_reported(folder)
+    weights = last_weights(folder)
+    assert weights["head.weight"].shape == (2, 4 * 32)
+    assert ("marks.weight" in weights) == marks
+    if marks:
+        assert weights["marks.weight"].any()
+        again = fit(run="again", trunk=folder, max_steps=1)  # a trunk has no marks
+        assert "marks.weight" not in last_weights(again)
+    else:
+        plain = fit(run="plain", freeze=freeze, cache_gb=0, **case)
+        assert losses(plain, "train") == pytest.approx(losses(folder, "train"), abs=1e-4)
+
+
+# --- cue and label words --------------------------------------------------------------------------
+
+
+def test_every_text_ends_with_the_cue(fit, asked):
+    """A long text would push it out, token_dropout leave it out, or classify.py not add it."""
+    case = dict(cue="\n==>", token_dropout=0.5, mask=False)
+    task = prepare(asked(**case), ALONE)
+    cue = task.trunk.tokenizer.encode("\n==>")
+    longest = max(task.inputs["test"].data.lengths)
+    assert len(cue) == 4 and longest == BLOCK
+    for inputs in task.inputs.values():
+        assert all(ids[-4:].tolist() == cue for ids in inputs.data.ids)
+    folder = fit(**case)
+    assert_classified_as_reported(folder)
+    meta = json.loads((folder / "step-00000008" / "meta.json").read_text(encoding="utf-8"))
+    assert meta["head"]["cue"] == cue
+
+
+@torch.no_grad()
+def test_a_head_begins_with_the_scores_of_a_cloze(asked, trunk):
+    """Those of the language model for each label's word behind the cue."""
+    words = {"bad": "a", "good": "red"}
+    task = prepare(asked(cue=" is", label_words__bad="a", label_words__good="red"), ALONE)
+    model = make_classifier(asked(label_words__bad="a", label_words__good="red"), task, CPU).eval()
+    _, gpt, tokenizer = open_model(trunk)
+    gpt.eval()
+    for ids in task.inputs["test"].data.ids[:5]:
+        tokens = torch.from_numpy(ids)[None]
+        scores = model(tokens, torch.tensor([len(ids)]))[0]
+        logits = gpt(tokens)[0, -1]
+        for score, label in zip(scores, task.data.labels, strict=True):
+            wanted = logits[tokenizer.encode(words[label])].mean()
+            assert float(score) == pytest.approx(float(wanted), abs=1e-5)
+
+
+# --- the lowest blocks ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_lowest_blocks_are_the_trunks(fit, asked, trunk):
+    """A trunk of one block of two: what is above is neither read nor saved."""
+    task = prepare(asked(trunk_blocks=1), ALONE)
+    model = make_classifier(asked(trunk_blocks=1), task, CPU).eval()
+    _, gpt, _ = open_model(trunk)
+    ids = torch.from_numpy(task.inputs["test"].data.ids[0])[None]
+    context = gpt.context(ids.size(1), CPU)
+    lowest = gpt.blocks[0](gpt.wte(ids), context, 0)
+    wanted = model.head(gpt.norm(lowest)[:, -1])
+    assert torch.allclose(model(ids, torch.tensor([ids.size(1)])), wanted, atol=1e-6)
+    with torch.enable_grad():
+        folder = fit(trunk_blocks=1)
+    assert not any("blocks.1." in name for name in last_weights(folder))
+    assert_classified_as_reported(folder)
+    assert "lowest 1 of 2 blocks" in (folder / "report.md").read_text(encoding="utf-8")
+
+
+# --- users' mistakes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argument, says",
+    [
+        ("trunk_blocks=3", "trunk_blocks=3 is more than the trunk's 2"),
+        ("pool=pair", "pool=pair compares two texts, and csv has no pairs: set data.pair_column"),
+        ("marks=true", "marks=true compares two texts, and csv has no pairs"),
+        ("marks=true freeze=trunk", "marks=true needs freeze=none"),
+        ("cue=x pool=mean", "cue needs pool=last: with pool=mean the head reads the text"),
+        (f"cue={'x' * 30}", "the cue has 30 tokens, and a text at most 48: shorten it"),
+        ("label_words.good=x", "label_words has good, and the labels of csv are bad, good"),
+        ("label_words.good=", "label_words.good must be a word, such as good"),
+        ("label_words.good=x label_words.bad=y pool=pair", "label_words needs pool=last or mean"),
+    ],
+    ids=lambda v: v.partition(" ")[0],
+)
+def test_mistakes(fine, tmp_path, mistake_of, argument, says):
+    message = mistake_of(sentiment_train.main, [*fine(tmp_path), *argument.split(" ")])
+    assert says in message and "\n" not in message
+
+
+# --- the chain of tasks before --------------------------------------------------------------------
+
+
+def test_the_report_names_every_link_of_the_chain(fit, trunk, tmp_path):
+    """And says where what chose the run was trained on before."""
+    first = fit(run="first", max_steps=2, data__path=write_csv(tmp_path / "a.csv", made(80, 3)))
+    second = fit(
+        run="second",
+        trunk=first,
+        max_steps=2,
+        data__path=write_csv(tmp_path / "b.csv", made(80, 4)),
+    )
+    third = fit(run="third", trunk=second, max_steps=2)
+    (corpus,) = open_trunk(str(trunk)).sources
+    said = (third / "report.md").read_text(encoding="utf-8")
+    links = [corpus["path"], f"csv in {tmp_path / 'a.csv'}", f"csv in {tmp_path / 'b.csv'}"]
+    assert f"- trained on before: {' -> '.join(links)}\n" in said
+    assert "validation texts are" not in said
+    # the same texts in another split: those of the validation were trained on
+    fourth = fit(
+        run="fourth",
+        trunk=second,
+        max_steps=2,
+        data__path=tmp_path / "b.csv",
+        data__split_seed=1,
+        allow_leaks=True,
+    )
+    said = (fourth / "report.md").read_text(encoding="utf-8")
+    assert "validation texts are in what" in said
+
+
+def test_a_classifier_of_an_older_version_is_read_as_it_was(fit):
+    """Its record has neither a cue nor marks."""
+    folder = fit(max_steps=2)
+    file = folder / "step-00000002" / "meta.json"
+    meta = json.loads(file.read_text(encoding="utf-8"))
+    del meta["head"]["cue"], meta["head"]["marks"]
+    file.write_text(json.dumps(meta), encoding="utf-8")
+    assert_classified_as_reported(folder)
