@@ -30,6 +30,7 @@ from torch import Tensor
 from model import GPT, GPTClassifier, GPTConfig, Pool
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
+from smallgpt.files import read_json
 from smallgpt.optim import (
     OptimSettings,
     check_finite,
@@ -69,6 +70,7 @@ from smallgpt.settings import (
     Rate,
     Switch,
 )
+from smallgpt.weights import pretrained
 from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
 
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
@@ -98,6 +100,9 @@ class SentimentSettings:
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
+    before: Free[list[str]] = field(
+        default_factory=list
+    )  # YAML files of fine-tunings to make first
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     trunk_blocks: Count = 0  # the lowest blocks of the trunk that are used; 0 = all
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
@@ -501,6 +506,46 @@ def finetune(s: SentimentSettings, world: World) -> int:
         return run.status
 
 
+def finetune_chain(s: SentimentSettings, world: World) -> int:
+    """The fine-tunings of `before`, each from the one before it (Phang et al. 2018, STILTs), and
+    this one from the last; returns the exit status.
+
+    The name of such a run tells trunk, seed and files: runs that begin in the same way share it."""
+    links = [settings.load(SentimentSettings, [file]) for file in s.before]
+    nested = [file for file, link in zip(s.before, links, strict=True) if link.before]
+    if nested:
+        raise UserError(f"{nested[0]} has a `before` of its own: name all files in one list")
+    name = f"before+{Path(s.trunk).name}+seed-{s.seed}"
+    for file, link in zip(s.before, links, strict=True):
+        name += f"+{Path(file).stem}"
+        link = like(s, link, name)
+        status = 0
+        if not world.by_main(partial(is_finished, link)):
+            status = finetune(link, world)
+        if status:
+            return status
+        s = replace(s, trunk=str(Path(s.out_dir) / name))
+    return finetune(s, world)
+
+
+def like(s: SentimentSettings, link: SentimentSettings, run: str) -> SentimentSettings:
+    """A fine-tuning that comes before s: with its trunk, its seed and its use of the machine."""
+    shared = ("trunk", "seed", "out_dir", "device", "dtype", "timeout", "compile", "micro_tokens")
+    values = {name: getattr(s, name) for name in (*shared, "cache_gb", "mesh")}
+    return replace(link, run=run, **values)
+
+
+def is_finished(s: SentimentSettings) -> bool:
+    """Has this run been made to its end, with these settings and from this trunk?"""
+    folder = Path(s.out_dir) / s.run
+    result = read_json(folder / "result.json")
+    if not isinstance(result, dict):
+        return False
+    made = settings.load(SentimentSettings, [str(folder / "config.yaml")])
+    is_same = settings.flat(made) == settings.flat(s)
+    return is_same and result["hashes"]["trunk"] == pretrained.digest(s.trunk)
+
+
 def cache_states(
     s: SentimentSettings, run: Run, strategy: Single, inputs: dict[str, Inputs]
 ) -> None:
@@ -576,7 +621,7 @@ def describe_batch(s: SentimentSettings, steps_per_epoch: int, strategy: Single)
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
     with start(s.device, s.timeout, settings.flat(s)) as world:
-        return finetune(s, world)
+        return finetune_chain(s, world)
 
 
 if __name__ == "__main__":

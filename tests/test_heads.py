@@ -186,32 +186,39 @@ def test_mistakes(fine, tmp_path, mistake_of, argument, says):
 # --- the chain of tasks before --------------------------------------------------------------------
 
 
-def test_the_report_names_every_link_of_the_chain(fit, trunk, tmp_path):
-    """And says where what chose the run was trained on before."""
-    first = fit(run="first", max_steps=2, data__path=write_csv(tmp_path / "a.csv", made(80, 3)))
-    second = fit(
-        run="second",
-        trunk=first,
-        max_steps=2,
-        data__path=write_csv(tmp_path / "b.csv", made(80, 4)),
-    )
-    third = fit(run="third", trunk=second, max_steps=2)
+def test_a_chain_is_made_link_by_link_and_the_report_names_each(
+    fine, tmp_path, run, trunk, mistake_of
+):
+    """A link that is finished is not made again; what chose the last run may have been read."""
+    for name, seed in (("a", 3), ("b", 4)):
+        path = write_csv(tmp_path / f"{name}.csv", made(80, seed))
+        text = f"max_steps: 2\noptim: {{lr: 0.01}}\ndata: {{path: {path}}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+    files = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
+    args = fine(tmp_path, max_steps=2, before=f"[{', '.join(files)}]")
+    first = run("sentiment_train", args)
+    assert first.status == 0, first.err
+    names = ["before+trunk+seed-0+a", "before+trunk+seed-0+a+b", "r"]
     (corpus,) = open_trunk(str(trunk)).sources
-    said = (third / "report.md").read_text(encoding="utf-8")
     links = [corpus["path"], f"csv in {tmp_path / 'a.csv'}", f"csv in {tmp_path / 'b.csv'}"]
-    assert f"- trained on before: {' -> '.join(links)}\n" in said
-    assert "validation texts are" not in said
-    # the same texts in another split: those of the validation were trained on
-    fourth = fit(
-        run="fourth",
-        trunk=second,
-        max_steps=2,
-        data__path=tmp_path / "b.csv",
-        data__split_seed=1,
-        allow_leaks=True,
-    )
-    said = (fourth / "report.md").read_text(encoding="utf-8")
-    assert "validation texts are in what" in said
+    for count, name in enumerate(names, 1):
+        said = (tmp_path / name / "report.md").read_text(encoding="utf-8")
+        assert f"- trained on before: {' -> '.join(links[:count])}\n" in said
+        assert "validation texts are" not in said
+    again = run("sentiment_train", args)
+    assert again.status == 0, again.err
+    assert first.out.count("run      ") == 3 and again.out.count("run      ") == 1
+
+    # the texts of a link, in another split: its training has read those of the validation
+    split = ["data.split_seed=1", f"data.path={tmp_path / 'b.csv'}", "run=s", "allow_leaks=true"]
+    other = run("sentiment_train", [*args, *split])
+    assert "validation texts are in what" in other.out and other.status == 0, other.err
+
+    (tmp_path / "a.yaml").write_text(f"before: [{files[1]}]\n", encoding="utf-8")
+    message = mistake_of(sentiment_train.main, args)
+    assert message == f"{files[0]} has a `before` of its own: name all files in one list"
+    message = mistake_of(sentiment_train.main, fine(tmp_path, before="[none.yaml]"))
+    assert message.startswith("there is no file none.yaml")
 
 
 def test_a_classifier_of_an_older_version_is_read_as_it_was(fit):
