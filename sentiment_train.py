@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from model import GPT, GPTClassifier, GPTConfig, Pool
@@ -91,6 +92,7 @@ class SentimentSettings:
     max_steps: Free[Count] = 0  # optimisation steps instead of epochs; 0 = by epochs
     batch_size: Positive = 32  # examples per step, over all processes
     micro_tokens: Free[Positive] = 16384  # most tokens per forward pass and process (memory)
+    recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Count] = 0  # steps between evaluations; 0 = once an epoch
     save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
     save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
@@ -304,6 +306,7 @@ def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) 
         load_trunk(model.gpt, task.trunk)
         if s.label_words:
             begin_head(model, task, s.label_words)
+    model.gpt.recompute = s.recompute
     tied = task.config.tie_weights
     first_new = task.trunk.rows  # token id
     learns_tokens = s.lm_weight and tied
@@ -518,20 +521,34 @@ def finetune_chain(s: SentimentSettings, world: World) -> int:
     name = f"before+{Path(s.trunk).name}+seed-{s.seed}"
     for file, link in zip(s.before, links, strict=True):
         name += f"+{Path(file).stem}"
-        link = like(s, link, name)
-        status = 0
-        if not world.by_main(partial(is_finished, link)):
-            status = finetune(link, world)
+        status = make_link(like(s, link, name), world)
         if status:
             return status
         s = replace(s, trunk=str(Path(s.out_dir) / name))
     return finetune(s, world)
 
 
+def make_link(s: SentimentSettings, world: World) -> int:
+    """Make a run that comes before another, unless it is there; returns the exit status. Another
+    program that makes it now, as those of a sweep do, is waited for."""
+    Path(s.out_dir).mkdir(parents=True, exist_ok=True)
+    turn = FileLock(Path(s.out_dir) / f".{s.run}.lock", thread_local=False)
+
+    def take_turn() -> bool:
+        turn.acquire()
+        return is_finished(s)
+
+    try:
+        is_there = world.by_main(take_turn)
+        return 0 if is_there else finetune(s, world)
+    finally:
+        turn.release()
+
+
 def like(s: SentimentSettings, link: SentimentSettings, run: str) -> SentimentSettings:
     """A fine-tuning that comes before s: with its trunk, its seed and its use of the machine."""
     shared = ("trunk", "seed", "out_dir", "device", "dtype", "timeout", "compile", "micro_tokens")
-    values = {name: getattr(s, name) for name in (*shared, "cache_gb", "mesh")}
+    values = {name: getattr(s, name) for name in (*shared, "recompute", "cache_gb", "mesh")}
     return replace(link, run=run, **values)
 
 

@@ -80,9 +80,12 @@ def unmerged(
     has some is that of the trunk; or, without a trunk, the merged one."""
     tensors = dict(saved.tensors)
     for name, shape in shapes.items():
+        like = of_shape(shape)
         if is_factor(name):
-            tensors[name] = LazyTensor(of_shape(shape), partial(torch.zeros, shape))
+            zeros = partial(torch.zeros, shape)
+            tensors[name] = LazyTensor(like, zeros)
         elif trunk is not None and is_adapted(name, shapes):
-            read = partial(trunk.__getitem__, name.removeprefix("gpt."))
-            tensors[name] = LazyTensor(of_shape(shape), read)
+            in_trunk = name.removeprefix("gpt.")
+            read = partial(trunk.__getitem__, in_trunk)
+            tensors[name] = LazyTensor(like, read)
     return Weights(tensors)
