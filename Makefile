@@ -1,7 +1,7 @@
 # make quickstart   a model of your own in a few minutes, on any computer with Python 3.11 or newer
 # make test         lint and all tests
 # make check        lint and the tests that are not slow: under a minute
-# make parity       every parallel layout against one process, on the CPU: takes long
+# make parity       every parallel layout against one process, on the CPU: 25 minutes
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
