@@ -76,6 +76,7 @@ from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
 
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
+Files = list[str]
 Words = dict[str, str]  # label -> its word
 
 
@@ -102,9 +103,7 @@ class SentimentSettings:
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
-    before: Free[list[str]] = field(
-        default_factory=list
-    )  # YAML files of fine-tunings to make first
+    before: Free[Files] = field(default_factory=list)  # YAML files of fine-tunings that come first
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     trunk_blocks: Count = 0  # the lowest blocks of the trunk that are used; 0 = all
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
@@ -211,7 +210,9 @@ def prepare(s: SentimentSettings, world: World) -> Task:
     head = head_record(s, data, trunk)
     check_head(s, data, head)
     block_size = head["block_size"]
-    notes = data.notes + trunk.notes + search_leaks(s, data, trunk, world)
+    read = f"trained on before: {leaks.chain(trunk.sources)}"
+    found = search_leaks(s, data, trunk.name, trunk.sources, world)
+    notes = [*data.notes, *trunk.notes, read, *found]
     tokenizer = trunk.tokenizer
     width = 0 if s.mask else block_size
     inputs = {}
@@ -274,16 +275,16 @@ def check_head(s: SentimentSettings, data: Reviews, head: dict[str, Any]) -> Non
         )
 
 
-def search_leaks(s: SentimentSettings, data: Reviews, trunk: Trunk, world: World) -> list[str]:
-    """What the trunk has read, and what the leak check found there, in words; UserError if that are
-    test texts."""
+def search_leaks(
+    s: SentimentSettings, data: Reviews, trunk: str, sources: list[dict], world: World
+) -> list[str]:
+    """What the leak check found in the sources of a trunk, in words; UserError if that are test
+    texts."""
     texts: dict[str, list[str]] = {"test": [], "validation": []}
-    for split, found in texts.items():
+    for split, of_split in texts.items():
         for example in data.splits[split]:
-            found += [text for text in (example.text, example.pair) if text]
-    cache = cache_of(s)
-    notes = leaks.check(*texts.values(), trunk.name, trunk.sources, cache, world, s.allow_leaks)
-    return [f"trained on before: {leaks.chain(trunk.sources)}", *notes]
+            of_split += [text for text in (example.text, example.pair) if text]
+    return leaks.check(*texts.values(), trunk, sources, cache_of(s), world, s.allow_leaks)
 
 
 def cache_of(s: SentimentSettings) -> Path:
@@ -521,26 +522,31 @@ def finetune_chain(s: SentimentSettings, world: World) -> int:
     name = f"before+{Path(s.trunk).name}+seed-{s.seed}"
     for file, link in zip(s.before, links, strict=True):
         name += f"+{Path(file).stem}"
-        status = make_link(like(s, link, name), world)
+        status = make_link(like(s, link, name), s, world)
         if status:
             return status
         s = replace(s, trunk=str(Path(s.out_dir) / name))
     return finetune(s, world)
 
 
-def make_link(s: SentimentSettings, world: World) -> int:
-    """Make a run that comes before another, unless it is there; returns the exit status. Another
-    program that makes it now, as those of a sweep do, is waited for."""
+def make_link(link: SentimentSettings, s: SentimentSettings, world: World) -> int:
+    """Make a run that comes before s, unless it is there; returns the exit status. Another program
+    that makes it now, as those of a sweep do, is waited for.
+
+    UserError, before the time is spent, if it would train on test texts of s."""
     Path(s.out_dir).mkdir(parents=True, exist_ok=True)
-    turn = FileLock(Path(s.out_dir) / f".{s.run}.lock", thread_local=False)
+    turn = FileLock(Path(s.out_dir) / f".{link.run}.lock", thread_local=False)
 
     def take_turn() -> bool:
         turn.acquire()
-        return is_finished(s)
+        return is_finished(link)
 
     try:
-        is_there = world.by_main(take_turn)
-        return 0 if is_there else finetune(s, world)
+        if world.by_main(take_turn):
+            return 0
+        source = sets.source(link.data, splits.load(link.data).fingerprint)
+        search_leaks(s, splits.load(s.data), link.run, [source], world)
+        return finetune(link, world)
     finally:
         turn.release()
 
@@ -610,17 +616,20 @@ def write_report(
 
 
 def describe_trunk(s: SentimentSettings, task: Task) -> str:
-    name = task.trunk.name
-    if not s.trunk_blocks:
-        return name
-    return f"{name}, lowest {s.trunk_blocks} of {task.trunk.config.n_layer} blocks"
+    """Its name, and what of it is used."""
+    parts = [task.trunk.name]
+    if s.trunk_blocks:
+        parts.append(f"lowest {s.trunk_blocks} of {task.trunk.config.n_layer} blocks")
+    if s.lora:
+        parts.append(f"adapters of rank {s.lora}")
+    return ", ".join(parts)
 
 
 def describe_model(s: SentimentSettings, task: Task, strategy: Single, trainable: int) -> str:
     parameters = sum(math.prod(shape) for shape in strategy.shapes.values())
     return (
         f"{describe_trunk(s, task)}, {parameters / 1e6:.1f}M parameters, {trainable:,} of them "
-        f"trained (freeze={s.freeze}, lora={s.lora})"
+        f"trained (freeze={s.freeze})"
     )
 
 

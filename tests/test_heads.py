@@ -201,7 +201,7 @@ def test_a_chain_is_made_link_by_link_and_the_report_names_each(
 ):
     """A link that is finished is not made again; what chose the last run may have been read."""
     for name, seed in (("a", 3), ("b", 4)):
-        path = write_csv(tmp_path / f"{name}.csv", made(80, seed))
+        path = write_csv(tmp_path / f"{name}.csv", made(200, seed))
         text = f"max_steps: 2\noptim: {{lr: 0.01}}\ndata: {{path: {path}}}\n"
         (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
     files = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
@@ -222,10 +222,13 @@ def test_a_chain_is_made_link_by_link_and_the_report_names_each(
     assert again.status == 0, again.err
     assert again.out.count("run      ") == 1
 
-    # the texts of a link, in another split: its training has read those of the validation
-    split = ["data.split_seed=1", f"data.path={tmp_path / 'b.csv'}", "run=s", "allow_leaks=true"]
-    other = run("sentiment_train", [*args, *split])
+    # the texts of a link, in another split: its training has read those of validation and test
+    split = ["data.split_seed=1", f"data.path={tmp_path / 'b.csv'}", "run=s"]
+    other = run("sentiment_train", [*args, *split, "allow_leaks=true"])
     assert "validation texts are in what" in other.out and other.status == 0, other.err
+    message = mistake_of(sentiment_train.main, [*args, *split, "seed=1", "run=t"])
+    assert "test texts are in what before+trunk+seed-1+a+b was trained on" in message
+    assert not (tmp_path / "before+trunk+seed-1+a+b").exists()  # no time was spent on it
 
     (tmp_path / "a.yaml").write_text(f"before: [{files[1]}]\n", encoding="utf-8")
     message = mistake_of(sentiment_train.main, args)
