@@ -30,14 +30,10 @@ LAYERS = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc", "mlp.proj")
 class Product(nn.Module):
     """W + B A by torch's own parametrization, from the same beginning."""
 
-    def __init__(self, a: Tensor):
+    def __init__(self, a: Tensor, out_features: int):
         super().__init__()
         self.a = nn.Parameter(a.clone())
-        self.b = nn.Parameter(a.new_zeros(0, a.size(0)))
-
-    def right_inverse(self, w: Tensor) -> Tensor:
-        self.b = nn.Parameter(w.new_zeros(w.size(0), self.a.size(0)))
-        return w
+        self.b = nn.Parameter(a.new_zeros(out_features, RANK))
 
     def forward(self, w: Tensor) -> Tensor:
         return w + self.b @ self.a
@@ -63,9 +59,9 @@ def test_three_steps_equal_those_of_torchs_parametrization(fit, asked):
     for block, adapted in zip(plain.gpt.blocks, begun.gpt.blocks, strict=True):
         for name in LAYERS:
             layer = block.get_submodule(name)
-            product = Product(adapted.get_submodule(name).lora_a.detach())
+            a = adapted.get_submodule(name).lora_a.detach()
+            product = Product(a, layer.out_features)
             parametrize.register_parametrization(layer, "weight", product)
-            product = layer.parametrizations.weight[0]
             trained += [product.a, product.b]
     for p in trained:
         p.requires_grad_(True)
@@ -94,6 +90,19 @@ def test_three_steps_equal_those_of_torchs_parametrization(fit, asked):
             wanted = plain.gpt.blocks[i].get_submodule(name).weight
             assert torch.allclose(saved[f"gpt.blocks.{i}.{name}.weight"], wanted, 1e-9, 1e-12)
     assert torch.allclose(saved["head.weight"], plain.head.weight, 1e-9, 1e-12)
+
+
+@pytest.mark.parametrize("freeze, first", [("none", 0), ("all_but_last:1", 1)])
+def test_what_trains_by_name(asked, freeze, first):
+    """The embeddings, a norm or a whole matrix would train beside the factors."""
+    s = asked(lora=RANK, freeze=freeze)
+    model = make_classifier(s, prepare(s, ALONE), CPU)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = [f"gpt.blocks.{i}.{layer}" for i in range(first, 2) for layer in LAYERS]
+    factors = [f"{layer}.{factor}" for layer in layers for factor in ("lora_a", "lora_b")]
+    assert trained == {"head.weight", "gpt.norm.weight", *factors}
+    dropouts = [block.drop.p for block in model.gpt.blocks]
+    assert dropouts == [0.0] * first + [0.1] * (2 - first)
 
 
 @pytest.mark.parametrize("freeze", ["none", "all_but_last:1"])
