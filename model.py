@@ -539,19 +539,17 @@ class GPT(nn.Module):
 
 
 # What a classifier is given of texts: their tokens (B, T); the hidden states (B, T, C) that its
-# frozen blocks made of them; or, all blocks being frozen, what the head reads (B, C or 4 C).
+# frozen blocks made of them; or, all blocks being frozen, what is pooled of the last ones (B, C).
 Reads = Literal["tokens", "states", "pooled"]
-Pool = Literal["last", "mean", "pair"]
 
 
 class GPTClassifier(nn.Module):
-    """A GPT's trunk and a linear head on what is pooled of the hidden states of a text: that of the
-    last token, or the mean of all (Radford et al. 2018).
+    """A GPT's trunk and a linear head on one hidden state per text: that of the last token, or the
+    mean of all (Radford et al. 2018).
 
-    pool="pair" is for two texts with the token `sep` between: the head reads their means u and v,
-    |u - v| and u * v (InferSent, Conneau et al. 2017). marks: one vector is added to the embedding
-    of each token that the other text of the pair holds, too, and another to the rest (the exact
-    match of DrQA, Chen et al. 2017).
+    marks=True is for two texts with the token `sep` between: one vector is added to the embedding
+    of each token that the other text holds, too, and another to that of the rest (the exact match
+    of DrQA, Chen et al. 2017).
 
     mask=True pools the real tokens only; mask=False reads the padding like text to the end of the
     row, which must then be block_size long."""
@@ -560,7 +558,7 @@ class GPTClassifier(nn.Module):
         self,
         gpt: GPT,
         n_classes: int,
-        pool: Pool = "last",
+        pool: Literal["last", "mean"] = "last",
         mask: bool = True,
         sep: int = IGNORE,
         marks: bool = False,
@@ -575,8 +573,7 @@ class GPTClassifier(nn.Module):
         self.marks = nn.Embedding(2, C) if marks else None
         if self.marks is not None:
             nn.init.zeros_(self.marks.weight)
-        width = 4 * C if pool == "pair" else C  # of what the head reads
-        self.head = nn.Linear(width, n_classes, bias=False)
+        self.head = nn.Linear(C, n_classes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(
@@ -613,7 +610,7 @@ class GPTClassifier(nn.Module):
             x = self.embed(tokens, lengths, context)
         if end < self.gpt.config.n_layer:
             return self.gpt.run_blocks(x, context, first, end)
-        return self.score_states(first, x, context, lengths, targets, tokens)
+        return self.score_states(first, x, context, lengths, targets)
 
     def embed(self, tokens: Tensor, lengths: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
@@ -622,70 +619,44 @@ class GPTClassifier(nn.Module):
             return x
         positions = torch.arange(tokens.size(1), device=tokens.device)
         is_real = positions < lengths[:, None]
-        is_second = self.is_second(tokens)
+        is_second = (tokens == self.sep).cumsum(1) > 0  # (B, T): does it lie behind the separator?
         is_same = tokens[:, :, None] == tokens[:, None, :]  # (B, T, T)
         is_other = is_second[:, :, None] != is_second[:, None, :]
         is_shared = (is_same & is_other & is_real[:, None, :]).any(2)  # (B, T)
         return x + self.marks(is_shared.long())
 
-    def is_second(self, tokens: Tensor) -> Tensor:
-        """(B, T): does a token of tokens (B, T) lie behind the separator?"""
-        return (tokens == self.sep).cumsum(1) > 0
-
     def score_states(
-        self,
-        first: int,
-        x: Tensor,
-        context: Context,
-        lengths: Tensor,
-        targets: Tensor | None,
-        tokens: Tensor | None = None,
+        self, first: int, x: Tensor, context: Context, lengths: Tensor, targets: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The scores of hidden states x (B, T, C) that go into block `first`, and the loss of
-        their targets where there are any. pool="pair" needs the tokens (B, T), too."""
+        their targets where there are any."""
         if targets is None:
-            return self.head(self.pool_states(first, x, context, lengths, tokens))
+            return self.head(self.pool_states(first, x, context, lengths))
         h = self.gpt.norm(self.gpt.run_blocks(x, context, first))
-        return self.head(self.pooled(h, lengths, tokens)), self.gpt.loss(h, targets)
+        return self.head(self.pooled(h, lengths)), self.gpt.loss(h, targets)
 
-    def pool_states(
-        self, first: int, x: Tensor, context: Context, lengths: Tensor, tokens: Tensor | None
-    ) -> Tensor:
-        """What the head reads, (B, C or 4 C), of hidden states x (B, T, C) that go into block
-        `first`."""
+    def pool_states(self, first: int, x: Tensor, context: Context, lengths: Tensor) -> Tensor:
+        """What the head reads, (B, C), of hidden states x (B, T, C) that go into block `first`."""
         if self.pool == "last" and self.mask:  # the last block's MLP then reads one position
             h = self.gpt.run_blocks(x, context, first, at=lengths - 1)
             return self.gpt.norm(h)[:, 0]
-        h = self.gpt.norm(self.gpt.run_blocks(x, context, first))
-        return self.pooled(h, lengths, tokens)
+        return self.pooled(self.gpt.norm(self.gpt.run_blocks(x, context, first)), lengths)
 
-    def pooled(self, h: Tensor, lengths: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """What the head reads, (B, C or 4 C), of the last hidden states h (B, T, C). With the mask,
-        what is padded does not change it."""
+    def pooled(self, h: Tensor, lengths: Tensor) -> Tensor:
+        """The last of hidden states h (B, T, C), or their mean, (B, C). With the mask, what is
+        padded changes neither."""
         positions = torch.arange(h.size(1), device=h.device)
         end = lengths[:, None] if self.mask else h.size(1)
-        if self.pool == "last":
-            return mean_of(h, positions == end - 1)
-        is_read = positions < end
-        if self.pool == "mean":
-            return mean_of(h, is_read)
-        is_second = self.is_second(tokens)
-        u = mean_of(h, is_read & ~is_second)
-        v = mean_of(h, is_read & is_second)
-        return torch.cat([u, v, (u - v).abs(), u * v], dim=1)
+        read = positions == end - 1 if self.pool == "last" else positions < end
+        read = read.expand(h.shape[:2])  # (B, T)
+        return (h * read[..., None]).sum(1) / read.sum(1, keepdim=True)
 
     def run_frozen(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """What the frozen part makes of tokens (B, T), the same at every step: the hidden states
-        (B, T, C) that go into the first trained block; or, if no block trains, what is pooled.
-        `forward` takes either, with reads="states" or "pooled"."""
+        (B, T, C) that go into the first trained block; or the pooled one (B, C) if no block
+        trains. `forward` takes either, with reads="states" or "pooled"."""
         context = self.gpt.context(tokens.size(1), tokens.device)
         x = self.embed(tokens, lengths, context)
         if self.first_block == self.gpt.config.n_layer:
-            return self.pool_states(0, x, context, lengths, tokens)
+            return self.pool_states(0, x, context, lengths)
         return self.gpt.run_blocks(x, context, 0, self.first_block)
-
-
-def mean_of(h: Tensor, is_read: Tensor) -> Tensor:
-    """The mean (B, C) of those hidden states h (B, T, C) that are read: (B, T), or (T,) for all."""
-    is_read = is_read.expand(h.shape[:2])
-    return (h * is_read[..., None]).sum(1) / is_read.sum(1, keepdim=True)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
-from model import GPT, GPTClassifier, GPTConfig, Pool
+from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.files import read_json
@@ -109,7 +109,7 @@ class SentimentSettings:
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
     freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks
     lora: Count = 0  # rank of adapters, which train in place of the blocks' matrices; 0 = none
-    pool: Pool = "last"  # the head reads the last state, the mean, or the two means of a pair
+    pool: Literal["last", "mean"] = "last"  # the head reads the last token's state, or the mean
     marks: bool = False  # of a pair: mark the tokens that both texts have
     cue: str = ""  # text behind each text, with pool=last: " The sentiment is"
     label_words: Words = field(default_factory=dict)  # the head's beginning: label_words.neg=bad
@@ -165,8 +165,6 @@ class SentimentSettings:
             problems.append("marks=true needs freeze=none: the first block has to learn them")
         if self.cue and self.pool != "last":
             problems.append(f"cue needs pool=last: with pool={self.pool} the head reads the text")
-        if self.label_words and self.pool == "pair":
-            problems.append("label_words needs pool=last or mean: two means have no word")
         for label, word in self.label_words.items():
             if not word.strip():
                 problems.append(f"label_words.{label} must be a word, such as good")
@@ -257,11 +255,10 @@ def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, 
 def check_head(s: SentimentSettings, data: Reviews, head: dict[str, Any]) -> None:
     """UserError where a head cannot be made of this set."""
     has_pairs = any(example.pair for example in data.splits["train"])
-    if (s.pool == "pair" or s.marks) and not has_pairs:
-        asked = "pool=pair" if s.pool == "pair" else "marks=true"
+    if s.marks and not has_pairs:
         raise UserError(
-            f"{asked} compares two texts, and {s.data.set} has no pairs: set data.pair_column, or "
-            "leave it out"
+            f"marks=true compares two texts, and {s.data.set} has no pairs: set data.pair_column, "
+            "or leave it out"
         )
     if len(head["cue"]) > head["block_size"] // 2:
         raise UserError(

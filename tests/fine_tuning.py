@@ -74,9 +74,9 @@ def pairs(tmp_path_factory) -> Path:
     words = "red blue green old new big small dirty lovely quiet room station 房间 离车站".split()
     rows = []
     for i in range(160):
-        label = "same" if i % 2 else "other"
+        label = "good" if i % 2 else "bad"  # alike or not
         first = draw.sample(words, 4)
-        second = draw.sample(first if label == "same" else words, 4)
+        second = draw.sample(first if i % 2 else words, 4)
         rows.append((f"{' '.join(first)} {i}", " ".join(second), label))
     header = ("Text", "Second", "Sentiment")
     return write_csv(tmp_path_factory.mktemp("pairs") / "pairs.csv", rows, header)

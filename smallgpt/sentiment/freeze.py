@@ -92,9 +92,6 @@ def cache_frozen_states(strategy: Single, inputs: Inputs, max_tokens: int, gigab
         return ""
     if strategy.depth > 1:
         return "the stages of a pipeline read tokens: it runs every time"
-    pooled = model.first_block == config.n_layer
-    if model.pool == "pair" and not pooled:
-        return "pool=pair reads the tokens, too: it runs every time"
     if first_new and inputs.largest >= first_new:
         return "new tokens train below the frozen part, which therefore runs every time"
     size = cache_size(model, inputs) / 2**30
@@ -105,6 +102,7 @@ def cache_frozen_states(strategy: Single, inputs: Inputs, max_tokens: int, gigab
         )
     states: list[Tensor] = [torch.empty(0)] * len(inputs.data.ids)
     batches = length_batches(inputs.data.lengths, max_tokens, inputs.width, inputs.device)
+    pooled = model.first_block == config.n_layer
     for batch in tqdm(batches, desc="frozen part, once", disable=None, leave=False):
         tokens, lengths = inputs.tokens(batch)
         with strategy.autocast:
@@ -120,7 +118,7 @@ def cache_frozen_states(strategy: Single, inputs: Inputs, max_tokens: int, gigab
 def cache_size(model: GPTClassifier, inputs: Inputs) -> float:
     """Bytes of all states, in float32."""
     config = model.gpt.config
-    numbers = config.n_embd * (inputs.width or inputs.data.lengths.mean())  # of each text
+    states_per_text = inputs.width or inputs.data.lengths.mean()
     if model.first_block == config.n_layer:
-        numbers = model.head.in_features
-    return len(inputs.data.ids) * numbers * 4
+        states_per_text = 1
+    return len(inputs.data.ids) * states_per_text * config.n_embd * 4
