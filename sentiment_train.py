@@ -102,7 +102,7 @@ class SentimentSettings:
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
-    trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
+    trunk: Free[str] = ""  # run folder | smollm2, a Llama's folder, a GGUF | gpt2 | small-gpt .pth
     before: Free[Files] = field(default_factory=list)  # YAML files of fine-tunings that come first
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     trunk_blocks: Count = 0  # the lowest blocks of the trunk that are used; 0 = all
@@ -200,8 +200,8 @@ def prepare(s: SentimentSettings, world: World) -> Task:
     data = splits.load(s.data)
     if not s.trunk:
         raise UserError(
-            "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder "
-            "or a small-gpt .pth"
+            "trunk is not set: give a run folder of train.py, smollm2, gpt2, the folder of a Llama "
+            "or a GPT-2, a GGUF or a small-gpt .pth"
         )
     trunk = open_trunk(s.trunk)
     config = classifier_config(s, trunk)
