@@ -599,18 +599,33 @@ class GPTClassifier(nn.Module):
     """A GPT's trunk and a linear head on one hidden state per text: that of the last token, or the
     mean of all (Radford et al. 2018).
 
+    marks=True is for two texts with the token `sep` between: one vector is added to the embedding
+    of each token that the other text holds, too, and another to that of the rest (the exact match
+    of DrQA, Chen et al. 2017).
+
     mask=True pools the real tokens only; mask=False reads the padding like text to the end of the
     row, which must then be block_size long."""
 
     def __init__(
-        self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last", mask: bool = True
+        self,
+        gpt: GPT,
+        n_classes: int,
+        pool: Literal["last", "mean"] = "last",
+        mask: bool = True,
+        sep: int = IGNORE,
+        marks: bool = False,
     ):
         super().__init__()
         self.gpt = gpt
         self.pool = pool
         self.mask = mask
+        self.sep = sep
         self.first_block = 0  # the first that trains; those below are frozen
-        self.head = nn.Linear(gpt.config.n_embd, n_classes, bias=False)
+        C = gpt.config.n_embd
+        self.marks = nn.Embedding(2, C) if marks else None
+        if self.marks is not None:
+            nn.init.zeros_(self.marks.weight)
+        self.head = nn.Linear(C, n_classes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(
@@ -644,10 +659,23 @@ class GPTClassifier(nn.Module):
         assert reads == "tokens", "a stage of a pipeline has no cached states"
         context = self.gpt.context(tokens.size(1), tokens.device)
         if first == 0:
-            x = self.gpt.embed(tokens, context)
+            x = self.embed(tokens, lengths, context)
         if end < self.gpt.config.n_layer:
             return self.gpt.run_blocks(x, context, first, end)
         return self.score_states(first, x, context, lengths, targets)
+
+    def embed(self, tokens: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        """What goes into the first block, (B, T, C), of tokens (B, T)."""
+        x = self.gpt.embed(tokens, context)
+        if self.marks is None:
+            return x
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        is_real = positions < lengths[:, None]
+        is_second = (tokens == self.sep).cumsum(1) > 0  # (B, T): does it lie behind the separator?
+        is_same = tokens[:, :, None] == tokens[:, None, :]  # (B, T, T)
+        is_other = is_second[:, :, None] != is_second[:, None, :]
+        is_shared = (is_same & is_other & is_real[:, None, :]).any(2)  # (B, T)
+        return x + self.marks(is_shared.long())
 
     def score_states(
         self, first: int, x: Tensor, context: Context, lengths: Tensor, targets: Tensor | None
@@ -689,7 +717,7 @@ class GPTClassifier(nn.Module):
         trains. `forward` takes either, with reads="states" or "pooled"."""
         gpt = self.gpt
         context = gpt.context(tokens.size(1), tokens.device)
-        x = gpt.embed(tokens, context)
+        x = self.embed(tokens, lengths, context)
         if self.first_block == gpt.config.n_layer:
             return self.pool_states(0, x, context, lengths)
         return gpt.run_blocks(x, context, 0, self.first_block)

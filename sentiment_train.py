@@ -25,11 +25,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
+from smallgpt.files import read_json
 from smallgpt.optim import (
     OptimSettings,
     check_finite,
@@ -49,6 +51,7 @@ from smallgpt.sentiment.adversarial import Adversary, typical_norm
 from smallgpt.sentiment.batches import (
     Buckets,
     Inputs,
+    add_leading_space,
     drop_tokens,
     encode,
     score,
@@ -68,10 +71,13 @@ from smallgpt.settings import (
     Rate,
     Switch,
 )
+from smallgpt.weights import pretrained
 from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
 
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
+Files = list[str]
+Words = dict[str, str]  # label -> its word
 
 
 @dataclass
@@ -87,6 +93,7 @@ class SentimentSettings:
     max_steps: Free[Count] = 0  # optimisation steps instead of epochs; 0 = by epochs
     batch_size: Positive = 32  # examples per step, over all processes
     micro_tokens: Free[Positive] = 16384  # most tokens per forward pass and process (memory)
+    recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
     eval_every: Free[Count] = 0  # steps between evaluations; 0 = once an epoch
     save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
     save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
@@ -96,10 +103,16 @@ class SentimentSettings:
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     trunk: Free[str] = ""  # run folder | smollm2, a Llama's folder, a GGUF | gpt2 | small-gpt .pth
+    before: Free[Files] = field(default_factory=list)  # YAML files of fine-tunings that come first
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
+    trunk_blocks: Count = 0  # the lowest blocks of the trunk that are used; 0 = all
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
     freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks
+    lora: Count = 0  # rank of adapters, which train in place of the blocks' matrices; 0 = none
     pool: Literal["last", "mean"] = "last"  # the head reads the last token's state, or the mean
+    marks: bool = False  # of a pair: mark the tokens that both texts have
+    cue: str = ""  # text behind each text, with pool=last: " The sentiment is"
+    label_words: Words = field(default_factory=dict)  # the head's beginning: label_words.neg=bad
     block_size: Count = 0  # longest text in tokens, longer lose their middle; 0 = the trunk's
     dropout: Rate = 0.1  # in the trained part of the trunk
     token_dropout: Rate = 0.0  # share of each training text's tokens left out, new at every step
@@ -125,13 +138,36 @@ class SentimentSettings:
             problems.append(
                 "token_dropout must be 0 with lm_weight: there is no next word in a gap"
             )
-        if self.adversarial and self.freeze != "none":
-            problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none")
+        if self.adversarial and (self.freeze != "none" or self.lora):
+            problems.append(f"adversarial={self.adversarial} must be 0, or freeze=none and lora=0")
         if self.adversarial and self.mesh.pp > 1:
             problems.append(
                 f"adversarial={self.adversarial} must be 0, or mesh.pp=1: a text's second pass "
                 "begins where its first has ended"
             )
+        return problems + self.lora_problems() + self.head_problems()
+
+    def lora_problems(self) -> list[str]:
+        """The same, of the adapters."""
+        problems = []
+        if self.lora and self.freeze == "trunk":
+            problems.append(
+                f"lora={self.lora} adapts the blocks, and freeze=trunk forbids it: choose one"
+            )
+        if self.lora and self.mesh.tp > 1:
+            problems.append(f"lora={self.lora} must be 0, or mesh.tp=1: thin matrices are not cut")
+        return problems
+
+    def head_problems(self) -> list[str]:
+        """The same, of the head and what it reads."""
+        problems = []
+        if self.marks and self.freeze != "none":
+            problems.append("marks=true needs freeze=none: the first block has to learn them")
+        if self.cue and self.pool != "last":
+            problems.append(f"cue needs pool=last: with pool={self.pool} the head reads the text")
+        for label, word in self.label_words.items():
+            if not word.strip():
+                problems.append(f"label_words.{label} must be a word, such as good")
         return problems
 
 
@@ -170,13 +206,16 @@ def prepare(s: SentimentSettings, world: World) -> Task:
     trunk = open_trunk(s.trunk)
     config = classifier_config(s, trunk)
     head = head_record(s, data, trunk)
+    check_head(s, data, head)
     block_size = head["block_size"]
-    notes = data.notes + trunk.notes + search_leaks(s, data, trunk, world)
+    read = f"trained on before: {leaks.chain(trunk.sources)}"
+    found = search_leaks(s, data, trunk.name, trunk.sources, world)
+    notes = [*data.notes, *trunk.notes, read, *found]
     tokenizer = trunk.tokenizer
     width = 0 if s.mask else block_size
     inputs = {}
     for name, examples in data.splits.items():
-        encoded = encode(examples, data.labels, tokenizer, block_size, head["prefix"])
+        encoded = encode(examples, data.labels, tokenizer, block_size, head["prefix"], head["cue"])
         inputs[name] = Inputs(encoded, tokenizer.pad, width, world.device)
         notes.append(
             f"{name}: {encoded.cut} texts have over {block_size} tokens and lose their middle"
@@ -186,12 +225,16 @@ def prepare(s: SentimentSettings, world: World) -> Task:
 
 
 def classifier_config(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
-    """The trunk's, with this fine-tuning's dropout, and with rows for new tokens."""
+    """The trunk's lowest blocks, with this fine-tuning's dropout, and with rows for new tokens."""
     config = trunk.config
     if s.block_size > config.block_size:
         raise UserError(f"block_size={s.block_size} is more than the trunk's {config.block_size}")
+    if s.trunk_blocks > config.n_layer:
+        raise UserError(f"trunk_blocks={s.trunk_blocks} is more than the trunk's {config.n_layer}")
+    n_layer = s.trunk_blocks or config.n_layer
     rows = max(trunk.rows, 64 * math.ceil(trunk.tokenizer.vocab_size / 64))
-    return replace(config, dropout=s.dropout, vocab_size=max(config.vocab_size, rows))
+    vocab_size = max(config.vocab_size, rows)
+    return replace(config, n_layer=n_layer, dropout=s.dropout, vocab_size=vocab_size)
 
 
 def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, Any]:
@@ -203,16 +246,42 @@ def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, 
         "mask": s.mask,
         "block_size": s.block_size or trunk.config.block_size,
         "prefix": [bos] if bos < trunk.rows else [],  # GPT-2 never saw ours
+        "cue": trunk.tokenizer.encode(s.cue),
+        "marks": s.marks,
         "rows": trunk.rows,
     }
 
 
-def search_leaks(s: SentimentSettings, data: Reviews, trunk: Trunk, world: World) -> list[str]:
-    """What the leak check found, in words; UserError if the trunk has read test texts."""
-    texts = []
-    for example in data.splits["test"]:
-        texts += [text for text in (example.text, example.pair) if text]
-    return leaks.check(texts, trunk.name, trunk.sources, cache_of(s), world, s.allow_leaks)
+def check_head(s: SentimentSettings, data: Reviews, head: dict[str, Any]) -> None:
+    """UserError where a head cannot be made of this set."""
+    has_pairs = any(example.pair for example in data.splits["train"])
+    if s.marks and not has_pairs:
+        raise UserError(
+            f"marks=true compares two texts, and {s.data.set} has no pairs: set data.pair_column, "
+            "or leave it out"
+        )
+    if len(head["cue"]) > head["block_size"] // 2:
+        raise UserError(
+            f"the cue has {len(head['cue'])} tokens, and a text at most {head['block_size']}: "
+            "shorten it"
+        )
+    if s.label_words and sorted(s.label_words) != sorted(data.labels):
+        raise UserError(
+            f"label_words has {', '.join(sorted(s.label_words))}, and the labels of "
+            f"{s.data.set} are {', '.join(sorted(data.labels))}: give each a word"
+        )
+
+
+def search_leaks(
+    s: SentimentSettings, data: Reviews, trunk: str, sources: list[dict], world: World
+) -> list[str]:
+    """What the leak check found in the sources of a trunk, in words; UserError if that are test
+    texts."""
+    texts: dict[str, list[str]] = {"test": [], "validation": []}
+    for split, of_split in texts.items():
+        for example in data.splits[split]:
+            of_split += [text for text in (example.text, example.pair) if text]
+    return leaks.check(*texts.values(), trunk, sources, cache_of(s), world, s.allow_leaks)
 
 
 def cache_of(s: SentimentSettings) -> Path:
@@ -228,18 +297,34 @@ def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) 
     device, where none are read; what they freeze is frozen."""
     torch.manual_seed(s.seed)  # the same head on every rank
     with birthplace:
-        model = GPTClassifier(GPT(task.config), len(task.data.labels), s.pool, s.mask)
+        sep = task.trunk.tokenizer.sep
+        n_classes = len(task.data.labels)
+        model = GPTClassifier(GPT(task.config), n_classes, s.pool, s.mask, sep, s.marks)
     if birthplace.type != "meta":
         load_trunk(model.gpt, task.trunk)
+        if s.label_words:
+            begin_head(model, task, s.label_words)
+    model.gpt.recompute = s.recompute
     tied = task.config.tie_weights
     first_new = task.trunk.rows  # token id
     learns_tokens = s.lm_weight and tied
     if task.inputs["train"].largest < first_new and not learns_tokens:
         first_new = task.config.vocab_size  # no text has a new one: there is nothing to learn
-    freeze.freeze(model, s.freeze, first_new)
+    freeze.freeze(model, s.freeze, first_new, s.lora)
     if not s.lm_weight and not tied:
         model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
     return model
+
+
+@torch.no_grad()
+def begin_head(model: GPTClassifier, task: Task, words: dict[str, str]) -> None:
+    """Let the head of each label be the row of the LM head that foretells its word (the mean of its
+    tokens' rows): before any training its scores are those of a cloze (Schick and Schütze 2021;
+    Gao et al. 2021)."""
+    tokenizer = task.trunk.tokenizer
+    for row, label in zip(model.head.weight, task.data.labels, strict=True):
+        ids = tokenizer.encode(add_leading_space(words[label], tokenizer))
+        row.copy_(model.gpt.lm_head.weight[ids].mean(0))
 
 
 def perturbation_norm(s: SentimentSettings, model: GPTClassifier, world: World) -> float:
@@ -275,6 +360,7 @@ class Objective:
         train = task.inputs["train"]
         self.train = train
         self.sep = task.trunk.tokenizer.sep  # the token between the texts of a pair
+        self.cue = len(task.head["cue"])  # tokens
         self.buckets = Buckets(train.data.lengths, s.batch_size, s.seed)
         self.labels = torch.from_numpy(train.data.labels).to(train.device)
         dtype = next(strategy.model.parameters()).dtype
@@ -305,7 +391,7 @@ class Objective:
         x, lengths, reads = self.train.of(rows)
         if self.s.token_dropout:
             share, fill, width = self.s.token_dropout, self.train.fill, self.train.width
-            x, lengths = drop_tokens(x, lengths, share, fill, self.sep, width)
+            x, lengths = drop_tokens(x, lengths, share, fill, self.sep, width, self.cue)
         targets = self.train.targets(rows) if self.s.lm_weight else None
         return MicroBatch((x, lengths, targets, reads), self.labels[rows], weight)
 
@@ -358,10 +444,12 @@ def finetune(s: SentimentSettings, world: World) -> int:
         spread.check(task.config)
 
         model = make_classifier(s, task, spread.birthplace()).to(hardware.weights_dtype(dtype))
-        task.trunk.weights = {}  # the model has them, where this process holds a whole one
         trainable = freeze.count_trainable(model)
         perturbation = perturbation_norm(s, model, world)
-        weights = checkpoint.read_weights(run.found, shapes_of(model)) if run.found else None
+        weights = None
+        if run.found:
+            weights = checkpoint.read_weights(run.found, shapes_of(model), task.trunk.weights)
+        task.trunk.weights = {}  # the model has them, where this process holds a whole one
         strategy = spread.build(model, dtype, weights)
         if s.compile == "true":
             strategy.model.gpt.compile_parts()
@@ -419,6 +507,65 @@ def finetune(s: SentimentSettings, world: World) -> int:
         return run.status
 
 
+def finetune_chain(s: SentimentSettings, world: World) -> int:
+    """The fine-tunings of `before`, each from the one before it (Phang et al. 2018, STILTs), and
+    this one from the last; returns the exit status.
+
+    The name of such a run tells trunk, seed and files: runs that begin in the same way share it."""
+    links = [settings.load(SentimentSettings, [file]) for file in s.before]
+    nested = [file for file, link in zip(s.before, links, strict=True) if link.before]
+    if nested:
+        raise UserError(f"{nested[0]} has a `before` of its own: name all files in one list")
+    name = f"before+{Path(s.trunk).name}+seed-{s.seed}"
+    for file, link in zip(s.before, links, strict=True):
+        name += f"+{Path(file).stem}"
+        status = make_link(like(s, link, name), s, world)
+        if status:
+            return status
+        s = replace(s, trunk=str(Path(s.out_dir) / name))
+    return finetune(s, world)
+
+
+def make_link(link: SentimentSettings, s: SentimentSettings, world: World) -> int:
+    """Make a run that comes before s, unless it is there; returns the exit status. Another program
+    that makes it now, as those of a sweep do, is waited for.
+
+    UserError, before the time is spent, if it would train on test texts of s."""
+    Path(s.out_dir).mkdir(parents=True, exist_ok=True)
+    turn = FileLock(Path(s.out_dir) / f".{link.run}.lock", thread_local=False)
+
+    def take_turn() -> bool:
+        turn.acquire()
+        return is_finished(link)
+
+    try:
+        if world.by_main(take_turn):
+            return 0
+        source = sets.source(link.data, splits.load(link.data).fingerprint)
+        search_leaks(s, splits.load(s.data), link.run, [source], world)
+        return finetune(link, world)
+    finally:
+        turn.release()
+
+
+def like(s: SentimentSettings, link: SentimentSettings, run: str) -> SentimentSettings:
+    """A fine-tuning that comes before s: with its trunk, its seed and its use of the machine."""
+    shared = ("trunk", "seed", "out_dir", "device", "dtype", "timeout", "compile", "micro_tokens")
+    values = {name: getattr(s, name) for name in (*shared, "recompute", "cache_gb", "mesh")}
+    return replace(link, run=run, **values)
+
+
+def is_finished(s: SentimentSettings) -> bool:
+    """Has this run been made to its end, with these settings and from this trunk?"""
+    folder = Path(s.out_dir) / s.run
+    result = read_json(folder / "result.json")
+    if not isinstance(result, dict):
+        return False
+    made = settings.load(SentimentSettings, [str(folder / "config.yaml")])
+    is_same = settings.flat(made) == settings.flat(s)
+    return is_same and result["hashes"]["trunk"] == pretrained.digest(s.trunk)
+
+
 def cache_states(
     s: SentimentSettings, run: Run, strategy: Single, inputs: dict[str, Inputs]
 ) -> None:
@@ -441,7 +588,7 @@ def write_report(
     labels = task.inputs["test"].data.labels
     result = {
         "set": s.data.set,
-        "trunk": task.trunk.name,
+        "trunk": describe_trunk(s, task),
         "mask": s.mask,
         "freeze": s.freeze,
         "pool": s.pool,
@@ -465,11 +612,21 @@ def write_report(
     )
 
 
+def describe_trunk(s: SentimentSettings, task: Task) -> str:
+    """Its name, and what of it is used."""
+    parts = [task.trunk.name]
+    if s.trunk_blocks:
+        parts.append(f"lowest {s.trunk_blocks} of {task.trunk.config.n_layer} blocks")
+    if s.lora:
+        parts.append(f"adapters of rank {s.lora}")
+    return ", ".join(parts)
+
+
 def describe_model(s: SentimentSettings, task: Task, strategy: Single, trainable: int) -> str:
     parameters = sum(math.prod(shape) for shape in strategy.shapes.values())
     return (
-        f"{task.trunk.name}, {parameters / 1e6:.1f}M parameters, {trainable:,} of them trained "
-        f"(freeze={s.freeze})"
+        f"{describe_trunk(s, task)}, {parameters / 1e6:.1f}M parameters, {trainable:,} of them "
+        f"trained (freeze={s.freeze})"
     )
 
 
@@ -487,7 +644,7 @@ def describe_batch(s: SentimentSettings, steps_per_epoch: int, strategy: Single)
 def main() -> int:
     s = settings.load(SentimentSettings, doc=__doc__)
     with start(s.device, s.timeout, settings.flat(s)) as world:
-        return finetune(s, world)
+        return finetune_chain(s, world)
 
 
 if __name__ == "__main__":

@@ -289,6 +289,7 @@ class Classifier(Scorer):
             )
         self.labels = head["labels"]
         self.prefix: list[int] = head["prefix"]
+        self.cue: list[int] = head.get("cue", [])  # older versions had none
         self.block_size: int = head["block_size"]
         self.width = 0 if head["mask"] else self.block_size  # without a mask, padding is read
         self.is_of_pairs = found.meta.get("pairs", True)  # older versions did not record it
@@ -296,7 +297,8 @@ class Classifier(Scorer):
         config = checkpoint.model_config(found.meta["model"], path)
         trunk = GPT(config)
         n_labels = len(self.labels)
-        model = GPTClassifier(trunk, n_labels, head["pool"], head["mask"])
+        marks = head.get("marks", False)
+        model = GPTClassifier(trunk, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
         checkpoint.load_weights(found, model)
         super().__init__(model, tokenizer, s)
 
@@ -307,7 +309,7 @@ class Classifier(Scorer):
             text, _, second = text.partition("\t")
         text = text.strip()
         second = second.strip()
-        ids, _ = encode_text(self.tokenizer, text, second, self.block_size, self.prefix)
+        ids, _ = encode_text(self.tokenizer, text, second, self.block_size, self.prefix, self.cue)
         return ids
 
     @torch.inference_mode()

@@ -79,7 +79,10 @@ def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -
     parallelize_module(gpt, mesh, outer, src_data_rank=None)
     gpt.tie()
     if isinstance(model, GPTClassifier):
-        parallelize_module(model, mesh, {"head": Whole()})
+        whole = {"head": Whole()}
+        if model.marks is not None:
+            whole["marks"] = Whole()
+        parallelize_module(model, mesh, whole)
         model.head.register_forward_hook(own_memory)
     for name, p in model.named_parameters():
         p.requires_grad_(trains[name])

@@ -330,6 +330,7 @@ def _is_result(kept: Any) -> bool:
 
 def check(
     tests: list[str],
+    validation: list[str],
     trunk_name: str,
     sources: list[Source],
     cache: Path,
@@ -338,7 +339,8 @@ def check(
 ) -> list[str]:
     """What `search` finds, in words for a report. The main process searches, for all: a collective.
 
-    UserError if anything is found and that is not `allowed`."""
+    UserError if a test text is found and that is not `allowed`. Validation texts are only counted:
+    they may choose the wrong run, but the test stays honest."""
     result = world.by_main(partial(search, tests, sources, cache))
     if result.found and not allowed:
         raise UserError(
@@ -346,7 +348,31 @@ def check(
             "take another trunk, train it without them (`python scripts/data.py text` writes such "
             "a text), or set allow_leaks=true"
         )
-    return [result.note()]
+    notes = [result.note()]
+    read = 0
+    if validation:
+        read = world.by_main(partial(search, validation, sources, cache)).found
+    if read:
+        notes.append(
+            f"{read} of {len(validation):,} validation texts are in what {trunk_name} was trained "
+            "on: the validation scores are too high, and may choose the wrong run"
+        )
+    return notes
+
+
+def chain(sources: list[Source]) -> str:
+    """Every link of what a trunk was trained on, from the first to the last: its corpora, then
+    labelled sets, each after an arrow. sources: the last ones first, as a run records them."""
+    links: list[list[str]] = []
+    is_after_text = False
+    for source in reversed(sources):
+        is_text = source.get("kind") == "text"
+        if is_text and is_after_text:
+            links[-1].insert(0, name_of(source))  # of one pretraining, in its order
+        else:
+            links.append([name_of(source)])
+        is_after_text = is_text
+    return " -> ".join(brief(link) for link in links) or "no source is recorded"
 
 
 # ---- texts to pretrain on

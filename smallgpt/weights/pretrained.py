@@ -169,7 +169,7 @@ def _open_run(path: str) -> Trunk:
     tokenizer = checkpoint.tokenizer_of(found)
     tensors = {}
     for name, tensor in checkpoint.open_weights(found).tensors.items():
-        if name != "head.weight":
+        if name not in ("head.weight", "marks.weight"):  # of a classifier alone
             tensors[name.removeprefix("gpt.")] = tensor.then(Tensor.float)
     weights = Weights(tensors)
 
