@@ -33,7 +33,7 @@ HELP = """\
 
 @dataclass
 class ChatSettings:
-    checkpoint: str = ""  # run folder (its best checkpoint) or step folder
+    checkpoint: str = ""  # run folder (its best checkpoint), step folder, or folder of an export
     device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen
@@ -47,13 +47,13 @@ def main() -> int:
         )
     stdin = console.open_stdin()
     device = hardware.choose_device(s.device)
-    found, model, tokenizer = open_model(s.checkpoint)
+    folder, model, tokenizer = open_model(s.checkpoint)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     precision = set_precision(model, s.dtype, device)
     chat = Chat(Conversation(model.eval(), tokenizer, s.sample))
     if not stdin.isatty():
         return converse(chat, prompt="")
-    print(f"{found.path}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
+    print(f"{folder}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
     print("/help lists the commands.")
     line_editing()
     return converse(chat, prompt="> ")

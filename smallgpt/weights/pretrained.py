@@ -1,7 +1,8 @@
-"""Opening what was trained before: a run of train.py, a GPT-2, or a checkpoint of small-gpt.
+"""Opening what was trained before: a run of train.py, a folder of transformers (such as a GPT-2 or
+an export of ours), or a checkpoint of small-gpt.
 
-    open_model      a run -> (Checkpoint, GPT, Tokenizer), to talk to or to ask
-    open_trunk      any of the three -> Trunk, to fine-tune
+    open_model      a run or an export -> (its folder, GPT, Tokenizer), to talk to or to ask
+    open_trunk      any of them -> Trunk, to fine-tune
     load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
     digest          a hash of the weights that a trunk has now
 
@@ -24,10 +25,9 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from smallgpt.console import UserError, shell_word
 from smallgpt.runs import checkpoint, lazy
-from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer
-from smallgpt.weights import gpt2
+from smallgpt.weights import gpt2, hugging_face
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
@@ -54,10 +54,15 @@ class Trunk:
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
 
 
-def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
-    """The best (or the given) checkpoint at path, its model on the CPU, and its tokenizer.
+def open_model(path: Path | str) -> tuple[Path, GPT, Tokenizer]:
+    """The folder of the best (or the given) checkpoint at path, its model on the CPU, and its
+    tokenizer.
 
-    Path is a run or step folder of train.py; nothing else is needed."""
+    Path is a run or step folder of train.py; or a folder of transformers whose model knows the
+    turns of a dialogue, as one that scripts/export.py has written."""
+    where = Path(path)
+    if is_of_transformers(where):
+        return where, *_open_dialogue_model(where)
     found = checkpoint.required(path)
     if "head" in found.meta:
         raise UserError(
@@ -67,29 +72,34 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
     tokenizer = checkpoint.tokenizer_of(found)
     model = GPT(checkpoint.model_config(found.meta["model"], found.path))
     checkpoint.load_weights(found, model)
-    return found, model, tokenizer
+    return found.path, model, tokenizer
 
 
 def open_trunk(path: str) -> Trunk:
     """The trunk at path. UserError if there is none.
 
     Path is a run folder (its best checkpoint) or step folder, of pretraining or of a classifier; a
-    folder with GPT-2's files; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a small-gpt .pth."""
+    folder as transformers saves it, of GPT-2 or of a class in forms.py; gpt2, gpt2-medium,
+    gpt2-large or gpt2-xl; or a small-gpt .pth."""
     where = Path(path)
     if where.is_file():
         return _open_small_gpt(where)
-    is_step = where.name.startswith("step-")  # it has a model.safetensors, too
-    if gpt2.has_files(where) and not is_step:
-        return _open_gpt2(where, path)
+    if is_of_transformers(where):
+        return _open_folder(where, path)
     if where.is_dir():
         return _open_run(path)
     name = path.removeprefix("openai-community/")
     if name in HUB:
-        return _open_gpt2(_download(name), name)
+        return _open_folder(_download(name), name)
     raise UserError(
         f"there is no trunk {path!r}: give a run folder of train.py, a folder with GPT-2's "
         f"config.json and model.safetensors, a .pth of small-gpt, or one of {', '.join(HUB)}"
     )
+
+
+def is_of_transformers(folder: Path) -> bool:
+    """Is this a folder as transformers saves it? That of a step has a model.safetensors, too."""
+    return gpt2.has_files(folder) and not folder.name.startswith("step-")
 
 
 @functools.cache
@@ -149,17 +159,33 @@ def _unknown(name: str) -> dict[str, Any]:
     return {"kind": "unknown", "name": f"the text of {name}"}
 
 
-# --- GPT-2 ----------------------------------------------------------------------------------------
+# --- folders of transformers ----------------------------------------------------------------------
 
 
-def _open_gpt2(folder: Path, name: str) -> Trunk:
-    config, weights, tokenizer = gpt2.read(folder)
+def _open_folder(folder: Path, name: str) -> Trunk:
+    config, weights, tokenizer = hugging_face.read(folder)
     rows = config.vocab_size
-    textless = sum(not tokenizer.decode([i], specials=True) for i in range(rows))
+    known = range(min(rows, tokenizer.vocab_size))  # the rows behind them only round up
+    textless = sum(not tokenizer.decode([i], specials=True) for i in known)
     notes = []
     if textless:
         notes.append(f"{textless} of the {rows:,} rows of {name} stand for no token")
     return Trunk(config, weights, tokenizer, rows, name, [_unknown(name)], notes)
+
+
+def _open_dialogue_model(folder: Path) -> tuple[GPT, Tokenizer]:
+    """A model to talk to. UserError if it has never read the tokens around a turn."""
+    if hugging_face.is_classifier(folder):
+        raise UserError(f"{folder} is a classifier: use it as a trunk, trunk={shell_word(folder)}")
+    trunk = _open_folder(folder, str(folder))
+    if trunk.tokenizer.end >= trunk.rows:
+        raise UserError(
+            f"{folder} has not learned to talk in turns, it has no <|sep|> and <|end|>: "
+            f"use it as a trunk, trunk={shell_word(folder)}"
+        )
+    model = GPT(trunk.config)
+    load_trunk(model, trunk)
+    return model, trunk.tokenizer
 
 
 def _download(name: str) -> Path:

@@ -504,7 +504,8 @@ def test_a_pointer_to_elsewhere_through_chat(copy, run, target):
 
 
 def test_open_model_gives_the_trained_weights(trained):
-    found, module, tokenizer = open_model(trained[0])
+    folder, module, tokenizer = open_model(trained[0])
+    found = checkpoint.required(folder)
     assert found.step == 12 and tokenizer.hash == found.meta["tokenizer"]
     assert module.lm_head.weight is module.wte.weight
     assert module.config.n_embd == 32

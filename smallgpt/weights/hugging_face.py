@@ -1,0 +1,141 @@
+"""Folders of transformers: those that scripts/export.py writes, and models of others in these
+classes.
+
+    read           a folder -> GPTConfig, weights by the names of model.GPT, Tokenizer
+    read_config    config.json -> the Form and the GPTConfig
+    is_classifier  does its class classify?
+
+A tensor is read when it is asked for. A GPT-2 is read by gpt2.py.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GPTConfig
+from smallgpt.console import UserError
+from smallgpt.runs import checkpoint
+from smallgpt.runs.lazy import LazyTensor, Weights
+from smallgpt.tokenizer import Tokenizer
+from smallgpt.weights import forms, gpt2, names
+from smallgpt.weights.forms import Form
+
+SETTINGS = {field.name for field in fields(GPTConfig)}
+
+
+def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
+    """A folder as transformers saves it, with any head or none. UserError names what is missing,
+    damaged or of another form."""
+    file = folder / "config.json"
+    found = gpt2.read_json(file) if file.is_file() else {}
+    if found.get("model_type", "gpt2") == "gpt2":
+        return gpt2.read(folder)
+    form, config = read_config(file, found)
+    source, files = gpt2.weight_files(folder)
+    tensors: dict[str, LazyTensor] = {}
+    for shard in files:
+        tensors |= gpt2.open_tensors(shard).tensors
+    weights = trunk_weights(tensors, config, form, source)
+    gpt2.check_shapes(weights.shapes, config, source)
+    return config, weights, gpt2.tokenizer_of(folder, config.vocab_size)
+
+
+def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
+    """config.json as a Form and a GPTConfig. UserError names the field that model.GPT cannot
+    equal."""
+    kind = (found["model_type"], found.get("hidden_act"))
+    form = forms.LLAMA_LIKE.get(kind)
+    if form is None:
+        known = ", ".join(f"{name} with {activation}" for name, activation in forms.LLAMA_LIKE)
+        raise UserError(
+            f"{file}: model_type is {kind[0]!r} with hidden_act {kind[1]!r}; only gpt2, {known} "
+            "can be opened here"
+        )
+    settings = dict(form.needs)
+    for theirs, ours in form.sizes.items():
+        if ours in SETTINGS:
+            settings[ours] = size(file, found, theirs)
+    settings["n_kv_head"] = size(file, found, "num_key_value_heads")
+    settings["tie_weights"] = bool(found.get("tie_word_embeddings", False))
+    settings["rope_base"] = rope_base(file, found)
+    config = checkpoint.model_config(settings, file)
+    expected = dict(form.fields)
+    for theirs, ours in form.sizes.items():
+        expected[theirs] = getattr(config, ours)
+    for field, value in expected.items():
+        if found.get(field, value) != value:
+            raise UserError(
+                f"{file}: {field} is {found[field]!r}; only a {form.model_type} with {value!r} can "
+                "be opened here"
+            )
+    return form, config
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the model of a folder is one of texts and labels."""
+    file = folder / "config.json"
+    names = gpt2.read_json(file).get("architectures") if file.is_file() else None
+    return bool(names) and str(names[0]).endswith("ForSequenceClassification")
+
+
+def size(file: Path, found: dict[str, Any], name: str) -> int:
+    value = found.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{file} is damaged: {name} is {value!r}, and must be a size")
+    return value
+
+
+def rope_base(file: Path, found: dict[str, Any]) -> float:
+    """The base of the rotary frequencies. UserError where they are scaled."""
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise UserError(
+            f"{file}: its rotary positions are scaled ({kind}); only plain ones can be opened here"
+        )
+    return float(rope.get("rope_theta") or found.get("rope_theta") or 10000.0)
+
+
+def trunk_weights(
+    tensors: dict[str, LazyTensor], config: GPTConfig, form: Form, source: Path
+) -> Weights:
+    """The tensors of a trunk, in float32, by our names; heads are left out. UserError where a
+    constant of the form has another value."""
+    table = names.inverse(form.names)
+    weights = {}
+    for theirs, tensor in tensors.items():
+        name = names.rename(theirs, table) or names.rename(f"model.{theirs}", table)
+        is_second_copy = name == "lm_head.weight" and config.tie_weights
+        if name and not is_second_copy:
+            weights[name] = tensor.then(Tensor.float)
+        for constant, value in form.constants.items():
+            if theirs.endswith(constant) and not same(tensor, value):
+                raise UserError(
+                    f"{source}: its xIELU is no squared ReLU, {theirs} is not {value}; only an "
+                    "Apertus that scripts/export.py has written can be opened here"
+                )
+    if form.has_gate_like_fc:
+        drop_gates(weights, source)
+    return Weights(weights)
+
+
+def same(tensor: LazyTensor, value: Any) -> bool:
+    """Whether a small tensor has this value. The first four digits: it may have been bfloat16."""
+    return torch.allclose(tensor.read().float(), torch.tensor(value), rtol=1e-2)
+
+
+def drop_gates(weights: dict[str, LazyTensor], source: Path) -> None:
+    """relu(gate) * up is relu(up)^2 where both matrices are the same. UserError where they are
+    not."""
+    gates = [name for name in weights if name.endswith(".mlp.gate.weight")]
+    for name in gates:
+        gate = weights.pop(name).read()
+        up = weights[name.replace("gate", "fc")].read()
+        if not gate.equal(up):
+            raise UserError(
+                f"{source}: relu(gate) * up has two matrices in {name}; only a squared ReLU, whose "
+                "matrices are the same, can be opened here"
+            )
