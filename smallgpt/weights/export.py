@@ -5,6 +5,7 @@ new_folder     a folder that appears whole or not at all
 to_hf          for transformers and what reads its files; importing it back is pretrained.py's
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from smallgpt.files import flush
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.tokenizer import Tokenizer
+from smallgpt.weights.export_tokenizer import tokenizer_config, tokenizer_json
 
 
 @dataclass
@@ -102,3 +104,23 @@ def usual_mode_in(folder: Path) -> int:
 def write_json(file: Path, content: dict[str, Any], indent: int | None = 2) -> None:
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def write_tokenizer(source: Source, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
+    is_classifier = source.head is not None
+    has_prefix = bool(source.head["prefix"]) if source.head else True
+    content = tokenizer_json(source.tokenizer, has_prefix, strips=is_classifier)
+    write_json(folder / "tokenizer.json", content, indent=None)
+    config = tokenizer_config(source.longest, is_classifier)
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def require(*packages: str) -> None:
+    """UserError unless these packages are installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} is missing: pip install {' '.join(missing)} "
+            "(or all that exports need: pip install '.[export]')"
+        )

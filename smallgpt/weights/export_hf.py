@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from smallgpt.console import UserError
 from smallgpt.sampling import SampleSettings, unspeakable
 from smallgpt.weights import forms
-from smallgpt.weights.export import Source, write_json
+from smallgpt.weights.export import Source, write_json, write_tokenizer
 from smallgpt.weights.export_card import card
-from smallgpt.weights.export_tokenizer import tokenizer_config, tokenizer_json
 from smallgpt.weights.forms import Form
 
 USE_LANGUAGE_MODEL = """```python
@@ -66,16 +65,6 @@ def write(source: Source, folder: Path) -> None:
     use = USE_CLASSIFIER if source.head else USE_LANGUAGE_MODEL
     text = card(source, "hf", use, limits(source, form))
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def write_tokenizer(source: Source, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json."""
-    is_classifier = source.head is not None
-    has_prefix = bool(source.head["prefix"]) if source.head else True
-    content = tokenizer_json(source.tokenizer, has_prefix, strips=is_classifier)
-    write_json(folder / "tokenizer.json", content, indent=None)
-    config = tokenizer_config(source.longest, is_classifier)
-    write_json(folder / "tokenizer_config.json", config)
 
 
 def limits(source: Source, form: Form) -> list[str]:

@@ -22,8 +22,9 @@ from smallgpt.tokenizer import (
 CHARACTER = r"[\s\S]"  # CHAR_PATTERN in the words of Oniguruma, which tokenizers uses
 PRINTED = {byte: character for character, byte in STAND_INS.items()}
 
-# As `add_leading_space`: a letter of a script that sets spaces gets one before it.
-LEADING_SPACE = {"Regex": r"\A(?=[\p{L}&&[^\x{2e80}-\x{10ffff}]])"}
+# As `add_leading_space`: a space is put before every text, and taken away again unless a letter of
+# a script with spaces follows. (To insert it before such a letter only makes tokenizers fail.)
+NEEDLESS_SPACE = {"Regex": r"\A (?![\p{L}&&[^\x{2e80}-\x{10ffff}]])"}
 EDGES = {"Regex": r"\A[\s\x1c-\x1f]+|[\s\x1c-\x1f]+\z"}  # what str.strip() takes away
 
 # A dialogue of turns, and the beginning of the next one where a reply is wanted.
@@ -106,7 +107,8 @@ def normalizer(tokenizer: Tokenizer, strips: bool) -> dict[str, Any] | None:
     if strips:
         steps.append({"type": "Replace", "pattern": EDGES, "content": ""})
     if strips and tokenizer.kind != "char":
-        steps.append({"type": "Replace", "pattern": LEADING_SPACE, "content": " "})
+        steps.append({"type": "Prepend", "prepend": " "})
+        steps.append({"type": "Replace", "pattern": NEEDLESS_SPACE, "content": ""})
     if tokenizer.lowercase:
         steps.append({"type": "Lowercase"})
     return {"type": "Sequence", "normalizers": steps} if steps else None

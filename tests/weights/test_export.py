@@ -3,27 +3,32 @@
 The models are random, with logits of about 10: a forgotten or swapped tensor cannot hide."""
 
 import json
-import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from model import GPT, GPTConfig
-from smallgpt import tokenizer as tokenizers
+from exporting import (
+    GPT2,
+    assert_close,
+    classifier_of,
+    some_ids,
+    source_of,
+    stress_lines,
+    vocabulary,
+)
+from model import GPT
 from smallgpt.console import UserError
-from smallgpt.runs.checkpoint import Checkpoint
-from smallgpt.sampling import Conversation, SampleSettings
-from smallgpt.tokenizer import Tokenizer, TokenizerSettings
+from smallgpt.sampling import Conversation, SampleSettings, one_line
+from smallgpt.sentiment.batches import encode_text
 from smallgpt.weights import export, export_hf
 from smallgpt.weights.export import Source
 from smallgpt.weights.pretrained import load_trunk, open_model, open_trunk
 
 torch.set_num_threads(1)
 
-GPT2 = {"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
 FORMS = {
     "GPT2LMHeadModel": GPT2 | {"bias": True},
     "GPT2LMHeadModel without biases, untied": GPT2 | {"tie_weights": False},
@@ -33,49 +38,11 @@ FORMS = {
     "Qwen3ForCausalLM": {"mlp": "swiglu"},
     "LlamaForCausalLM": {"mlp": "swiglu", "qk_norm": False, "rope_base": 50000.0},
 }
-PIECES = [
-    *["the", " cat", " sat", "it's", " we'll", "'RE", " 12", "3456", "你好", "世界", "é", "ß"],
-    *["\n", "\t", "  ", "   ", "?!", ".", "😀", "👩‍👩‍👧", "\u00a0", "\u200b", "ΑΣ", "İ", "<|sep|>"],
-    *["<|bos|>", "<|end|>", "\ufeff", "\x00", "\x1c", "ﬁ", "e\u0301", "\u2028", "안녕", "ا"],
-]
-
-
-def stress_lines(count: int) -> list[str]:
-    """Texts of pieces that tokenizers are known to differ on."""
-    draw = random.Random(0)
-    return ["".join(draw.choices(PIECES, k=draw.randrange(1, 20))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def hub():
     return pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def trained() -> dict[str, Tokenizer]:
-    texts = [text for text in stress_lines(300) if "<|" not in text]
-    found = {}
-    for kind in ("char", "bpe"):
-        settings = TokenizerSettings(kind=kind, vocab_size=500, min_count=1)
-        found[kind] = tokenizers.train(settings, texts)
-    return found
-
-
-@torch.no_grad()
-def lively(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for p in model.parameters():
-        p.copy_(0.25 * torch.randn(p.shape) if p.dim() == 2 else p + 0.3 * torch.randn(p.shape))
-    return model.eval()
-
-
-def source_of(tokenizer: Tokenizer, **shape: object) -> Source:
-    """A language model of this form, of whose run nothing is known."""
-    rows = 64 * -(-tokenizer.vocab_size // 64)
-    sizes = dict(vocab_size=rows, block_size=64, n_layer=2, n_head=4, n_embd=64)
-    config = GPTConfig(**sizes | shape)
-    nothing = Checkpoint(Path("runs/lively/step-00000001"), {"step": 1})
-    return Source(nothing, config, lively(GPT(config)), tokenizer, head=None)
 
 
 def written(source: Source, folder: Path) -> Path:
@@ -84,27 +51,14 @@ def written(source: Source, folder: Path) -> Path:
     return folder
 
 
-def some_ids(vocab: int) -> Tensor:
-    return torch.randint(vocab, (3, 40), generator=torch.Generator().manual_seed(1))
-
-
-def assert_close(a: Tensor, b: Tensor) -> None:
-    """To 1e-5 of the largest logit."""
-    assert a.shape == b.shape
-    assert float(b.abs().max()) > 3
-    assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (a - b).abs().max()
-
-
 # --- language models ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FORMS)
-def test_each_form_gives_the_same_logits_in_transformers_and_comes_back(
-    hub, trained, tmp_path, name
-):
+def test_each_form_gives_the_same_logits_in_transformers_and_comes_back(hub, tmp_path, name):
     """A wrong name, a transposed matrix or another epsilon would give other logits."""
-    source = source_of(trained["bpe"], **FORMS[name])
+    source = source_of(vocabulary("bpe"), **FORMS[name])
     folder = written(source, tmp_path / "out")
     theirs = hub.AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(theirs).__name__ == name.partition(",")[0].partition(" ")[0]
@@ -126,13 +80,13 @@ def test_each_form_gives_the_same_logits_in_transformers_and_comes_back(
 
 @pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
 def test_the_ids_are_the_same_and_text_that_spells_a_token_stays_text(
-    hub, trained, tmp_path, gpt2_folder, kind
+    hub, tmp_path, gpt2_folder, kind
 ):
     """One other id, and the model reads another text."""
     if kind == "gpt2":  # it has ids without a token, and a pattern with look-ahead
         tokenizer = open_trunk(str(gpt2_folder)).tokenizer
     else:
-        tokenizer = trained[kind]
+        tokenizer = vocabulary(kind)
     theirs = hub.AutoTokenizer.from_pretrained(written(source_of(tokenizer), tmp_path / "out"))
     for text in stress_lines(200):
         ids = tokenizer.encode(text)
@@ -143,9 +97,9 @@ def test_the_ids_are_the_same_and_text_that_spells_a_token_stays_text(
         assert theirs.convert_tokens_to_ids(name) == id
 
 
-def test_a_dialogue_is_written_as_in_training(hub, trained, tmp_path):
+def test_a_dialogue_is_written_as_in_training(hub, tmp_path):
     """The template of a chat would differ from what the model has read."""
-    tokenizer = trained["bpe"]
+    tokenizer = vocabulary("bpe")
     theirs = hub.AutoTokenizer.from_pretrained(written(source_of(tokenizer), tmp_path / "out"))
     turns = ["the cat", "你好", "it's 12"]
     messages = []
@@ -161,9 +115,9 @@ def test_a_dialogue_is_written_as_in_training(hub, trained, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "ApertusForCausalLM"])
-def test_greedy_replies_are_those_of_chat(hub, trained, tmp_path, name):
+def test_greedy_replies_are_those_of_chat(hub, tmp_path, name):
     """A reply that begins or ends otherwise, or says an id without text, is another reply."""
-    source = source_of(trained["char"], **FORMS[name])
+    source = source_of(vocabulary("char"), **FORMS[name])
     folder = written(source, tmp_path / "out")
     theirs = hub.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = hub.AutoTokenizer.from_pretrained(folder)
@@ -182,14 +136,62 @@ def test_greedy_replies_are_those_of_chat(hub, trained, tmp_path, name):
         found = theirs.generate(**prompt, do_sample=False, max_new_tokens=20)
         reply = found[0, prompt["input_ids"].size(1) :]
         assert said.reply_tokens > 0
-        assert export_text(tokenizer.decode(reply, skip_special_tokens=True)) == expected
+        assert one_line(tokenizer.decode(reply, skip_special_tokens=True)) == expected
 
 
-def export_text(reply: str) -> str:
-    """As chat.py shows it: on one line."""
-    from smallgpt.sampling import one_line
+# --- classifiers ----------------------------------------------------------------------------------
 
-    return one_line(reply)
+CLASSIFIERS = {
+    "GPT2ForSequenceClassification": GPT2 | {"bias": True},
+    "Qwen3ForSequenceClassification": {"mlp": "swiglu", "n_kv_head": 2, "tie_weights": False},
+    "LlamaForSequenceClassification": {"mlp": "swiglu", "qk_norm": False},
+    "ArceeForSequenceClassification": {"qk_norm": False},
+    "Qwen3ForSequenceClassification with relu": {},
+}
+TEXTS = ["the cat", " 你好 ", "it's", "é", "?!", "<|sep|> the", "\tthe\n", "12 the 😀", "the " * 9]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "bpe") for name in CLASSIFIERS), ("GPT2ForSequenceClassification", "char")],
+)
+def test_each_classifier_gives_the_same_probabilities_in_a_pipeline(hub, tmp_path, name, kind):
+    """Another token at the end, a forgotten leading space or a padded state would change them."""
+    source = classifier_of(vocabulary(kind), **CLASSIFIERS[name])
+    folder = written(source, tmp_path / "out")
+    theirs = hub.pipeline("text-classification", str(folder), top_k=None, batch_size=4)
+    assert type(theirs.model).__name__ == name.partition(" ")[0]
+    pairs = [(text, "") for text in TEXTS] + list(pairwise(TEXTS))
+    inputs = [{"text": text, "text_pair": pair} if pair else text for text, pair in pairs]
+    prefix = source.head["prefix"]
+    for (text, pair), found in zip(pairs, theirs(inputs), strict=True):
+        ids, is_cut = encode_text(source.tokenizer, text.strip(), pair.strip(), 48, prefix)
+        assert not is_cut
+        expected = source.model(torch.tensor([ids]), torch.tensor([len(ids)])).softmax(-1)[0]
+        by_label = {score["label"]: score["score"] for score in found}
+        probabilities = torch.tensor([by_label[label] for label in source.head["labels"]])
+        torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=1e-5)
+
+    trunk = open_trunk(str(folder))
+    weights = dict(source.model.gpt.named_parameters())
+    assert all(trunk.weights[name].equal(weights[name]) for name in trunk.weights)
+    with pytest.raises(UserError, match="is a classifier: use it as a trunk"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"pool": "mean"}, "has pool=mean"),
+        ({"mask": False}, "has mask=false"),
+        ({"mlp": "gelu"}, "model.mlp=gelu is in the way"),
+    ],
+)
+def test_a_classifier_that_no_class_has_is_refused_by_the_setting(tmp_path, how, words):
+    with pytest.raises(UserError, match=words) as caught:
+        written(classifier_of(vocabulary("bpe"), **how), tmp_path / "out")
+    assert "to=onnx" in str(caught.value)
 
 
 # --- what cannot be exported or opened ------------------------------------------------------------
@@ -205,18 +207,16 @@ def export_text(reply: str) -> str:
         (GPT2 | {"mlp": "swiglu"}, "model.mlp=swiglu is in the way"),
     ],
 )
-def test_a_form_that_no_class_has_is_refused_by_the_setting_in_its_way(
-    trained, tmp_path, shape, words
-):
+def test_a_form_that_no_class_has_is_refused_by_the_setting_in_its_way(tmp_path, shape, words):
     """An inexact export would be another model, silently."""
     with pytest.raises(UserError, match=words) as caught:
-        written(source_of(trained["char"], **shape), tmp_path / "out")
+        written(source_of(vocabulary("char"), **shape), tmp_path / "out")
     assert "to=onnx" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_somebody_is_left_alone(trained, tmp_path):
-    source = source_of(trained["char"])
+def test_a_folder_of_somebody_is_left_alone(tmp_path):
+    source = source_of(vocabulary("char"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear", encoding="utf-8")
     for name in ("mine", "mine/diary.txt"):
@@ -254,20 +254,18 @@ def change(folder: Path, **fields: object) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, r"scaled \(yarn\)"),
     ],
 )
-def test_a_folder_of_another_form_is_refused_by_the_name_of_the_field(
-    trained, tmp_path, fields, words
-):
+def test_a_folder_of_another_form_is_refused_by_the_name_of_the_field(tmp_path, fields, words):
     """What is opened all the same would be another model, silently."""
-    folder = written(source_of(trained["bpe"]), tmp_path / "out")
+    folder = written(source_of(vocabulary("bpe")), tmp_path / "out")
     change(folder, **fields)
     with pytest.raises(UserError, match=words) as caught:
         open_trunk(str(folder))
     assert str(folder) in str(caught.value)
 
 
-def test_an_xielu_that_is_no_squared_relu_is_refused(trained, tmp_path):
+def test_an_xielu_that_is_no_squared_relu_is_refused(tmp_path):
     """A published Apertus has learned its xIELU: its weights would be read as another model's."""
-    folder = written(source_of(trained["bpe"]), tmp_path / "out")
+    folder = written(source_of(vocabulary("bpe")), tmp_path / "out")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.act_fn.alpha_p"] += 0.5
     save_file(tensors, folder / "model.safetensors")
@@ -275,8 +273,8 @@ def test_an_xielu_that_is_no_squared_relu_is_refused(trained, tmp_path):
         open_trunk(str(folder))
 
 
-def test_a_damaged_tokenizer_of_an_export_is_named(trained, tmp_path):
-    folder = written(source_of(trained["bpe"]), tmp_path / "out")
+def test_a_damaged_tokenizer_of_an_export_is_named(tmp_path):
+    folder = written(source_of(vocabulary("bpe")), tmp_path / "out")
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     del content["model"]["vocab"]["Ġ"]

@@ -1,0 +1,45 @@
+"""Talk to a language model without torch: pip install onnxruntime tokenizers
+
+    echo "How are you?" | python chat.py
+
+The reply is always the likeliest one. All of the dialogue is read again for each of its tokens.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from onnxruntime import InferenceSession
+from tokenizers import Tokenizer
+
+folder = Path(__file__).parent
+config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+tokenizer.encode_special_tokens = True  # what spells a special token is text
+session = InferenceSession(folder / "model.onnx")
+
+
+def reply(prompt: list[int], most: int = 100) -> list[int]:
+    """The ids of a reply to the ids of a dialogue."""
+    said: list[int] = []
+    while len(said) < most and len(prompt) + len(said) < config["block_size"] - 1:
+        (logits,) = session.run(None, {"tokens": np.array([prompt + said])})  # (1, T, V)
+        scores = logits[0, -1]
+        scores[config["silent"]] = -np.inf
+        if not said:
+            scores[config["ends"]] = -np.inf  # an empty reply is none
+        token = int(scores.argmax())
+        if token in config["ends"]:
+            break
+        said.append(token)
+    return said
+
+
+if __name__ == "__main__":
+    dialogue = [config["bos"]]
+    for line in sys.stdin:
+        dialogue += [*tokenizer.encode(line.strip(), add_special_tokens=False).ids, config["sep"]]
+        said = reply(dialogue)
+        dialogue += [*said, config["sep"]]
+        print(tokenizer.decode(said))
