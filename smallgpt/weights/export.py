@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from model import GPT, GPTClassifier, GPTConfig
+from smallgpt import turns
 from smallgpt.console import UserError
 from smallgpt.files import flush
 from smallgpt.runs import checkpoint
@@ -45,6 +46,18 @@ class Source:
     def longest(self) -> int:
         """The longest text, in tokens."""
         return self.head["block_size"] if self.head else self.config.block_size
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a reply."""
+        return sorted(turns.of(self.tokenizer).ends)
+
+    @property
+    def silent(self) -> list[int]:
+        """The ids that no reply may hold: they stand for no text, or only round the vocabulary
+        up."""
+        beyond = range(self.tokenizer.vocab_size, self.config.vocab_size)
+        return [*turns.of(self.tokenizer).silent, *beyond]
 
     def weights(self) -> dict[str, Tensor]:
         """By the names of model.GPT; and head.weight of a classifier, which has no use for the LM

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from smallgpt.console import UserError
-from smallgpt.sampling import SampleSettings, unspeakable
+from smallgpt.sampling import SampleSettings
 from smallgpt.weights import forms
 from smallgpt.weights.export import Source, write_json, write_tokenizer
 from smallgpt.weights.export_card import card
@@ -111,13 +111,13 @@ def generation_config(source: Source) -> dict[str, Any]:
 
     Its penalty of repetitions is left out: that of transformers also counts the user's words."""
     tokenizer = source.tokenizer
-    ends = [tokenizer.sep, tokenizer.end]
+    ends = source.ends
     sample = SampleSettings()
     return {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": ends,
         "pad_token_id": tokenizer.pad,
-        "suppress_tokens": unspeakable(tokenizer, source.config.vocab_size),
+        "suppress_tokens": source.silent,
         "begin_suppress_tokens": ends,  # an empty reply is none
         "do_sample": True,
         "temperature": sample.temperature,

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from smallgpt.sampling import unspeakable
 from smallgpt.weights.export import Source, require, write_json, write_tokenizer
 from smallgpt.weights.export_card import card
 
@@ -59,8 +58,7 @@ def config_of(source: Source) -> dict[str, Any]:
         head = {key: source.head[key] for key in ("labels", "prefix", "mask", "pool")}
         is_of_pairs = source.found.meta.get("pairs", True)  # older versions did not record it
         return found | head | {"pairs": is_of_pairs}
-    ends = [tokenizer.sep, tokenizer.end]
-    return found | {"ends": ends, "silent": unspeakable(tokenizer, source.config.vocab_size)}
+    return found | {"ends": source.ends, "silent": source.silent}
 
 
 def to_onnx(source: Source, file: Path) -> None:

@@ -45,7 +45,7 @@ def tokenizer_json(
     prefix: a text begins with <|bos|>. strips: the text of a classifier, which loses the spaces
     around it and may get one before its first word."""
     ids = {printed(token): id for token, id in tokenizer.encoding._mergeable_ranks.items()}
-    specials = dict(sorted(tokenizer.encoding._special_tokens.items(), key=lambda item: item[1]))
+    specials = named_once(tokenizer.encoding._special_tokens)
     pattern = tokenizer.encoding._pat_str
     split = {"Regex": CHARACTER if pattern == CHAR_PATTERN else pattern}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
@@ -77,6 +77,13 @@ def tokenizer_json(
             "merges": merges(tokenizer),
         },
     }
+
+
+def named_once(specials: dict[str, int]) -> dict[str, int]:
+    """Special tokens in the order of their ids, each with one name: ours, where it has another."""
+    by_id = {id: name for name, id in specials.items()}
+    by_id |= {specials[name]: name for name in SPECIALS}
+    return {by_id[id]: id for id in sorted(by_id)}
 
 
 def printed(token: bytes) -> str:

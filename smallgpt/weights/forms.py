@@ -38,8 +38,7 @@ LLAMA_SIZES = {  # theirs -> ours
     "intermediate_size": "mlp_size",
     "head_dim": "head_size",
 }
-LLAMA_FIELDS = {"rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False}
-GPT2_FIELDS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
+LLAMA_FIELDS = {"attention_bias": False, "mlp_bias": False}
 
 # xIELU (Huang and Schlag 2024) is alpha_p x^2 + beta x above 0. These values make it relu(x)^2.
 RELU2_AS_XIELU = {
@@ -69,7 +68,7 @@ GPT2 = Form(
     "GPT2LMHeadModel",
     "gpt2",
     needs={"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "n_kv_head": 0},
-    fields=GPT2_FIELDS,
+    fields={"activation_function": "gelu_new"},
     sizes=gpt2.SIZES,
     names=GPT2_NAMES,
 )
@@ -114,10 +113,10 @@ CLASSIFIERS = (
     replace(ARCEE, name="ArceeForSequenceClassification"),
     SQUARED_RELU_AS_QWEN3,
 )
-# by what config.json holds: model_type and hidden_act
+# What hugging_face.py reads, by the model_type and hidden_act of config.json.
 LLAMA_LIKE = {
     (form.model_type, form.fields["hidden_act"]): form
-    for form in (QWEN3, LLAMA, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
+    for form in (QWEN3, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
 }
 
 
@@ -156,10 +155,12 @@ def their_config(config: GPTConfig, form: Form) -> dict[str, Any]:
     }
     if form.model_type == "gpt2":
         dropouts = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
-        return found | dict.fromkeys(dropouts, config.dropout)
+        own = {"layer_norm_epsilon": config.norm_eps or 1e-5, "n_inner": config.mlp_size}
+        return found | own | dict.fromkeys(dropouts, config.dropout)
     rope = {"rope_type": "default", "rope_theta": config.rope_base}
     of_transformers_4 = {"rope_theta": config.rope_base, "rope_scaling": None}
     return found | {
+        "rms_norm_eps": config.norm_eps or 1e-6,
         "attention_dropout": config.dropout,
         "rope_parameters": rope,
         **of_transformers_4,

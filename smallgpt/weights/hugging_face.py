@@ -5,25 +5,21 @@ classes.
     read_config    config.json -> the Form and the GPTConfig
     is_classifier  does its class classify?
 
-A tensor is read when it is asked for. A GPT-2 is read by gpt2.py.
+A tensor is read when it is asked for. A GPT-2 is read by gpt2.py, a Llama by llama.py.
 """
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import Tokenizer
-from smallgpt.weights import forms, gpt2, names
+from smallgpt.weights import forms, gpt2, llama
 from smallgpt.weights.forms import Form
-
-SETTINGS = {field.name for field in fields(GPTConfig)}
 
 
 def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
@@ -40,7 +36,7 @@ def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
         tensors |= gpt2.open_tensors(shard).tensors
     weights = trunk_weights(tensors, config, form, source)
     gpt2.check_shapes(weights.shapes, config, source)
-    return config, weights, gpt2.tokenizer_of(folder, config.vocab_size)
+    return config, weights, llama.tokenizer_of_folder(folder, config.vocab_size)
 
 
 def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
@@ -51,44 +47,33 @@ def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
     if form is None:
         known = ", ".join(f"{name} with {activation}" for name, activation in forms.LLAMA_LIKE)
         raise UserError(
-            f"{file}: model_type is {kind[0]!r} with hidden_act {kind[1]!r}; only gpt2, {known} "
-            "can be opened here"
+            f"{file}: model_type is {kind[0]!r} with hidden_act {kind[1]!r}; only gpt2, llama, "
+            f"{known} can be opened here"
         )
-    settings = dict(form.needs)
-    for theirs, ours in form.sizes.items():
-        if ours in SETTINGS:
-            settings[ours] = size(file, found, theirs)
-    settings["n_kv_head"] = size(file, found, "num_key_value_heads")
-    settings["tie_weights"] = bool(found.get("tie_word_embeddings", False))
-    settings["rope_base"] = rope_base(file, found)
-    config = checkpoint.model_config(settings, file)
-    expected = dict(form.fields)
-    for theirs, ours in form.sizes.items():
-        expected[theirs] = getattr(config, ours)
-    for field, value in expected.items():
-        if found.get(field, value) != value:
+    for field in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+        if found.get(field):
             raise UserError(
-                f"{file}: {field} is {found[field]!r}; only a {form.model_type} with {value!r} can "
-                "be opened here"
+                f"{file}: {field} is {found[field]!r}; only a {form.model_type} without can be "
+                "opened here"
             )
-    return form, config
+    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
+    sizes = llama.read_sizes(found, llama.SIZES, file)
+    default = 128 if form.model_type == "qwen3" else sizes["n_embd"] // sizes["n_head"]
+    llama.check_head_size(found.get("head_dim") or default, sizes, file)
+    numbers = {"rope_base": rope_base(file, found), "norm_eps": found.get("rms_norm_eps")}
+    own = llama.read_numbers(numbers, file)
+    own["tie_weights"] = bool(found.get("tie_word_embeddings", False))
+    return form, checkpoint.model_config(form.needs | sizes | own, file)
 
 
 def is_classifier(folder: Path) -> bool:
     """Whether the model of a folder is one of texts and labels."""
     file = folder / "config.json"
-    names = gpt2.read_json(file).get("architectures") if file.is_file() else None
-    return bool(names) and str(names[0]).endswith("ForSequenceClassification")
+    classes = gpt2.read_json(file).get("architectures") if file.is_file() else None
+    return bool(classes) and str(classes[0]).endswith("ForSequenceClassification")
 
 
-def size(file: Path, found: dict[str, Any], name: str) -> int:
-    value = found.get(name)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{file} is damaged: {name} is {value!r}, and must be a size")
-    return value
-
-
-def rope_base(file: Path, found: dict[str, Any]) -> float:
+def rope_base(file: Path, found: dict[str, Any]) -> float | None:
     """The base of the rotary frequencies. UserError where they are scaled."""
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     kind = rope.get("rope_type", "default")
@@ -96,7 +81,7 @@ def rope_base(file: Path, found: dict[str, Any]) -> float:
         raise UserError(
             f"{file}: its rotary positions are scaled ({kind}); only plain ones can be opened here"
         )
-    return float(rope.get("rope_theta") or found.get("rope_theta") or 10000.0)
+    return rope.get("rope_theta", found.get("rope_theta"))
 
 
 def trunk_weights(
@@ -104,22 +89,20 @@ def trunk_weights(
 ) -> Weights:
     """The tensors of a trunk, in float32, by our names; heads are left out. UserError where a
     constant of the form has another value."""
-    table = names.inverse(form.names)
-    weights = {}
-    for theirs, tensor in tensors.items():
-        name = names.rename(theirs, table) or names.rename(f"model.{theirs}", table)
-        is_second_copy = name == "lm_head.weight" and config.tie_weights
-        if name and not is_second_copy:
-            weights[name] = tensor.then(Tensor.float)
-        for constant, value in form.constants.items():
-            if theirs.endswith(constant) and not same(tensor, value):
-                raise UserError(
-                    f"{source}: its xIELU is no squared ReLU, {theirs} is not {value}; only an "
-                    "Apertus that scripts/export.py has written can be opened here"
-                )
+    rest = {}
+    for name, tensor in tensors.items():
+        part = ".".join(name.split(".")[-3:])  # mlp.act_fn.alpha_p
+        if part not in form.constants:
+            rest[name] = tensor
+        elif not same(tensor, form.constants[part]):
+            raise UserError(
+                f"{source}: its xIELU is no squared ReLU, {name} is not {form.constants[part]}; "
+                "only an Apertus that scripts/export.py has written can be opened here"
+            )
+    weights = llama.trunk_weights(rest, form.names, config.tie_weights)
     if form.has_gate_like_fc:
-        drop_gates(weights, source)
-    return Weights(weights)
+        drop_gates(weights.tensors, source)
+    return weights
 
 
 def same(tensor: LazyTensor, value: Any) -> bool:

@@ -504,8 +504,7 @@ def test_a_pointer_to_elsewhere_through_chat(copy, run, target):
 
 
 def test_open_model_gives_the_trained_weights(trained):
-    folder, module, tokenizer = open_model(trained[0])
-    found = checkpoint.required(folder)
+    found, module, tokenizer = open_model(trained[0])
     assert found.step == 12 and tokenizer.hash == found.meta["tokenizer"]
     assert module.lm_head.weight is module.wte.weight
     assert module.config.n_embd == 32

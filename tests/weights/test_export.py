@@ -25,7 +25,7 @@ from smallgpt.sampling import Conversation, SampleSettings, one_line
 from smallgpt.sentiment.batches import encode_text
 from smallgpt.weights import export, export_hf
 from smallgpt.weights.export import Source
-from smallgpt.weights.pretrained import load_trunk, open_model, open_trunk
+from smallgpt.weights.pretrained import load_trunk, open_talker, open_trunk
 
 torch.set_num_threads(1)
 
@@ -122,7 +122,7 @@ def test_greedy_replies_are_those_of_chat(hub, tmp_path, name):
     theirs = hub.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = hub.AutoTokenizer.from_pretrained(folder)
     greedy = SampleSettings(temperature=0, repetition_penalty=1, max_tokens=20)
-    _, ours, our_tokenizer = open_model(folder)
+    _, ours, our_tokenizer = open_talker(str(folder))
     for text in ("the cat", "你好", "it's 12", "?"):
         said = Conversation(ours.eval(), our_tokenizer, greedy)
         said.say(text)
@@ -177,7 +177,7 @@ def test_each_classifier_gives_the_same_probabilities_in_a_pipeline(hub, tmp_pat
     weights = dict(source.model.gpt.named_parameters())
     assert all(trunk.weights[name].equal(weights[name]) for name in trunk.weights)
     with pytest.raises(UserError, match="is a classifier: use it as a trunk"):
-        open_model(folder)
+        open_talker(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -245,8 +245,8 @@ def change(folder: Path, **fields: object) -> None:
     [
         ({"model_type": "bert"}, "model_type is 'bert'"),
         ({"hidden_act": "relu2"}, "hidden_act 'relu2'"),
-        ({"intermediate_size": 100}, "intermediate_size is 100"),
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
+        ({"intermediate_size": 100}, r"fc.weight is \(256, 64\), and should be \(100, 64\)"),
+        ({"rms_norm_eps": 0}, "norm_eps is 0, and must be a number above 0"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_hidden_layers": 3}, "blocks.2.norm1.weight is absent"),
@@ -286,4 +286,19 @@ def test_a_damaged_tokenizer_of_an_export_is_named(tmp_path):
 def test_a_gpt2_that_knows_no_turns_is_a_trunk_and_no_chat(gpt2_folder):
     """It would be asked for tokens that it has no rows for."""
     with pytest.raises(UserError, match="has not learned to talk in turns"):
-        open_model(gpt2_folder)
+        open_talker(str(gpt2_folder))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ApertusForCausalLM", "LlamaForCausalLM"])
+def test_weights_without_head_and_prefix_are_read_alike(hub, tmp_path, name):
+    """transformers saves a model without its head so: `layers.0...`, not `model.layers.0...`."""
+    folder = written(source_of(vocabulary("bpe"), **FORMS[name]), tmp_path / "out")
+    expected = open_trunk(str(folder))
+    before = (folder / "config.json").read_bytes()
+    hub.AutoModel.from_pretrained(folder).save_pretrained(folder)
+    (folder / "config.json").write_bytes(before)
+    assert "norm.weight" in load_file(folder / "model.safetensors")
+    found = open_trunk(str(folder))
+    assert found.weights.keys() == expected.weights.keys()
+    assert all(found.weights[key].equal(expected.weights[key]) for key in found.weights)

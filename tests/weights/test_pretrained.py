@@ -403,12 +403,12 @@ def change_meta(run: Path, **changes: object) -> None:
 @torch.no_grad()
 def test_a_run_folder_and_a_step_folder(trained):
     trunk, step = open_trunk(str(trained)), open_trunk(str(trained / "step-00000004"))
-    folder, model, its_tokenizer = open_model(trained)
+    found, model, its_tokenizer = open_model(trained)
     idx = some_ids(its_tokenizer.vocab_size)
     expected = model.eval()(idx)
     assert ours(trunk)(idx).equal(expected) and ours(step)(idx).equal(expected)
-    assert trunk.name == step.name == str(folder) == str(trained / "step-00000004")
-    assert trunk.rows == trunk.config.vocab_size == model.config.vocab_size
+    assert trunk.name == step.name == str(found.path) == str(trained / "step-00000004")
+    assert trunk.rows == trunk.config.vocab_size == found.meta["model"]["vocab_size"]
     assert trunk.tokenizer.hash == its_tokenizer.hash and trunk.rows >= its_tokenizer.vocab_size
 
 
