@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from smallgpt import console, settings
 from smallgpt.console import UserError, shell_word
 from smallgpt.files import expand_user
-from smallgpt.weights import export, export_hf, export_onnx
+from smallgpt.weights import export, export_gguf, export_hf, export_onnx
 
-WRITERS = {"hf": export_hf.write, "onnx": export_onnx.write}
+WRITERS = {"hf": export_hf.write, "onnx": export_onnx.write, "gguf": export_gguf.write}
 
 
 @dataclass
