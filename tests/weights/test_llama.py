@@ -299,7 +299,7 @@ def refused(path: Path | str) -> str:
         ("llama.expert_count", 8, "llama.expert_count is 8"),
         ("llama.rope.scaling.type", "yarn", "llama.rope.scaling.type is 'yarn'"),
         ("llama.rope.dimension_count", 8, "a head has 8 dimensions; only a model whose 4 heads"),
-        ("llama.embedding_length", 72, "wte.weight is (281, 64), and should be (281, 72)"),
+        ("llama.embedding_length", 72, "wte.weight is (269, 64), and should be (269, 72)"),
         ("llama.embedding_length", 68, "rotary positions need an even head size"),
         ("llama.embedding_length", 65, "a head has 16 dimensions"),
         ("llama.block_count", None, "block_count is None, and must be a size"),
