@@ -49,11 +49,13 @@ def tokenizer_json(
     pattern = tokenizer.encoding._pat_str
     split = {"Regex": CHARACTER if pattern == CHAR_PATTERN else pattern}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    added = [added_token(name, id) for name, id in specials.items()]
+    vocabulary = ids | specials  # the ids of added tokens would follow the others without gaps
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added_token(name, id) for name, id in specials.items()],
+        "added_tokens": added,
         "normalizer": normalizer(tokenizer, strips),
         "pre_tokenizer": {
             "type": "Sequence",
@@ -73,7 +75,7 @@ def tokenizer_json(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": ids | specials,  # the ids of added tokens would follow the others without gaps
+            "vocab": vocabulary,
             "merges": merges(tokenizer),
         },
     }
@@ -160,7 +162,8 @@ def is_exported(content: dict[str, Any]) -> bool:
     added = content.get("added_tokens")
     if not ignores_merges or not isinstance(added, list):
         return False
-    names = {token.get("content") for token in added if isinstance(token, dict)}
+    tokens = [token for token in added if isinstance(token, dict)]
+    names = {token.get("content") for token in tokens}
     return names >= set(SPECIALS)
 
 

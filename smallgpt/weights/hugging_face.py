@@ -45,10 +45,11 @@ def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
     kind = (found["model_type"], found.get("hidden_act"))
     form = forms.LLAMA_LIKE.get(kind)
     if form is None:
-        known = ", ".join(f"{name} with {activation}" for name, activation in forms.LLAMA_LIKE)
+        known = [f"{name} with {activation}" for name, activation in forms.LLAMA_LIKE]
+        name, activation = kind
         raise UserError(
-            f"{file}: model_type is {kind[0]!r} with hidden_act {kind[1]!r}; only gpt2, llama, "
-            f"{known} can be opened here"
+            f"{file}: model_type is {name!r} with hidden_act {activation!r}; only gpt2, llama, "
+            f"{', '.join(known)} can be opened here"
         )
     for field in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
         if found.get(field):
@@ -58,19 +59,25 @@ def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
             )
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
     sizes = llama.read_sizes(found, llama.SIZES, file)
-    default = 128 if form.model_type == "qwen3" else sizes["n_embd"] // sizes["n_head"]
-    llama.check_head_size(found.get("head_dim") or default, sizes, file)
-    numbers = {"rope_base": rope_base(file, found), "norm_eps": found.get("rms_norm_eps")}
+    head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
+    llama.check_head_size(head_size, sizes, file)
+    numbers = {
+        "rope_base": rope_base(file, found),
+        "norm_eps": found.get("rms_norm_eps"),
+    }
     own = llama.read_numbers(numbers, file)
     own["tie_weights"] = bool(found.get("tie_word_embeddings", False))
-    return form, checkpoint.model_config(form.needs | sizes | own, file)
+    settings = form.needs | sizes | own
+    return form, checkpoint.model_config(settings, file)
 
 
 def is_classifier(folder: Path) -> bool:
     """Whether the model of a folder is one of texts and labels."""
     file = folder / "config.json"
-    classes = gpt2.read_json(file).get("architectures") if file.is_file() else None
-    return bool(classes) and str(classes[0]).endswith("ForSequenceClassification")
+    if not file.is_file():
+        return False
+    first, *_ = gpt2.read_json(file).get("architectures") or [""]
+    return str(first).endswith("ForSequenceClassification")
 
 
 def rope_base(file: Path, found: dict[str, Any]) -> float | None:

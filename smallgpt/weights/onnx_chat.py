@@ -23,8 +23,10 @@ session = InferenceSession(folder / "model.onnx")
 def reply(prompt: list[int], most: int = 100) -> list[int]:
     """The ids of a reply to the ids of a dialogue."""
     said: list[int] = []
-    while len(said) < most and len(prompt) + len(said) < config["block_size"] - 1:
-        (logits,) = session.run(None, {"tokens": np.array([prompt + said])})  # (1, T, V)
+    room = config["block_size"] - 1 - len(prompt)
+    while len(said) < min(most, room):
+        tokens = np.array([prompt + said])
+        (logits,) = session.run(None, {"tokens": tokens})  # (1, T, V)
         scores = logits[0, -1]
         scores[config["silent"]] = -np.inf
         if not said:
@@ -39,7 +41,8 @@ def reply(prompt: list[int], most: int = 100) -> list[int]:
 if __name__ == "__main__":
     dialogue = [config["bos"]]
     for line in sys.stdin:
-        dialogue += [*tokenizer.encode(line.strip(), add_special_tokens=False).ids, config["sep"]]
+        asked = tokenizer.encode(line.strip(), add_special_tokens=False).ids
+        dialogue += asked + [config["sep"]]
         said = reply(dialogue)
-        dialogue += [*said, config["sep"]]
+        dialogue += said + [config["sep"]]
         print(tokenizer.decode(said))

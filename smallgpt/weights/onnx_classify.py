@@ -20,29 +20,40 @@ session = InferenceSession(folder / "model.onnx")
 
 def shorten(ids: list[int], room: int) -> list[int]:
     """A long text loses its middle."""
+    if len(ids) <= room:
+        return ids
     tail = room // 2
-    return ids if len(ids) <= room else ids[: room - tail] + ids[len(ids) - tail :]
+    return ids[: room - tail] + ids[len(ids) - tail :]
 
 
 def encode(text: str) -> list[int]:
-    first, _, second = text.partition("\t") if config["pairs"] else (text, "", "")
-    first = tokenizer.encode(first, add_special_tokens=False).ids
-    second = tokenizer.encode(second, add_special_tokens=False).ids
-    room = config["block_size"] - len(config["prefix"]) - bool(second)
-    for_second = min(len(second), max(room // 2, room - len(first)))
-    separator = [config["sep"]] if second else []
-    first = shorten(first, room - for_second)
-    return [*config["prefix"], *first, *separator, *shorten(second, for_second)]
+    """Ids of a text, or of two with a tab between, at most block_size of them."""
+    second = ""
+    if config["pairs"]:
+        text, _, second = text.partition("\t")
+    first_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    second_ids = tokenizer.encode(second, add_special_tokens=False).ids
+    separator = [config["sep"]] if second_ids else []
+    room = config["block_size"] - len(config["prefix"]) - len(separator)
+    left = room - len(first_ids)
+    for_second = min(len(second_ids), max(room // 2, left))
+    first_ids = shorten(first_ids, room - for_second)
+    second_ids = shorten(second_ids, for_second)
+    return config["prefix"] + first_ids + separator + second_ids
 
 
 def classify(text: str) -> dict[str, float]:
     """The probability of each label."""
     ids = encode(text)
-    padding = 0 if config["mask"] else config["block_size"] - len(ids)  # it is read like text
-    tokens = np.array([ids + [config["pad"]] * padding])
-    (scores,) = session.run(None, {"tokens": tokens, "lengths": np.array([len(ids)])})
-    odds = np.exp(scores[0] - scores[0].max())
-    return dict(zip(config["labels"], (odds / odds.sum()).tolist(), strict=True))
+    lengths = np.array([len(ids)])
+    if not config["mask"]:  # padding is read like text
+        ids += [config["pad"]] * (config["block_size"] - len(ids))
+    inputs = {"tokens": np.array([ids]), "lengths": lengths}
+    (batch,) = session.run(None, inputs)
+    scores = batch[0]
+    odds = np.exp(scores - scores.max())
+    probabilities = odds / odds.sum()
+    return dict(zip(config["labels"], probabilities.tolist(), strict=True))
 
 
 if __name__ == "__main__":
