@@ -2,7 +2,8 @@
 
     echo "How are you?" | python chat.py
 
-The reply is always the likeliest one. All of the dialogue is read again for each of its tokens.
+Each line is a dialogue of its own. The reply is always the likeliest one, and the whole dialogue is
+read again for each of its tokens.
 """
 
 import json
@@ -39,10 +40,8 @@ def reply(prompt: list[int], most: int = 100) -> list[int]:
 
 
 if __name__ == "__main__":
-    dialogue = [config["bos"]]
     for line in sys.stdin:
         asked = tokenizer.encode(line.strip(), add_special_tokens=False).ids
-        dialogue += asked + [config["sep"]]
-        said = reply(dialogue)
-        dialogue += said + [config["sep"]]
+        asked = asked[-config["block_size"] // 2 :]  # of a long text the end
+        said = reply([config["bos"], *asked, config["sep"]])
         print(tokenizer.decode(said))
