@@ -34,7 +34,7 @@ HELP = """\
 
 @dataclass
 class ChatSettings:
-    checkpoint: str = ""  # run folder (its best checkpoint) or step folder | a Llama | smollm2
+    checkpoint: str = ""  # run folder (its best checkpoint) | an export | a Llama | smollm2
     device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen
