@@ -105,7 +105,7 @@ def test_commands(talk, tmp_path):
         assert says in out, says
     assert out.count("(new conversation)") == 2 and "never read" not in out
     (said,) = tokens.read_dialogues(tmp_path / "said.txt")
-    assert len(said) == 2 and said[0] == "there"
+    assert len(said.turns) == 2 and said.turns[0] == "there"
 
 
 @pytest.mark.parametrize(

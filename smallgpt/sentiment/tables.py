@@ -16,10 +16,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from smallgpt import files
 from smallgpt.console import UserError
+from smallgpt.parquet import ClassNames, class_names, open_parquet
 
 SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
 EAST_ASIAN = ("big5", "shift_jis", "euc-kr", "euc-jp", "gb18030")
@@ -27,6 +28,14 @@ NO_TEXT = {list: "a list", dict: "an object", bytes: "bytes"}  # in JSON and Par
 # The limit of one unpacked file: a small .gz or .zip can hold more than a machine's memory.
 MAX_BYTES = 4 << 30
 csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 131,072 characters
+
+
+class Columns(NamedTuple):
+    """Titles of columns."""
+
+    text: str
+    pair: str = ""  # a second text, "" = there is none
+    label: str = ""
 
 
 @dataclass
@@ -40,6 +49,7 @@ class Table:
     # column -> where it first holds something that is no text, and what
     nested: dict[str, tuple[str, str]] = field(default_factory=dict)
     header_is_a_line: bool = False  # of the file, and perhaps one that was meant as a row
+    guess: Columns | None = None  # which columns are what, where the file lets one guess
 
     def column(self, name: str, fix: str) -> list[str]:
         """The cells of a column, whatever spaces or capitals its header has.
@@ -99,6 +109,7 @@ def read_table(
     name, content = unpack(path)
     kind = files.kind_inside(content)
     if kind == files.PARQUET:
+        refuse_no_header(path, header)
         return parquet_table(path, content)
     if kind.family == "archive":  # in a .gz or .zip, or of a kind that is not read here
         raise UserError(f"{path} is {kind.name}: unpack it")
@@ -113,12 +124,19 @@ def read_table(
     if not text.strip():
         raise UserError(f"{path} is empty")
     if is_json(name, text):
+        refuse_no_header(path, header)
         return json_table(path, text, notes)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
         line = line_of(text, text.index("\0"))
         notes.append(f"{path.name}, line {line}: a NUL character, kept as part of the text")
     return delimited_table(path, text, Options(separator, quoting, escape, header), notes)
+
+
+def refuse_no_header(path: Path, header: bool) -> None:
+    """UserError for data.header=false where each value has a name of its own."""
+    if not header:
+        raise UserError(f"{path} names its columns: leave out data.header=false")
 
 
 def line_of(text: str | bytes, position: int) -> int:
@@ -465,7 +483,21 @@ def titled(path: Path, rows: list[list[str]], header: bool, notes: list[str]) ->
     if not rows:
         raise UserError(f"{path} has no rows")
     numbers = [str(i) for i in range(1, len(rows[0]) + 1)]
-    return Table(path, numbers, rows, notes)
+    return Table(path, numbers, rows, notes, guess=columns_without_header(rows))
+
+
+def columns_without_header(rows: list[list[str]]) -> Columns | None:
+    """One or two texts and a label, which comes first or last: labels repeat, and texts do not."""
+    if len(rows[0]) not in (2, 3):
+        return None
+    n_first = len({row[0] for row in rows})
+    n_last = len({row[-1] for row in rows})
+    numbers = [str(i) for i in range(1, len(rows[0]) + 1)]
+    if n_first <= n_last:
+        label, *texts = numbers
+    else:
+        *texts, label = numbers
+    return Columns(*texts, label=label)
 
 
 # ---- JSON Lines and Parquet
@@ -514,19 +546,28 @@ def json_values(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def parquet_table(path: Path, content: bytes) -> Table:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} is a Parquet file: pip install pyarrow, which reads it") from None
-    try:
-        records = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        problem = str(error).partition("\n")[0]
-        raise UserError(f"{path} is a damaged Parquet file ({problem})") from None
-    if not records:
+    """The table of a Parquet file. Numbers that have names, as Hugging Face's ClassLabels do, are
+    read as these; such a column is the label of the texts beside it."""
+    with open_parquet(path, io.BytesIO(content)) as parquet:
+        names = class_names(parquet)
+        texts = parquet.text_columns
+        records = ((f"row {i}", named(row, names)) for i, row in enumerate(parquet.rows(), 1))
+        table = objects_table(path, records, [])
+    if not table.rows:
         raise UserError(f"{path} has no rows")
-    return objects_table(path, ((f"row {i}", record) for i, record in enumerate(records, 1)), [])
+    if len(names) == 1 and len(texts) in (1, 2):
+        table.guess = Columns(*texts, label=next(iter(names)))
+    return table
+
+
+def named(row: dict[str, Any], names: ClassNames) -> dict[str, Any]:
+    """The row with its numbers replaced by their names; -1 is no label."""
+    found = dict(row)
+    for column, known in names.items():
+        number = row.get(column)
+        if isinstance(number, int) and number < len(known):
+            found[column] = known[number] if number >= 0 else None
+    return found
 
 
 def objects_table(path: Path, objects: Iterable[tuple[str, dict]], notes: list[str]) -> Table:
@@ -548,7 +589,7 @@ def objects_table(path: Path, objects: Iterable[tuple[str, dict]], notes: list[s
 
 
 def cell_text(value: object) -> str:
-    if value is None:
+    if value is None or type(value) in NO_TEXT:
         return ""
     if isinstance(value, bool):
         return str(value).lower()

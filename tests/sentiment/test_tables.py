@@ -214,6 +214,29 @@ def test_a_file_without_a_header(tmp_path):
     assert "line 2: 1 cells, the first line has 2" in refused(path, header=False)
     path.write_text(",,\n,,\n", encoding="utf-8")
     refused(path, header=False)
+    path.write_text('{"Text": "a"}\n', encoding="utf-8")
+    assert "names its columns: leave out data.header=false" in refused(path, header=False)
+
+
+@pytest.mark.parametrize(
+    "line, guess",
+    [
+        ("{label}\t{text}", ("2", "", "1")),
+        ("{text}\t{label}", ("1", "", "2")),
+        ("{label}\t{text}\tother {text}", ("2", "3", "1")),
+        ("{text}\tother {text}\t{label}", ("1", "2", "3")),
+        ("{text}", None),
+        ("{label}\t{text}\t7\t{text}", None),
+    ],
+)
+def test_columns_without_a_header_are_guessed(tmp_path, line, guess):
+    """Labels repeat, and texts do not: the label must not be taken for a text."""
+    path = tmp_path / "x.tsv"
+    rows = [line.format(label=i % 2, text=f'text" {i}') for i in range(9)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    table = read_table(path, header=False)
+    assert table.guess == guess and len(table.rows) == 9
+    assert read_table(path).guess is None
 
 
 @pytest.mark.parametrize("cell", ['\\"hi\\", he said', 'x \\"y\\"', '\\"', 'a, \\"b\\"'])
@@ -403,7 +426,7 @@ def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
     path.write_bytes(b"PAR1\x15" + bytes(range(256)) * 20 + b"PAR1")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pyarrow", None)
-        assert "is a Parquet file: pip install pyarrow" in refused(path)
+        assert "is a Parquet file, which pyarrow reads: pip install pyarrow" in refused(path)
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

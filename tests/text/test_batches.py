@@ -135,7 +135,8 @@ def test_val_bytes_are_those_of_the_file(settings, ready):
     data = settings(eval_blocks=0)
     made = ready(data)
     _, y = made.val_batch(range(made.n_val_blocks))
-    held = [turns for turns in read_dialogues(data.path[0]) if held_out(turns, data)]
+    dialogues = [dialogue.turns for dialogue in read_dialogues(data.path[0])]
+    held = [turns for turns in dialogues if held_out(turns, data)]
     assert made.val_bytes(y) == sum(len("\n".join(turns).encode()) + 2 for turns in held)
 
 

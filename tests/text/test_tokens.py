@@ -28,7 +28,8 @@ def test_tokens_are_the_dialogues_in_order(settings, ready):
     data = settings()
     made = ready(data)
     for side, stored in ((False, made._train[0]), (True, made._val[0])):
-        wanted = [turns for turns in read_dialogues(data.path[0]) if held_out(turns, data) == side]
+        dialogues = [dialogue.turns for dialogue in read_dialogues(data.path[0])]
+        wanted = [turns for turns in dialogues if held_out(turns, data) == side]
         assert stored[:].tolist() == [
             id for turns in wanted for id in made.tokenizer.encode_dialogue(turns)
         ]
@@ -333,7 +334,7 @@ def test_paths_globs_and_weights(tmp_path, settings, write_chat):
     (tmp_path / "blob").write_text('["hi", "ho"]\n', encoding="utf-8")
     (tmp_path / "chat.jsonl").symlink_to(tmp_path / "blob")
     (link,) = tokens.find_sources(str(tmp_path / "chat.jsonl"), tmp_path / "cache")
-    assert list(read_dialogues(link.path)) == [["hi", "ho"]]
+    assert [dialogue.turns for dialogue in read_dialogues(link.path)] == [["hi", "ho"]]
 
 
 @pytest.mark.parametrize(
