@@ -31,7 +31,9 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     pos: Literal["learned", "rope"] = "rope"  # position information
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalisation before each sub-layer
+    norm_eps: float = 0.0  # added to the variance; 0 = 1e-6 for RMSNorm, 1e-5 for LayerNorm
     mlp: Literal["gelu", "relu2", "swiglu"] = "relu2"  # activation of the MLP
+    mlp_width: int = 0  # hidden units of the MLP; 0 = 4 n_embd, or 8/3 n_embd with swiglu
     qk_norm: bool = True  # RMSNorm on queries and keys
     bias: bool = False  # biases in the linear layers and LayerNorm
     tie_weights: bool = True  # one matrix for the token embedding and the LM head
@@ -50,6 +52,8 @@ class GPTConfig:
     @property
     def mlp_size(self) -> int:
         """Width of the MLP: 4 C; with SwiGLU's third matrix 8/3 C, up to a multiple of 64."""
+        if self.mlp_width:
+            return self.mlp_width
         return 64 * math.ceil(self.n_embd / 24) if self.mlp == "swiglu" else 4 * self.n_embd
 
     def check(self) -> list[str]:
@@ -58,6 +62,9 @@ class GPTConfig:
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("norm_eps", "mlp_width"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout} must be in [0, 1)")
         if self.n_head < 1:
@@ -120,8 +127,8 @@ class LayerNorm(nn.LayerNorm):
 
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "rmsnorm":
-        return RMSNorm(c.n_embd, eps=1e-6)
-    return LayerNorm(c.n_embd, bias=c.bias)
+        return RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6)
+    return LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -169,8 +176,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(C, kv_size, bias=config.bias)
         self.v = nn.Linear(C, kv_size, bias=config.bias)
         self.proj = nn.Linear(C, C, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        eps = config.norm_eps or 1e-6
+        self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
         self.attend = F.scaled_dot_product_attention  # tensor parallel draws its dropout by rank
 
     def split_heads(self, x: Tensor) -> Tensor:
