@@ -123,16 +123,21 @@ def prepare(
         fingerprint=files.digest([[s.key, s.weight] for s in sources], tokenizer.hash, split),
         block_size=block_size,
         eval_blocks=data.eval_blocks,
-        sources=[
-            {
-                "kind": "text",
-                "path": str(source.path.resolve()),
-                "weight": source.weight,
-                "sha256": source.sha256,
-            }
-            for source in sources
-        ],
+        sources=list(map(record_of, sources, tokens)),
     )
+
+
+def record_of(source: Source, tokens: TokenFiles) -> dict[str, Any]:
+    """What meta.json holds of a source; `prompts` only where it has system prompts."""
+    record = {
+        "kind": "text",
+        "path": str(source.path.resolve()),
+        "weight": source.weight,
+        "sha256": source.sha256,
+    }
+    if tokens.counts.prompts:
+        record["prompts"] = tokens.counts.prompts
+    return record
 
 
 def open_sources(

@@ -517,6 +517,8 @@ def test_sources_are_recorded(tmp_path, settings, ready, write_chat):
         {"kind": "text", "path": str(b.resolve()), "weight": 0.5, "sha256": sha256[1]},
     ]
     assert json.loads(json.dumps(made.sources)) == made.sources
+    asked = ready(settings(with_roles(tmp_path / "c.jsonl", "be kind")))
+    assert asked.sources[0]["prompts"] == 300, "chat.py reads it"
 
 
 @pytest.mark.parametrize("val_fraction", [0.01, 0.99])
