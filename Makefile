@@ -2,7 +2,7 @@
 # make smollm2      SmolLM2-135M-Instruct (98 MB): for chat.py smollm2 and trunk=smollm2
 # make test         lint and all tests
 # make check        lint and the tests that are not slow: under a minute
-# make parity       every parallel layout against one process, on the CPU: takes long
+# make parity       every parallel layout against one process, on the CPU: 25 minutes
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
