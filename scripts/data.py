@@ -232,11 +232,14 @@ def tokenizer_of_run(run: str) -> Tokenizer:
 
 def show_chat(source: Source, tokenizer: Tokenizer, s: ChatShowSettings) -> None:
     print(f"{source.path} ({source.form}), tokenizer {tokenizer.kind}, loss on {s.loss_on}")
-    dialogues = read_dialogues(source.path, s.errors, loss_on=s.loss_on)
+    counts = Counts()
+    dialogues = read_dialogues(source.path, s.errors, counts, s.loss_on)
     for number, dialogue in enumerate(itertools.islice(dialogues, s.examples), 1):
         split = "held out" if held_out(dialogue.spoken, s) else "training"
         print(f"dialogue {number}, {split}:")
         show_dialogue(dialogue, tokenizer, s.loss_on)
+    for note in counts.notes():  # of what was read so far
+        print(f"  {note}")
 
 
 def show_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, loss_on: str) -> None:

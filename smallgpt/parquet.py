@@ -85,7 +85,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as problem:
-        reason = str(problem).partition("\n")[0]
+        reason = str(problem).partition("\n")[0].rstrip(".")
         raise UserError(
             f"{path} is a damaged Parquet file ({reason}): download or write it again"
         ) from None

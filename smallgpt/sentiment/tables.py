@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from smallgpt import files
 from smallgpt.console import UserError
@@ -106,11 +106,14 @@ def read_table(
     header: False = the first line is a row, and the columns are named 1, 2, ...
 
     UserError names the file, the line, what is wrong and the fix."""
+    if files.kind_of(first_bytes(path)) == files.PARQUET:
+        refuse_no_header(path, header)
+        return parquet_table(path)
     name, content = unpack(path)
     kind = files.kind_inside(content)
     if kind == files.PARQUET:
         refuse_no_header(path, header)
-        return parquet_table(path, content)
+        return parquet_table(path, io.BytesIO(content))
     if kind.family == "archive":  # in a .gz or .zip, or of a kind that is not read here
         raise UserError(f"{path} is {kind.name}: unpack it")
     if kind.family == "binary":
@@ -148,13 +151,21 @@ def line_of(text: str | bytes, position: int) -> int:
 # ---- bytes
 
 
+def first_bytes(path: Path) -> bytes:
+    """Those that tell what a file is."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(files.HEAD)
+    except OSError as problem:
+        raise UserError(f"cannot read {path}: {problem.strerror}") from None
+
+
 def unpack(path: Path) -> tuple[str, bytes]:
     """The name and bytes of a file, of what a .gz holds, or of the only file in a .zip.
 
     Packed files are known by their first bytes."""
+    kind = files.kind_of(first_bytes(path))
     try:
-        with open(path, "rb") as file:
-            kind = files.kind_of(file.read(files.HEAD))
         if kind == files.ZIP:
             return unzip(path)
         with gzip.open(path) if kind == files.GZIP else open(path, "rb") as file:
@@ -545,10 +556,10 @@ def json_values(path: Path, text: str) -> Iterator[tuple[str, object]]:
         yield f"line {number}", value
 
 
-def parquet_table(path: Path, content: bytes) -> Table:
-    """The table of a Parquet file. Numbers that have names, as Hugging Face's ClassLabels do, are
+def parquet_table(path: Path, content: BinaryIO | None = None) -> Table:
+    """The table of a Parquet file, or of its content where it was packed. Numbers that have names, as Hugging Face's ClassLabels do, are
     read as these. Such a column, or else one called label, is that of the texts beside it."""
-    with open_parquet(path, io.BytesIO(content)) as parquet:
+    with open_parquet(path, content) as parquet:
         names = class_names(parquet)
         labels = list(names) or [name for name in parquet.columns if name == "label"]
         texts = [name for name in parquet.text_columns if name not in labels]

@@ -58,7 +58,7 @@ DTYPES = ("uint16", "uint32", "int16", "int32")  # of token files; signed where 
 
 @dataclass
 class DataSettings:
-    path: Free[str | list[str]] = ""  # file, glob, folder of Parquet, or [a, b]; a@0.5 = seen half
+    path: Free[str | list[str]] = ""  # file, glob, folder of Parquet, [a, b]; a@0.5: half as often
     val_fraction: Share = 0.01  # share of the dialogues held out for validation
     split_seed: int = 0  # another seed holds out other dialogues
     isolate: bool = False  # no attention across dialogues in a packed block

@@ -153,8 +153,12 @@ def test_show_a_chat_as_the_model_reads_it(tmp_path, command, monkeypatch):
     """The ids, where turns begin and end, and which of them count in the loss."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"messages": ROLES}) + "\n", encoding="utf-8")
+    file.write_text('["hi", "ho"]\n' + json.dumps({"messages": ROLES}), encoding="utf-8")
     shown = command("show", f"path={file}", "loss_on=assistant").splitlines()
+    assert shown.pop() == (
+        "  skipped 1 of 2 dialogues, the first at line 1: "
+        "its turns have no roles, which data.loss_on=assistant needs"
+    )
     assert shown == [
         f"{file} (JSON Lines), tokenizer char, loss on assistant",
         "dialogue 1, training:",
@@ -168,7 +172,8 @@ def test_show_a_chat_as_the_model_reads_it(tmp_path, command, monkeypatch):
         "               103 111 111 100 32 100 97 121 258",
     ]
     shown = command("show", f"path={file}").splitlines()
-    assert [line[2] for line in shown[2::2]] == [" ", "+", "+", "+"]
+    assert [line[2] for line in shown[2:8:2]] == [" ", "+", "+"]
+    assert [line[2] for line in shown[9::2]] == [" ", "+", "+", "+"]
 
 
 def test_show_a_set_with_the_columns_that_were_guessed(tmp_path, command):

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from smallgpt import parquet
 from smallgpt.console import UserError
 from smallgpt.sentiment import tables
 from smallgpt.sentiment.tables import Table, read_table
@@ -398,10 +399,10 @@ PARQUET = {
 def test_parquet(tmp_path, name):
     """By its first bytes, whatever its name; it was "not utf-16-be"."""
     pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    from pyarrow.parquet import write_table
 
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(PARQUET), buffer)
+    write_table(pyarrow.table(PARQUET), buffer)
     path, content = tmp_path / name, buffer.getvalue()
     if name.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as archive:
@@ -421,6 +422,23 @@ def test_parquet(tmp_path, name):
         table.column("tokens", "")
 
 
+def test_parquet_is_read_in_batches(tmp_path, monkeypatch):
+    """A file that holds more than the memory, most of it in other columns, must not be read whole
+    before its first row."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "x.parquet"
+    images = [{"bytes": b"\xff" * 99} for _ in range(10)]
+    write_table(pyarrow.table({"Text": [str(i) for i in range(10)], "image": images}), path)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tables, "unpack", None)
+    table = read_table(path)
+    assert table.rows == [[str(i), ""] for i in range(10)]
+    with pytest.raises(UserError, match="row 1: the column 'image' holds an object; write a text"):
+        table.column("image", "")
+
+
 def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
     path = tmp_path / "x.csv"
     path.write_bytes(b"PAR1\x15" + bytes(range(256)) * 20 + b"PAR1")
@@ -428,13 +446,13 @@ def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
         without.setitem(sys.modules, "pyarrow", None)
         assert "is a Parquet file, which pyarrow reads: pip install pyarrow" in refused(path)
     pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    from pyarrow.parquet import write_table
 
     assert "is a damaged Parquet file (" in refused(path)
-    parquet.write_table(pyarrow.table({"a": ["x"] * 1000}), path)
+    write_table(pyarrow.table({"a": ["x"] * 1000}), path)
     path.write_bytes(path.read_bytes()[:-20])
     assert "is a damaged Parquet file (" in refused(path)
-    parquet.write_table(pyarrow.table({"a": pyarrow.array([], "string")}), path)
+    write_table(pyarrow.table({"a": pyarrow.array([], "string")}), path)
     assert "has no rows" in refused(path)
 
 
