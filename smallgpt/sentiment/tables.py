@@ -557,8 +557,10 @@ def json_values(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 
 def parquet_table(path: Path, content: BinaryIO | None = None) -> Table:
-    """The table of a Parquet file, or of its content where it was packed. Numbers that have names, as Hugging Face's ClassLabels do, are
-    read as these. Such a column, or else one called label, is that of the texts beside it."""
+    """The table of a Parquet file, or of its content where it was packed.
+
+    Numbers that have names, as Hugging Face's ClassLabels do, are read as these. Such a column, or
+    else one called label, is that of the texts beside it."""
     with open_parquet(path, content) as parquet:
         names = class_names(parquet)
         labels = list(names) or [name for name in parquet.columns if name == "label"]
