@@ -69,8 +69,7 @@ GGUF_FORM = {
     "tokenizer.ggml.model": ("gpt2",),
     "tokenizer.ggml.pre": ("smollm", "gpt-2"),
 }
-CONTROL = 3  # the type of a special token in a GGUF; 4 = one that a user added
-SPECIAL_TYPES = (CONTROL, 4)
+SPECIAL_TYPES = (3, 4)  # of tokens in a GGUF: control, and added by a user
 
 # What no token crosses. SmolLM's: that of GPT-2, with each digit alone.
 SMOLLM_PATTERN = (
@@ -114,11 +113,12 @@ def read_config(file: Path) -> GPTConfig:
     sizes = read_sizes(found, SIZES, file)
     head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
     check_head_size(head_size, sizes, file)
-    rope = found.get("rope_parameters") or {}  # transformers 5 has the base in there
-    if rope.get("rope_type", "default") != "default":
+    rope = found.get("rope_parameters") or {"rope_type": "default"}  # transformers 5's
+    kind = rope.get("rope_type") if isinstance(rope, dict) else rope
+    if kind != "default":
         raise UserError(
-            f"{file}: the rotary positions are of the type {rope['rope_type']!r}; only a Llama "
-            "with 'default' can be opened here"
+            f"{file}: the rotary positions are of the type {kind!r}; only a Llama with 'default' "
+            "can be opened here"
         )
     base = rope.get("rope_theta", found.get("rope_theta", 10000.0))
     numbers = {"rope_base": base, "norm_eps": found.get("rms_norm_eps", 1e-6)}
@@ -217,7 +217,9 @@ def config_of(facts: dict[str, Any], tensors: Weights, file: Path) -> GPTConfig:
     found = {key.removeprefix(prefix): facts[key] for key in facts if key.startswith(prefix)}
     found.setdefault("attention.head_count_kv", found.get("attention.head_count"))
     sizes = read_sizes(found, GGUF_SIZES, file)
-    rows, *_ = tensors.shapes.get("token_embd.weight", (0,))
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{file} is damaged, token_embd.weight is absent: download it again")
+    rows = tensors.shapes["token_embd.weight"][0]
     head_size = found.get("rope.dimension_count") or sizes["n_embd"] // sizes["n_head"]
     check_head_size(head_size, sizes, file)
     if "rope_freqs.weight" in tensors:
@@ -352,8 +354,8 @@ def make_tokenizer(
     if problem:
         raise ValueError(problem)
     ranks = [b""] * (rows + len(lacking))
-    for token, id in ids.items():
-        ranks[id] = bytes_of(token)
+    for token in [*STAND_INS, *merged]:  # what no merge makes, such as [PAD5], spells nothing
+        ranks[ids[token]] = bytes_of(token)
     if bos is not None:
         if bos not in specials.values():
             raise ValueError(f"its bos token, {bos}, is no special token")

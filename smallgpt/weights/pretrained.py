@@ -208,14 +208,19 @@ def is_llama(path: str) -> bool:
 
 
 def _open_llama(path: str) -> Trunk:
-    where = llama.of_package(path) if path in llama.PACKAGES else Path(path)
+    where = Path(path)
+    if not where.exists():
+        where = llama.of_package(path)
     read = llama.read_folder if where.is_dir() else llama.read_gguf
-    config, weights, tokenizer = read(where)
-    return Trunk(config, weights, tokenizer, config.vocab_size, path, [_unknown(path)])
+    return _published(path, *read(where))
 
 
 def _open_gpt2(folder: Path, name: str) -> Trunk:
-    config, weights, tokenizer = gpt2.read(folder)
+    return _published(name, *gpt2.read(folder))
+
+
+def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
+    """The trunk of files that do not tell what it was trained on."""
     rows = config.vocab_size
     textless = sum(not tokenizer.decode([i], specials=True) for i in range(rows))
     notes = []
