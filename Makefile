@@ -18,8 +18,8 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
-	$(PIP) -r requirements-test.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-serve.txt
+	$(PIP) -r requirements-test.txt -r requirements-serve.txt
 	@touch $@
 
 quickstart: $(VENV)/.installed

@@ -44,7 +44,7 @@ class ChatSettings:
 
 
 def main() -> int:
-    s = settings.load(ChatSettings, name_checkpoint(sys.argv[1:]), doc=__doc__)
+    s = settings.load(ChatSettings, settings.name_checkpoint(sys.argv[1:]), doc=__doc__)
     if not s.checkpoint:
         raise UserError(
             "which model? python chat.py checkpoints/<run>, a folder that train.py has written; or "
@@ -73,19 +73,6 @@ def has_read_prompts(name: str) -> bool:
     if not isinstance(meta, dict):
         return True
     return any(source.get("prompts") for source in meta.get("sources", []))
-
-
-def name_checkpoint(words: list[str]) -> list[str]:
-    """The command line with the folder of a model written as checkpoint=FOLDER."""
-
-    def is_model(word: str) -> bool:
-        is_option = word.startswith("-") or word.endswith((".yaml", ".yml"))
-        return not is_option and not settings.is_setting(word)
-
-    models = [word for word in words if is_model(word)]
-    if len(models) > 1:
-        raise UserError(f"one model at a time, not {' and '.join(models)}")
-    return [f"checkpoint={word}" if is_model(word) else word for word in words]
 
 
 def converse(chat: "Chat", prompt: str) -> int:
