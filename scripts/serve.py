@@ -24,7 +24,7 @@ from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sampling import SampleSettings
 from smallgpt.settings import Count, Device, PositiveFloat
-from smallgpt.weights.pretrained import is_llama
+from smallgpt.weights.pretrained import is_llama, is_of_transformers
 
 PAGE = Path(__file__).with_name("chat.html")
 LOOPBACK = ["127.0.0.1", "localhost", "::1"]
@@ -32,7 +32,7 @@ LOOPBACK = ["127.0.0.1", "localhost", "::1"]
 
 @dataclass
 class ServeSettings:
-    checkpoint: str = ""  # run folder (its best checkpoint) or step folder
+    checkpoint: str = ""  # what chat.py opens, or a classifier: its run or step folder
     host: str = "127.0.0.1"  # the address to listen at; 0.0.0.0 = all of this computer
     port: Annotated[int, Ge(0), Le(65535)] = 8000  # 0 = a free one
     key_env: str = ""  # the environment variable that holds the key; "" = no key
@@ -87,7 +87,9 @@ def main() -> None:
 
 
 def is_classifier(path: str) -> bool:
-    return not is_llama(path) and "head" in checkpoint.required(path).meta
+    """Is there a run of sentiment_train.py? UserError if there is nothing that can be opened."""
+    is_foreign = is_llama(path) or is_of_transformers(Path(path))
+    return not is_foreign and "head" in checkpoint.required(path).meta
 
 
 def is_loopback(host: str) -> bool:
