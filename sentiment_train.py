@@ -44,6 +44,7 @@ from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import Facts, Run, merge_sources
+from smallgpt.runs.tracker import TrackerKind, tracker_problems
 from smallgpt.sentiment import freeze, leaks, report, sets, splits
 from smallgpt.sentiment.adversarial import Adversary, typical_norm
 from smallgpt.sentiment.batches import (
@@ -91,6 +92,7 @@ class SentimentSettings:
     save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
     save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
+    tracker: Free[TrackerKind] = "none"  # a page for the curves, too (docs/usage.md)
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
@@ -115,7 +117,7 @@ class SentimentSettings:
 
     def check(self) -> list[str]:
         """Problems that the types do not show, in plain words."""
-        problems = checkpoint.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run) + tracker_problems(self.tracker)
         if not freeze.is_valid(self.freeze):
             choices = "none, trunk or all_but_last:K, such as all_but_last:2"
             problems.append(f"freeze={self.freeze!r} must be {choices}")

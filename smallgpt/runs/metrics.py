@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard, a tracker."""
 
 import functools
 import json
@@ -18,6 +18,8 @@ from smallgpt.parallel.world import World
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from smallgpt.runs.tracker import Tracker
+
 
 class Metrics:
     """Writes on the main process only; on the others every method does nothing.
@@ -25,9 +27,17 @@ class Metrics:
     `metrics.jsonl` is append-only: a resumed run repeats the steps after its checkpoint, and the
     last line of a step counts (`read` gives those). TensorBoard is told to forget them."""
 
-    def __init__(self, run: Path, world: World, step: int, max_steps: int):
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        step: int,
+        max_steps: int,
+        tracker: "Tracker | None" = None,
+    ):
         self.main = world.main
         self.max_steps = max_steps
+        self.tracker = tracker
         if not self.main:
             return
         self.run = run
@@ -63,16 +73,23 @@ class Metrics:
         self.bar.update()
 
     def log(self, record: dict) -> None:
-        """Add a record, which has a step and a split, to metrics.jsonl and TensorBoard; show it."""
+        """Add a record, which has a step and a split, to metrics.jsonl, TensorBoard and the
+        tracker; show it."""
         if not self.main:
             return
         record = {**record, "time": time.time()}
         self.file.write(json_line(record))
         self.file.flush()
         say(self.line(record))
+        step, split = record["step"], record["split"]
+        numbers = {}
         for key, value in record.items():
             if isinstance(value, int | float) and key not in ("step", "time"):
-                self.board.add_scalar(f"{key}/{record['split']}", value, record["step"])
+                numbers[f"{key}/{split}"] = value
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(numbers, step, split)
 
     def line(self, record: dict) -> str:
         """A record as one line for people."""
@@ -133,6 +150,8 @@ class Metrics:
             self.file.close()
             if "board" in vars(self):
                 self.board.close()
+            if self.tracker:
+                self.tracker.close()
 
 
 def say(text: str) -> None:
