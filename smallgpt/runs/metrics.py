@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,23 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from smallgpt.runs.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How people read a number of an evaluation."""
+
+    title: str
+    is_share: bool = True  # in percent
+
+    def show(self, value: float) -> str:
+        return f"{value:.2%}" if self.is_share else f"{value:.4f}"
+
+
+MEASURES = {  # of a fine-tuning, as they stand in its records
+    "accuracy": Measure("accuracy"),
+    "macro_f1": Measure("macro F1"),
+}
 
 
 class Metrics:
@@ -99,10 +117,9 @@ class Metrics:
         ]
         if "bits_per_byte" in record:
             parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
-        if "accuracy" in record:
-            parts.append(f"accuracy {record['accuracy']:.2%}")
-        if "macro_f1" in record:
-            parts.append(f"macro F1 {record['macro_f1']:.2%}")
+        for key, measure in MEASURES.items():
+            if key in record:
+                parts.append(f"{measure.title} {measure.show(record[key])}")
         if "lr" in record:
             parts += self._progress(record)
         return " | ".join(parts)

@@ -198,10 +198,14 @@ def write(
     text = markdown(run.name, outcome, result)
     write_atomic(run / "report.md", text)
     draw(run, outcome.counts, names, result)
-    # last: where it is, the run is finished
+    write_result(run, result)
+    return text
+
+
+def write_result(run: Path, result: Result) -> None:
+    """result.json, the last file of a run: where it is, the run is finished."""
     content = json.dumps(result, indent=1, ensure_ascii=False)
     write_atomic(run / "result.json", content)
-    return text
 
 
 def write_predictions(file: Path, outcome: Outcome) -> None:
