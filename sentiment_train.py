@@ -71,6 +71,7 @@ from smallgpt.settings import (
 )
 from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
 
+Selected = Literal["accuracy", "macro_f1", "f1", "matthews", "pearson", "spearman", "loss"]
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
 
@@ -94,7 +95,7 @@ class SentimentSettings:
     log_every: Free[Positive] = 10  # steps between records of the training loss
     tracker: Free[TrackerKind] = "none"  # a page for the curves, too (docs/usage.md)
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
-    select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
+    select: Selected = "accuracy"  # what of the set's measures names the best, on validation
     score_test: Free[bool] = True  # false = the test stays unread, as in a search for settings
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
@@ -153,6 +154,11 @@ class Task:
     inputs: dict[str, Inputs]  # by split
     notes: list[str]  # what the report should hold
 
+    def evaluate(self, split: str, scores: np.ndarray) -> dict[str, float]:
+        """The set's measures of scores (N, n_classes)."""
+        labels = self.inputs[split].data.labels
+        return report.evaluate(scores, labels, self.data.measures)
+
     def facts(self, s: SentimentSettings) -> Facts:
         """What a checkpoint must hold for its texts to be read again as they were in training."""
         is_of_pairs = any(example.pair for example in self.data.splits["train"])
@@ -165,6 +171,9 @@ class Task:
 def prepare(s: SentimentSettings, world: World) -> Task:
     """Open the set and the trunk. UserError if there is none, or if they do not fit."""
     data = splits.load(s.data)
+    if s.select not in (*data.measures, "loss"):
+        choices = ", ".join([*data.measures, "loss"])
+        raise UserError(f"select={s.select} is not measured of {s.data.set}: choose of {choices}")
     if not s.trunk:
         raise UserError(
             "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder "
@@ -213,8 +222,9 @@ def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, 
 def search_leaks(s: SentimentSettings, data: Reviews, trunk: Trunk, world: World) -> list[str]:
     """What the leak check found, in words; UserError if the trunk has read test texts."""
     texts = []
-    for example in data.splits["test"]:
-        texts += [text for text in (example.text, example.pair) if text]
+    for split in splits.tests_of(data.splits):
+        for example in data.splits[split]:
+            texts += [text for text in (example.text, example.pair) if text]
     return leaks.check(texts, trunk.name, trunk.sources, cache_of(s), world, s.allow_leaks)
 
 
@@ -392,7 +402,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
             if run.due(eval_every):
                 validation = task.inputs["validation"]
                 scores = score(strategy, validation, s.micro_tokens)
-                run.evaluated(report.evaluate(scores, validation.data.labels))
+                run.evaluated(task.evaluate("validation", scores))
             if step >= max_steps or run.out_of_patience(s.patience):
                 break
 
@@ -418,7 +428,9 @@ def finetune(s: SentimentSettings, world: World) -> int:
             run.load_best()
             facts = {"trainable": trainable, "device": computed}
             if s.score_test:
-                scores = score(strategy, task.inputs["test"], s.micro_tokens)
+                scores = {}
+                for split in splits.tests_of(task.inputs):
+                    scores[split] = score(strategy, task.inputs[split], s.micro_tokens)
                 if world.main:
                     write_report(s, run, task, scores, facts)
             elif world.main:
@@ -440,18 +452,25 @@ def cache_states(
 
 
 def write_report(
-    s: SentimentSettings, run: Run, task: Task, scores: np.ndarray, facts: dict[str, Any]
+    s: SentimentSettings,
+    run: Run,
+    task: Task,
+    scores: dict[str, np.ndarray],
+    facts: dict[str, Any],
 ) -> None:
-    """The report of the test split's scores (N, n_classes), in the run's folder and on the
+    """The report of the test splits' scores (N, n_classes), in the run's folder and on the
     console. facts: what else it says of the run."""
     data = task.data
-    labels = task.inputs["test"].data.labels
+    tests = {split: task.evaluate(split, found) for split, found in scores.items()}
     result = {
         **result_of(s, run, task, facts),
-        "test": report.evaluate(scores, labels),
+        "test": tests.pop("test"),
+        "further_tests": tests,
         "baselines": report.baselines(data, cache_of(s)),
     }
-    text = report.write(run.folder, data.splits["test"], scores, labels, data.labels, result)
+    labels = task.inputs["test"].data.labels
+    examples = data.splits["test"]
+    text = report.write(run.folder, examples, scores["test"], labels, data.labels, result)
     run.say(f"\n{text}")
     run.say(
         f"the report, its pictures and predictions.csv are in {run.folder}; "
@@ -471,6 +490,7 @@ def result_of(s: SentimentSettings, run: Run, task: Task, facts: dict[str, Any])
         "seed": s.seed,
         "step": run.best,
         "select": s.select,
+        "measures": data.measures,
         "validation": run.history[run.best],
         "examples": {name: len(part) for name, part in data.splits.items()},
         **facts,

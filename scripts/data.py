@@ -152,7 +152,7 @@ def print_chat(path: Path, errors: str) -> None:
 def print_set(s: ReviewSettings) -> splits.Reviews:
     """Read a labelled set, and print its splits, labels and what was dropped."""
     reviews = splits.load(s)
-    for split in splits.SPLITS:
+    for split in ("train", "validation", *splits.tests_of(reviews.splits)):
         counts = Counter(e.label for e in reviews.splits[split])
         shares = ", ".join(f"{label} {counts[label]:,}" for label in reviews.labels)
         print(f"{s.set:<16} {split:<11} {len(reviews.splits[split]):>7,}  {shares}")

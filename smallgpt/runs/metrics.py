@@ -36,6 +36,8 @@ class Measure:
 MEASURES = {  # of a fine-tuning, as they stand in its records
     "accuracy": Measure("accuracy"),
     "macro_f1": Measure("macro F1"),
+    "f1": Measure("F1"),
+    "matthews": Measure("Matthews", is_share=False),
 }
 
 

@@ -8,7 +8,9 @@ import functools
 import json
 import math
 import unicodedata
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ import numpy as np
 
 from smallgpt import plots
 from smallgpt.files import read_json, write_atomic
-from smallgpt.runs.metrics import read
-from smallgpt.sentiment.sets import Example
+from smallgpt.runs.metrics import MEASURES, read
+from smallgpt.sentiment.sets import DEFAULT_MEASURES, Example
 from smallgpt.sentiment.splits import Reviews
 
 ERRORS_SHOWN = 10
@@ -30,13 +32,15 @@ Result = dict[str, Any]  # of a run: what result.json holds
 # ---- scores
 
 
-def evaluate(scores: np.ndarray, labels: np.ndarray) -> Scores:
-    """Mean loss in nats, accuracy and macro F1 of scores (N, K) against labels (N,)."""
+def evaluate(
+    scores: np.ndarray, labels: np.ndarray, measures: tuple[str, ...] = DEFAULT_MEASURES
+) -> Scores:
+    """Mean loss in nats, and the measures of a set, of scores (N, K) against labels (N,)."""
     n, n_classes = scores.shape
     log_probability = log_softmax(scores)[np.arange(n), labels]
     loss = float(-log_probability.mean())
     predicted = scores.argmax(1)
-    return {"loss": loss, **summary(predicted, labels, n_classes)}
+    return {"loss": loss, **summary(predicted, labels, n_classes, measures)}
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -46,22 +50,49 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     return shifted - np.log(sums)
 
 
-def summary(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> Scores:
-    """Accuracy over examples, and macro F1.
+def summary(
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    n_classes: int,
+    measures: tuple[str, ...] = DEFAULT_MEASURES,
+) -> Scores:
+    """The measures of a set.
 
     Macro F1 is the unweighted mean of the F1 of all classes; that of a class which is neither among
-    the labels nor predicted is 0."""
-    from sklearn.metrics import accuracy_score, f1_score
+    the labels nor predicted is 0. F1 is that of the second of two classes, which GLUE calls 1."""
+    found = {}
+    for name in measures:
+        found[name] = float(SCORERS[name](labels, predicted, n_classes))
+    return found
 
-    accuracy = accuracy_score(labels, predicted)
-    macro_f1 = f1_score(
-        labels,
-        predicted,
-        labels=range(n_classes),
-        average="macro",
-        zero_division=0,
-    )
-    return {"accuracy": float(accuracy), "macro_f1": float(macro_f1)}
+
+def accuracy(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(labels, predicted)
+
+
+def macro_f1(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import f1_score
+
+    classes = range(n_classes)
+    return f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
+
+
+def f1(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(labels, predicted, zero_division=0)
+
+
+def matthews(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    with warnings.catch_warnings(action="ignore"):  # one class alone, of which it is 0
+        return matthews_corrcoef(labels, predicted)
+
+
+SCORERS = {"accuracy": accuracy, "macro_f1": macro_f1, "f1": f1, "matthews": matthews}
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
@@ -80,7 +111,7 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
     They are kept in `cache`, and made again where they are damaged."""
     kept_file = cache / f"baselines-{reviews.fingerprint}.json"
     kept = read_json(kept_file)
-    if are_scores(kept):
+    if are_scores(kept, reviews.measures):
         return kept
     index = {label: i for i, label in enumerate(reviews.labels)}
     train = reviews.splits["train"]
@@ -91,21 +122,24 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
     frequencies = Counter(e.label for e in train)
     largest = max(frequencies, key=frequencies.__getitem__)
     always_largest = np.full(len(test), index[largest])
+    n_classes = len(index)
     unit, by_features = tfidf(texts_of(train), train_labels, texts_of(test))
     found = {
-        f"always {largest}": summary(always_largest, test_labels, len(index)),
-        f"TF-IDF ({unit}) + linear SVM": summary(by_features, test_labels, len(index)),
+        f"always {largest}": summary(always_largest, test_labels, n_classes, reviews.measures),
+        f"TF-IDF ({unit}) + linear SVM": summary(
+            by_features, test_labels, n_classes, reviews.measures
+        ),
     }
     cache.mkdir(parents=True, exist_ok=True)
     write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
     return found
 
 
-def are_scores(kept: Any) -> bool:
+def are_scores(kept: Any, measures: tuple[str, ...]) -> bool:
     """Whether a file of the cache holds what `baselines` writes."""
     if not isinstance(kept, dict) or not kept:
         return False
-    wanted = {"accuracy", "macro_f1"}
+    wanted = {*measures}
     return all(isinstance(scores, dict) and wanted <= scores.keys() for scores in kept.values())
 
 
@@ -244,27 +278,32 @@ def markdown(run_name: str, outcome: Outcome, result: Result) -> str:
 
 
 def score_table(result: Result) -> list[str]:
-    """The model's test scores, and those of the baselines."""
-    lines = ["| | accuracy | macro F1 | loss |", "|---|---|---|---|"]
-    loss = result["test"]["loss"]
-    lines.append(f"| **this model** | {both(result['test'])} | {loss:.4f} |")
+    """The model's test scores, on further tests too, and those of the baselines."""
+    measures = result.get("measures", DEFAULT_MEASURES)
+    titles = [MEASURES[name].title for name in measures]
+    lines = [f"| | {' | '.join(titles)} | loss |", "|---" * (len(titles) + 2) + "|"]
+    further = result.get("further_tests", {})
+    for name, scores in {"": result["test"], **further}.items():
+        title = f"**this model**, {name}" if name else "**this model**"
+        lines.append(f"| {title} | {cells(scores, measures)} | {scores['loss']:.4f} |")
     for name, scores in result["baselines"].items():
-        lines.append(f"| {cell(name)} | {both(scores)} | |")
+        lines.append(f"| {cell(name)} | {cells(scores, measures)} | |")
     return lines
 
 
-def both(scores: Scores) -> str:
-    """The cells of accuracy and macro F1."""
-    return f"{scores['accuracy']:.2%} | {scores['macro_f1']:.2%}"
+def cells(scores: Scores, measures: Iterable[str]) -> str:
+    """The scores as cells of a table."""
+    return " | ".join(MEASURES[name].show(scores[name]) for name in measures)
 
 
 def provenance(result: Result) -> list[str]:
     """How the scores came about: the checkpoint, the settings, what was noted on the way."""
-    accuracy = result["validation"]["accuracy"]
+    main = result.get("measures", DEFAULT_MEASURES)[0]
+    shown = f"{MEASURES[main].title} {MEASURES[main].show(result['validation'][main])}"
     examples = result["examples"]
     lines = [
         f"Chosen at step {result['step']} by validation {result['select']} "
-        f"(accuracy {accuracy:.2%}, {examples['validation']:,} examples); "
+        f"({shown}, {examples['validation']:,} examples); "
         f"trained on {examples['train']:,} examples in {result['seconds']:.0f} s; "
         "the test split was scored after training, and chose nothing.",
         "",
@@ -288,8 +327,8 @@ def class_table(outcome: Outcome) -> list[str]:
     )
     lines = ["| class | precision | recall | F1 | support |", "|---|---|---|---|---|"]
     for i, name in enumerate(outcome.names):
-        cells = [percent(of_classes[i]) for of_classes in rates]
-        lines.append(f"| {cell(name)} | {' | '.join(cells)} | {supports[i]:,} |")
+        words = [percent(of_classes[i]) for of_classes in rates]
+        lines.append(f"| {cell(name)} | {' | '.join(words)} | {supports[i]:,} |")
     return lines
 
 

@@ -11,11 +11,20 @@ text alone: so a text is on one side only, and no other setting changes which te
 import hashlib
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from smallgpt.console import UserError
 from smallgpt.files import unit_hash
-from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
+from smallgpt.sentiment.sets import (
+    DEFAULT_MEASURES,
+    MEASURES,
+    READERS,
+    Example,
+    ReviewSettings,
+    SetFiles,
+    Splits,
+)
 from smallgpt.sentiment.tables import show
 
 SPLITS = ("train", "validation", "test")
@@ -26,8 +35,9 @@ SEEDS_TRIED = 20  # for one that leaves each label a training example
 class Reviews:
     """A set, ready for training."""
 
-    splits: dict[str, list[Example]]  # train, validation and test
+    splits: dict[str, list[Example]]  # train, validation and test; perhaps further tests
     labels: list[str]  # their names, in the order of the classes
+    measures: tuple[str, ...] = DEFAULT_MEASURES  # what is scored, the first before all
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped and held out
 
     @property
@@ -58,8 +68,9 @@ def load(s: ReviewSettings) -> Reviews:
         cut_off(splits, "validation", s)
         if s.set == "sst2":
             hold_out_whole_sentences(splits, notes)
-    drop_overlap(splits, "validation", ["test"], notes)
-    drop_overlap(splits, "train", ["validation", "test"], notes)
+    tests = tests_of(splits)
+    drop_overlap(splits, "validation", tests, notes)
+    drop_overlap(splits, "train", ["validation", *tests], notes)
     splits["train"] = deduplicate(splits["train"], notes)
     for split in SPLITS:
         if not splits[split]:
@@ -69,7 +80,12 @@ def load(s: ReviewSettings) -> Reviews:
     refuse_unknown_labels(splits, labels, lacking, s)
     if s.train_size:
         splits["train"] = limit(splits["train"], labels, s, notes)
-    return Reviews(splits, labels, notes)
+    return Reviews(splits, labels, MEASURES.get(s.set, DEFAULT_MEASURES), notes)
+
+
+def tests_of(splits: Iterable[str]) -> list[str]:
+    """The names of the splits that nothing may be trained on or chosen by."""
+    return [name for name in splits if name.startswith("test")]
 
 
 # ---- steps of load
@@ -199,7 +215,7 @@ def refuse_unknown_labels(
     splits: Splits, labels: list[str], cut_off_splits: list[str], s: ReviewSettings
 ) -> None:
     """UserError for a label that no training example has."""
-    for split in SPLITS:
+    for split in dict.fromkeys([*SPLITS, *splits]):
         unknown = sorted({e.label for e in splits[split]} - set(labels))
         if not unknown:
             continue
