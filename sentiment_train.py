@@ -45,7 +45,7 @@ from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import Facts, Run, merge_sources
 from smallgpt.runs.tracker import TrackerKind, tracker_problems
-from smallgpt.sentiment import freeze, leaks, report, sets, splits
+from smallgpt.sentiment import freeze, leaks, regression, report, sets, splits
 from smallgpt.sentiment.adversarial import Adversary, typical_norm
 from smallgpt.sentiment.batches import (
     Buckets,
@@ -154,10 +154,22 @@ class Task:
     inputs: dict[str, Inputs]  # by split
     notes: list[str]  # what the report should hold
 
+    @property
+    def report(self):
+        """The module that knows what such a classifier is worth."""
+        return regression if self.data.is_number else report
+
+    def read(self, strategy: Single, split: str, max_tokens: int) -> np.ndarray:
+        """Scores (N, n_classes) of a split; where the label is a number, predictions (N, 1). A
+        collective."""
+        scores = score(strategy, self.inputs[split], max_tokens)
+        mean, deviation = self.head.get("scale", (0.0, 1.0))
+        return mean + deviation * scores
+
     def evaluate(self, split: str, scores: np.ndarray) -> dict[str, float]:
-        """The set's measures of scores (N, n_classes)."""
+        """The set's measures of what `read` gives."""
         labels = self.inputs[split].data.labels
-        return report.evaluate(scores, labels, self.data.measures)
+        return self.report.evaluate(scores, labels, self.data.measures)
 
     def facts(self, s: SentimentSettings) -> Facts:
         """What a checkpoint must hold for its texts to be read again as they were in training."""
@@ -174,6 +186,11 @@ def prepare(s: SentimentSettings, world: World) -> Task:
     if s.select not in (*data.measures, "loss"):
         choices = ", ".join([*data.measures, "loss"])
         raise UserError(f"select={s.select} is not measured of {s.data.set}: choose of {choices}")
+    if data.is_number and (s.label_smoothing or s.class_weights != "none"):
+        raise UserError(
+            f"label_smoothing and class_weights are of classes, and {s.data.set} has numbers: "
+            "leave them out"
+        )
     if not s.trunk:
         raise UserError(
             "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder "
@@ -193,6 +210,8 @@ def prepare(s: SentimentSettings, world: World) -> Task:
         notes.append(
             f"{name}: {encoded.cut} texts have over {block_size} tokens and lose their middle"
         )
+    if data.is_number:
+        head["scale"] = regression.mean_and_deviation(inputs["train"].data.labels)
     digest = world.by_main(partial(checkpoint.digest, trunk.weights))
     return Task(data, trunk, digest, config, head, inputs, notes)
 
@@ -289,7 +308,12 @@ class Objective:
         self.train = train
         self.sep = task.trunk.tokenizer.sep  # the token between the texts of a pair
         self.buckets = Buckets(train.data.lengths, s.batch_size, s.seed)
-        self.labels = torch.from_numpy(train.data.labels).to(train.device)
+        labels = train.data.labels
+        self.scale = task.head.get("scale")
+        if self.scale:
+            mean, deviation = self.scale
+            labels = ((labels - mean) / deviation).astype(np.float32)
+        self.labels = torch.from_numpy(labels).to(train.device)
         dtype = next(strategy.model.parameters()).dtype
         self.class_weights = class_weights(s, self.labels, len(task.data.labels), dtype)
         self.adversary = Adversary(strategy.model.gpt.wte, norm)
@@ -299,7 +323,7 @@ class Objective:
         divided."""
         rows = self.buckets.of(step)
         self.n_examples = len(rows)
-        self.per_example = 1 / self.class_weights[self.labels[rows]].sum()  # of all ranks, weighted
+        self.per_example = 1 / self.weight_of(rows)  # of all ranks
         n_targets = int((self.buckets.lengths[rows] - 1).sum())
         self.per_target = self.s.lm_weight / max(1, n_targets)
         self.losses: list[Tensor] = []  # scalars, of the plain passes
@@ -322,19 +346,26 @@ class Objective:
         targets = self.train.targets(rows) if self.s.lm_weight else None
         return MicroBatch((x, lengths, targets, reads), self.labels[rows], weight)
 
+    def weight_of(self, rows: np.ndarray) -> Tensor | int:
+        """How much these examples count together."""
+        return len(rows) if self.scale else self.class_weights[self.labels[rows]].sum()
+
+    def summed_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Of scores (B, n_classes) the cross-entropy in nats; where the label is a number, squared
+        errors of scores (B, 1), in variances."""
+        scores = scores.to(self.class_weights.dtype)
+        if self.scale:
+            return F.mse_loss(scores[:, 0], labels.to(scores.dtype), reduction="sum")
+        smoothing = self.s.label_smoothing
+        weights = self.class_weights
+        return F.cross_entropy(scores, labels, weights, reduction="sum", label_smoothing=smoothing)
+
     def loss_of(self, run_model, batch: MicroBatch) -> Tensor:
         """This micro-batch's share of the mean loss over the step's examples, in nats."""
         with self.adversary.perturbing() if batch.perturbed else nullcontext():
             output = run_model(*batch.inputs)
         scores, lm_nats = output if self.s.lm_weight else (output, 0.0)
-        nats = F.cross_entropy(
-            scores.to(self.class_weights.dtype),
-            batch.labels,
-            self.class_weights,
-            reduction="sum",
-            label_smoothing=self.s.label_smoothing,
-        )
-        loss = batch.weight * self.per_example * nats
+        loss = batch.weight * self.per_example * self.summed_loss(scores, batch.labels)
         if not batch.perturbed:
             is_hit = scores.argmax(1) == batch.labels
             self.losses.append(loss.detach())
@@ -400,8 +431,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
 
         for step in run.steps(max_steps, s.save_every or eval_every):
             if run.due(eval_every):
-                validation = task.inputs["validation"]
-                scores = score(strategy, validation, s.micro_tokens)
+                scores = task.read(strategy, "validation", s.micro_tokens)
                 run.evaluated(task.evaluate("validation", scores))
             if step >= max_steps or run.out_of_patience(s.patience):
                 break
@@ -420,7 +450,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
                 objective.n_examples,
                 "examples",
                 loss=loss,
-                accuracy=hits / objective.n_examples,
+                **({} if objective.scale else {"accuracy": hits / objective.n_examples}),
                 lr=factor * s.optim.lr,  # of the head, which trains on the last stage
                 grad_norm=norm,
             )
@@ -430,7 +460,7 @@ def finetune(s: SentimentSettings, world: World) -> int:
             if s.score_test:
                 scores = {}
                 for split in splits.tests_of(task.inputs):
-                    scores[split] = score(strategy, task.inputs[split], s.micro_tokens)
+                    scores[split] = task.read(strategy, split, s.micro_tokens)
                 if world.main:
                     write_report(s, run, task, scores, facts)
             elif world.main:
@@ -466,11 +496,11 @@ def write_report(
         **result_of(s, run, task, facts),
         "test": tests.pop("test"),
         "further_tests": tests,
-        "baselines": report.baselines(data, cache_of(s)),
+        "baselines": task.report.baselines(data, cache_of(s)),
     }
     labels = task.inputs["test"].data.labels
     examples = data.splits["test"]
-    text = report.write(run.folder, examples, scores["test"], labels, data.labels, result)
+    text = task.report.write(run.folder, examples, scores["test"], labels, data.labels, result)
     run.say(f"\n{text}")
     run.say(
         f"the report, its pictures and predictions.csv are in {run.folder}; "

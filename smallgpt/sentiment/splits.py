@@ -9,6 +9,7 @@ text alone: so a text is on one side only, and no other setting changes which te
 """
 
 import hashlib
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ from smallgpt.sentiment.sets import (
 from smallgpt.sentiment.tables import show
 
 SPLITS = ("train", "validation", "test")
+NUMBER = "score"  # the one label of a set whose labels are numbers
 SEEDS_TRIED = 20  # for one that leaves each label a training example
 
 
@@ -39,6 +41,11 @@ class Reviews:
     labels: list[str]  # their names, in the order of the classes
     measures: tuple[str, ...] = DEFAULT_MEASURES  # what is scored, the first before all
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped and held out
+
+    @property
+    def is_number(self) -> bool:
+        """Is a number foretold of each text, and no class?"""
+        return "pearson" in self.measures
 
     @property
     def fingerprint(self) -> str:
@@ -76,11 +83,16 @@ def load(s: ReviewSettings) -> Reviews:
         if not splits[split]:
             reason = "; ".join(notes) or "too few rows"
             raise UserError(f"the {split} split of {s.set} is empty ({reason}): add some")
-    labels = label_names(splits)
-    refuse_unknown_labels(splits, labels, lacking, s)
+    reviews = Reviews(splits, [NUMBER], MEASURES.get(s.set, DEFAULT_MEASURES), notes)
+    if reviews.is_number:
+        refuse_words(splits)
+    else:
+        reviews.labels = label_names(splits)
+        refuse_unknown_labels(splits, reviews.labels, lacking, s)
     if s.train_size:
-        splits["train"] = limit(splits["train"], labels, s, notes)
-    return Reviews(splits, labels, MEASURES.get(s.set, DEFAULT_MEASURES), notes)
+        names = [] if reviews.is_number else reviews.labels
+        splits["train"] = limit(splits["train"], names, s, notes)
+    return reviews
 
 
 def tests_of(splits: Iterable[str]) -> list[str]:
@@ -195,6 +207,18 @@ def limit(
 
 
 # ---- labels
+
+
+def refuse_words(splits: Splits) -> None:
+    """UserError for a label that is no number."""
+    for split, examples in splits.items():
+        for e in examples:
+            try:
+                is_number = math.isfinite(float(e.label))
+            except ValueError:
+                is_number = False
+            if not is_number:
+                raise UserError(f"the {split} split has the label {e.label!r}: it must be a number")
 
 
 def label_names(splits: Splits) -> list[str]:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.axes import Axes
 
 SIZE = "data.train_size"  # the x axis of the figure, where the grid has it
-LARGEST_CLASS, SVM = "largest class", "TF-IDF + linear SVM"  # report.py's baselines, in its order
+# the baselines of report.py and regression.py, in their order
+OF_CLASSES = ("largest class", "TF-IDF + linear SVM")
+OF_NUMBERS = ("the mean", "TF-IDF + ridge")
 ALL_MEASURES = {
     **MEASURES,
     "bits_per_byte": Measure("bits per byte", is_share=False),
@@ -160,9 +162,9 @@ def summarize(cell: Cell, by_seed: dict[int, Result]) -> Row:
         is_test="test" in one,
     )
     if "baselines" in one:
-        largest_class, svm = one["baselines"].values()
-        row.baselines[LARGEST_CLASS] = largest_class[row.key]
-        row.baselines[SVM] = svm[row.key]
+        names = OF_NUMBERS if "pearson" in measures else OF_CLASSES
+        for name, scores in zip(names, one["baselines"].values(), strict=True):
+            row.baselines[name] = scores[row.key]
     return row
 
 
@@ -275,7 +277,7 @@ def draw(rows: list[Row], file: Path) -> None:
     plots.save(fig, file)
 
 
-BASELINE_STYLES = {LARGEST_CLASS: "D--", SVM: "s:"}
+BASELINE_STYLES = ("D--", "s:")
 GREY = {"color": "0.4", "ms": 3, "lw": 1}
 
 
@@ -294,7 +296,7 @@ def draw_over_size(ax: "Axes", rows: list[Row]) -> None:
         style = {"fmt": "o-", "ms": 4, "capsize": 3, "color": f"C{i}"}
         ax.errorbar(sizes, means, spreads, label=label, **style)
     sizes = [row.train for row in rows]
-    for name, style in BASELINE_STYLES.items():
+    for name, style in zip(rows[0].baselines, BASELINE_STYLES, strict=True):
         values = [row.baselines[name] for row in rows]
         ax.plot(sizes, values, style, label=name, **GREY)
     ticks = sorted(set(sizes))
@@ -321,13 +323,15 @@ def draw_side_by_side(ax: "Axes", rows: list[Row]) -> None:
 
 def draw_baselines(ax: "Axes", rows: list[Row]) -> None:
     """A line down through the rows for each baseline."""
+    names = list(rows[0].baselines)
+    key = rows[0].key
     lowest = min(row.main.min() for row in rows)
-    lowest = min(lowest, *(row.baselines[SVM] for row in rows))
-    for name, style in BASELINE_STYLES.items():
+    lowest = min(lowest, *(row.baselines[names[1]] for row in rows))
+    for name, style in zip(names, BASELINE_STYLES, strict=True):
         values = [row.baselines[name] for row in rows]
         if len(set(values)) == 1 and values[0] < lowest - 0.05:
             # it would squeeze what is compared into a corner
-            note = f"{name}: {100 * values[0]:.1f} %, off the scale"
+            note = f"{name}: {ALL_MEASURES[key].show(values[0])}, off the scale"
             ax.plot([], [], " ", label=note)
         else:
             ax.plot(values, range(len(rows)), style, label=name, **GREY)

@@ -213,7 +213,7 @@ def test_a_learning_curve(sweep, figures, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "largest, says", [(0.687, "largest class: 68.7 %, off the scale"), (0.86, "largest class")]
+    "largest, says", [(0.687, "largest class: 68.70%, off the scale"), (0.86, "largest class")]
 )
 def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(
     tmp_path, monkeypatch, largest, says

@@ -1,15 +1,24 @@
 """GLUE's sets: their files are read as they are, and their scores are those of run_glue."""
 
+import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from labelled import read, refused
-from sklearn.metrics import f1_score, matthews_corrcoef
+from scipy.stats import rankdata
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
+from sklearn.metrics import f1_score, matthews_corrcoef, mean_squared_error
+from sklearn.pipeline import make_pipeline
 
+import sentiment_train
+from fine_tuning import ALONE, predictions, result_of
+from sentiment_train import SentimentSettings, finetune
+from smallgpt import settings
 from smallgpt.runs.metrics import MEASURES
-from smallgpt.sentiment import report, sets, splits
+from smallgpt.sentiment import regression, report, sets, splits
 from smallgpt.sentiment.sets import Example, ReviewSettings
 
 MNLI_TITLES = (
@@ -119,6 +128,113 @@ def test_a_set_without_an_address_says_where_it_is():
 def test_every_set_has_measures_that_are_known():
     for name, measures in sets.MEASURES.items():
         assert name in sets.READERS and {*measures} <= MEASURES.keys()
+
+
+def test_stsb_foretells_a_number(tmp_path):
+    titles = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
+    start = ["0", "news", "MSR", "2012", "1", "none", "none"]
+    rows = [[*start, f"a {i}", f"b {i}", f"{i % 26 / 5:.3f}"] for i in range(60)]
+    write(tmp_path, "train.tsv", titles.split(), *rows[:50])
+    write(tmp_path, "dev.tsv", titles.split(), *rows[50:])
+    found = splits.load(ReviewSettings(set="stsb", path=str(tmp_path), train_size=20))
+    assert (found.labels, found.is_number) == (["score"], True)
+    assert found.splits["test"][0] == Example("a 50", "b 50", "4.800")
+    assert len(found.splits["train"]) == 20
+    write(tmp_path, "dev.tsv", titles.split(), [*start, "a", "b", "high"])
+    message = refused(tmp_path, set="stsb")
+    assert message == "the test split has the label 'high': it must be a number"
+
+
+def test_correlations_are_those_of_scipy():
+    draw = np.random.default_rng(0)
+    for n in (3, 50, 1500):
+        numbers = draw.integers(0, 26, n) / 5
+        predicted = numbers + draw.normal(size=n)
+        found = regression.evaluate(predicted[:, None], numbers)
+        assert found["pearson"] == pytest.approx(np.corrcoef(predicted, numbers)[0, 1])
+        ranks = [rankdata(values) for values in (predicted, numbers)]
+        assert found["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+        assert found["loss"] == pytest.approx(mean_squared_error(numbers, predicted))
+    with warnings.catch_warnings(action="error"):
+        same = regression.evaluate(np.ones((3, 1)), np.arange(3.0))
+    assert (same["pearson"], same["spearman"]) == (0, 0), "nan would not be compared with anything"
+
+
+def test_the_baselines_of_a_number(tmp_path):
+    """The mean foretells nothing, and ridge regression finds a word that decides."""
+    draw = np.random.default_rng(0)
+    made = {}
+    for split, n in (("train", 300), ("validation", 5), ("test", 100)):
+        examples = []
+        for i in range(n):
+            number = int(draw.integers(0, 2))
+            word = ["different", "alike"][number]
+            examples.append(Example(f"the two are {word} {i}", "a pair", str(number)))
+        made[split] = examples
+    reviews = splits.Reviews(made, ["score"], ("pearson", "spearman"))
+    found = regression.baselines(reviews, tmp_path)
+    assert list(found) == ["always the mean", "TF-IDF (word) + ridge"]
+    mean, ridge = found.values()
+    assert mean["pearson"] == 0 and ridge["pearson"] > 0.9
+    train = [e.text + " a pair" for e in made["train"]]
+    features = TfidfVectorizer(
+        sublinear_tf=True, ngram_range=(1, 2), token_pattern=report.word_pattern()
+    )
+    model = make_pipeline(features, Ridge()).fit(train, [float(e.label) for e in made["train"]])
+    predicted = model.predict([e.text + " a pair" for e in made["test"]])
+    numbers = [float(e.label) for e in made["test"]]
+    assert ridge["pearson"] == pytest.approx(np.corrcoef(predicted, numbers)[0, 1])
+
+
+def test_a_number_is_learnt_reported_and_given_by_classify(fine, tmp_path, run):
+    """The scores of a head without bias are those of a number less its mean: what people read must
+    be a number of the set again, in the report and from classify alike."""
+    words = {"4.5": "lovely", "3": "middling", "0.5": "dirty"}
+    titles = "sentence1 sentence2 score".split()
+    rows = []
+    for i in range(240):
+        number = list(words)[i % 3]
+        rows.append([f"room {i} was {words[number]}", f"it was {words[number]}", number])
+    write(tmp_path, "train.tsv", titles, *rows[:180])
+    write(tmp_path, "dev.tsv", titles, *rows[180:])
+    changes = dict(data__set="stsb", data__path=tmp_path, select="pearson", max_steps=40)
+    s = settings.load(SentimentSettings, fine(tmp_path, run="n", eval_every=10, **changes))
+    assert finetune(s, ALONE) == 0
+    folder = tmp_path / "n"
+    result = result_of(folder)
+    assert result["test"]["pearson"] > 0.9 and result["test"]["loss"] < 1
+    assert list(result["baselines"]) == ["always the mean", "TF-IDF (word) + ridge"]
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| | Pearson | Spearman | loss |" in text and "The largest errors:" in text
+    for name in ("curves.png", "predictions.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    predicted = predictions(folder)
+    assert [float(p["label"]) for p in predicted[:3]] == [4.5, 3, 0.5]
+
+    file = tmp_path / "pairs.txt"
+    lines = [f"{p['text']}\t{p['pair']}" for p in predicted]
+    file.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    ended = run("scripts.classify", [folder, f"file={file}", "device=cpu", "dtype=float32"])
+    given = [float(line.split("\t")[0]) for line in ended.out.splitlines()]
+    assert given == pytest.approx([float(p["prediction"]) for p in predicted], abs=2e-4)
+    ended = run("scripts.classify", [folder, lines[0], "json=true", "device=cpu"])
+    assert json.loads(ended.out)["score"] == pytest.approx(given[0], abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({}, "select=accuracy is not measured of stsb: choose of pearson, spearman, loss"),
+        ({"select": "pearson", "label_smoothing": 0.1}, "label_smoothing and class_weights are of"),
+    ],
+)
+def test_what_is_of_classes_is_refused_of_numbers(fine, tmp_path, mistake_of, changes, says):
+    titles = "sentence1 sentence2 score".split()
+    rows = [[f"a {i}", f"b {i}", f"{i % 5}"] for i in range(50)]
+    for name in ("train.tsv", "dev.tsv"):
+        write(tmp_path, name, titles, *(rows[:40] if name == "train.tsv" else rows[40:]))
+    argv = fine(tmp_path, data__set="stsb", data__path=tmp_path, **changes)
+    assert says in mistake_of(sentiment_train.main, argv)
 
 
 def test_matthews_and_f1_are_those_of_scikit_learn():
