@@ -35,11 +35,17 @@ def evaluate(predicted: np.ndarray, numbers: np.ndarray, measures: tuple[str, ..
     from scipy.stats import pearsonr, spearmanr
 
     predicted = predicted[:, 0]
-    found = {"loss": float(np.mean((predicted - numbers) ** 2)), "pearson": 0.0, "spearman": 0.0}
+    errors = predicted - numbers
+    loss = np.mean(errors**2)
+    pearson = spearman = 0.0
     if np.ptp(predicted) > 0 and np.ptp(numbers) > 0:
-        found["pearson"] = float(pearsonr(predicted, numbers).statistic)
-        found["spearman"] = float(spearmanr(predicted, numbers).statistic)
-    return found
+        pearson = pearsonr(predicted, numbers).statistic
+        spearman = spearmanr(predicted, numbers).statistic
+    return {
+        "loss": float(loss),
+        "pearson": float(pearson),
+        "spearman": float(spearman),
+    }
 
 
 def mean_and_deviation(numbers: np.ndarray) -> list[float]:
@@ -61,12 +67,13 @@ def compute_baselines(reviews: Reviews) -> dict[str, Scores]:
     train = reviews.splits["train"]
     test = reviews.splits["test"]
     train_numbers = numbers_of(train)
-    mean = np.full(len(test), train_numbers.mean())
-    unit, by_features = tfidf(texts_of(train), train_numbers, texts_of(test), Ridge())
     numbers = numbers_of(test)
+    mean = np.full((len(test), 1), train_numbers.mean())
+    unit, by_features = tfidf(texts_of(train), train_numbers, texts_of(test), Ridge())
+    by_features = by_features[:, None]
     return {
-        "always the mean": evaluate(mean[:, None], numbers),
-        f"TF-IDF ({unit}) + ridge": evaluate(by_features[:, None], numbers),
+        "always the mean": evaluate(mean, numbers),
+        f"TF-IDF ({unit}) + ridge": evaluate(by_features, numbers),
     }
 
 
@@ -89,9 +96,12 @@ def write(
     report."""
     predicted = predicted[:, 0]
     write_predictions(run / "predictions.csv", examples, predicted)
-    title = f"# {run.name}: {result['set']}, {len(examples):,} test examples"
-    errors = largest_errors(examples, predicted, numbers)
-    sections = [[title], score_table(result), provenance(result), errors]
+    sections = [
+        [f"# {run.name}: {result['set']}, {len(examples):,} test examples"],
+        score_table(result),
+        provenance(result),
+        largest_errors(examples, predicted, numbers),
+    ]
     paragraphs = ["\n".join(lines) for lines in sections]
     text = "\n\n".join(paragraphs) + "\n"
     write_atomic(run / "report.md", text)

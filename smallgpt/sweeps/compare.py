@@ -204,13 +204,17 @@ def markdown(rows: list[Row], note: str = "") -> str:
         titles.append("training examples")
     for key in first.scores:
         titles.append(title(key, first.is_test))
-    titles += ["difference from the first", "n", "seconds a run"]
+    titles.append("difference from the first")
+    titles.append("n")
+    titles.append("seconds a run")
     titles += first.baselines
     rule = "|---" * len(titles) + "|"
     lines = [table_line(titles), rule]
     for row in rows:
-        lines.append(table_line(words_of(row)))
-    unit = "points, " if ALL_MEASURES[first.key].is_share else ""
+        words = words_of(row)
+        lines.append(table_line(words))
+    measure = ALL_MEASURES[first.key]
+    unit = "points, " if measure.is_share else ""
     explanation = (
         f"± is the standard deviation over seeds; of the differences ({unit}paired by seed) the "
         "95 % interval."
@@ -293,8 +297,16 @@ def draw_over_size(ax: "Axes", rows: list[Row]) -> None:
         means = [row.main.mean() for row in curve]
         spreads = np.nan_to_num([row.main.std() for row in curve])
         label = textwrap.fill(name or "this model", 40)
-        style = {"fmt": "o-", "ms": 4, "capsize": 3, "color": f"C{i}"}
-        ax.errorbar(sizes, means, spreads, label=label, **style)
+        ax.errorbar(
+            sizes,
+            means,
+            spreads,
+            label=label,
+            fmt="o-",
+            ms=4,
+            capsize=3,
+            color=f"C{i}",
+        )
     sizes = [row.train for row in rows]
     for name, style in zip(rows[0].baselines, BASELINE_STYLES, strict=True):
         values = [row.baselines[name] for row in rows]
@@ -310,9 +322,10 @@ def draw_side_by_side(ax: "Axes", rows: list[Row]) -> None:
     bar = {"fmt": "|", "ms": 14, "capsize": 4, "color": "C0"}
     dot = {"ms": 4, "color": "C0", "alpha": 0.5}
     for i, row in enumerate(rows):
+        mean = row.main.mean()
         spread = np.nan_to_num(row.main.std())
+        ax.errorbar([mean], [i], xerr=[spread], **bar)
         height = [i] * len(row.main)
-        ax.errorbar([row.main.mean()], [i], xerr=[spread], **bar)
         ax.plot(row.main, height, "o", **dot)
     if rows[0].baselines:
         draw_baselines(ax, rows)
@@ -323,15 +336,18 @@ def draw_side_by_side(ax: "Axes", rows: list[Row]) -> None:
 
 def draw_baselines(ax: "Axes", rows: list[Row]) -> None:
     """A line down through the rows for each baseline."""
-    names = list(rows[0].baselines)
-    key = rows[0].key
-    lowest = min(row.main.min() for row in rows)
-    lowest = min(lowest, *(row.baselines[names[1]] for row in rows))
-    for name, style in zip(names, BASELINE_STYLES, strict=True):
+    first = rows[0]
+    measure = ALL_MEASURES[first.key]
+    _, by_features = first.baselines
+    lowest = math.inf
+    for row in rows:
+        lowest = min(lowest, row.main.min(), row.baselines[by_features])
+    for name, style in zip(first.baselines, BASELINE_STYLES, strict=True):
         values = [row.baselines[name] for row in rows]
-        if len(set(values)) == 1 and values[0] < lowest - 0.05:
+        is_one_number = len({*values}) == 1
+        if is_one_number and values[0] < lowest - 0.05:
             # it would squeeze what is compared into a corner
-            note = f"{name}: {ALL_MEASURES[key].show(values[0])}, off the scale"
+            note = f"{name}: {measure.show(values[0])}, off the scale"
             ax.plot([], [], " ", label=note)
         else:
             ax.plot(values, range(len(rows)), style, label=name, **GREY)
