@@ -99,7 +99,7 @@ class SentimentSettings:
     score_test: Free[bool] = True  # false = the test stays unread, as in a search for settings
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
-    trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
+    trunk: Free[str] = ""  # run folder | smollm2, a Llama's folder, a GGUF | gpt2 | small-gpt .pth
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
     freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks
@@ -193,8 +193,8 @@ def prepare(s: SentimentSettings, world: World) -> Task:
         )
     if not s.trunk:
         raise UserError(
-            "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder "
-            "or a small-gpt .pth"
+            "trunk is not set: give a run folder of train.py, smollm2, gpt2, the folder of a Llama "
+            "or a GPT-2, a GGUF or a small-gpt .pth"
         )
     trunk = open_trunk(s.trunk)
     config = classifier_config(s, trunk)
