@@ -11,7 +11,8 @@ before it; `--` ends the settings, and everything after it is text. Without text
 of standard input are read, one a line: UTF-8, or UTF-16 with its mark, gzipped or not.
 
 Answers come in the order of the texts: label, probability, text, with tabs between. An empty line
-is answered by an empty label. A model of pairs reads two texts with a tab between; how many texts
+is answered by an empty label. A model that foretells a number (STS-B) gives it in the place of the
+label. A model of pairs reads two texts with a tab between; how many texts
 were half a pair is said at the end.
 """
 
@@ -82,7 +83,7 @@ class ClassifySettings:
 
 class Answer(NamedTuple):
     text: str
-    probabilities: Tensor | None  # (labels,); None for an empty text
+    probabilities: Tensor | None  # (labels,), or the number (1,); None for an empty text
 
 
 class Batch(NamedTuple):
@@ -107,8 +108,10 @@ def main() -> None:
     n_broken = 0
     n_half = 0
     show = to_json if s.json else to_line
+    if model.is_number:
+        show = number_to_json if s.json else number_to_line
     chunk = 1 if is_typed else CHUNK
-    for answer in answers(texts, model.score, chunk):
+    for answer in answers(texts, model.score, chunk, model.is_number):
         print(show(answer, model.labels))
         n_broken += "\ufffd" in answer.text
         n_half += model.is_of_pairs and is_half_a_pair(answer.text)
@@ -196,6 +199,22 @@ def to_json(answer: Answer, labels: list[str]) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
+def number_to_line(answer: Answer, labels: list[str]) -> str:
+    """The number and the text in one line, in the columns of `to_line`."""
+    if answer.probabilities is None:
+        return "\t\t"
+    text = " ".join(answer.text.splitlines())
+    return f"{float(answer.probabilities):.4f}\t\t{text}"
+
+
+def number_to_json(answer: Answer, labels: list[str]) -> str:
+    """An object with the text and the number under its name."""
+    number = None
+    if answer.probabilities is not None:
+        number = round(float(answer.probabilities), 6)
+    return json.dumps({"text": answer.text, labels[0]: number}, ensure_ascii=False)
+
+
 # --- reading texts --------------------------------------------------------------------------------
 
 
@@ -260,6 +279,7 @@ class Scorer:
 
     labels: list[str]
     is_of_pairs = False
+    is_number = False  # is the answer a number, and no label?
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, s: ClassifySettings):
         self.device = hardware.choose_device(s.device)
@@ -292,6 +312,8 @@ class Classifier(Scorer):
         self.cue: list[int] = head.get("cue", [])  # older versions had none
         self.block_size: int = head["block_size"]
         self.width = 0 if head["mask"] else self.block_size  # without a mask, padding is read
+        self.scale = head.get("scale")  # mean and deviation, where the label is a number
+        self.is_number = self.scale is not None
         self.is_of_pairs = found.meta.get("pairs", True)  # older versions did not record it
         tokenizer = checkpoint.tokenizer_of(found)
         config = checkpoint.model_config(found.meta["model"], path)
@@ -314,14 +336,18 @@ class Classifier(Scorer):
 
     @torch.inference_mode()
     def score(self, texts: list[str]) -> Tensor:
-        """Log-probabilities (N, labels)."""
+        """Log-probabilities (N, labels); numbers (N, 1) of a model that foretells a number."""
         rows = [self.encode(text) for text in texts]
         result = torch.empty(len(rows), len(self.labels))
         for batch in self.batches(rows, self.width):
             with hardware.autocast(self.device, self.dtype):
                 scores = self.model(batch.idx, batch.lengths)
-            log_probs = scores.float().log_softmax(-1)
-            result[batch.indices] = log_probs.cpu()
+            if self.is_number:
+                mean, deviation = self.scale
+                found = mean + deviation * scores.float()
+            else:
+                found = scores.float().log_softmax(-1)
+            result[batch.indices] = found.cpu()
         return result
 
 
@@ -407,14 +433,15 @@ def answers(
     texts: Iterable[str],
     score: Callable[[list[str]], Tensor],
     chunk: int = CHUNK,
+    is_number: bool = False,
 ) -> Iterator[Answer]:
-    """An answer to each text, in order."""
+    """An answer to each text, in order: probabilities, or a number."""
     for some in chunks(texts, chunk):
         full = [text for text in some if text.strip()]
-        log_probs = iter(score(full) if full else [])
+        found = score(full) if full else torch.empty(0)
+        values = iter(found if is_number else found.exp())
         for text in some:
-            probabilities = next(log_probs).exp() if text.strip() else None
-            yield Answer(text, probabilities)
+            yield Answer(text, next(values) if text.strip() else None)
 
 
 def chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
