@@ -11,7 +11,8 @@ before it; `--` ends the settings, and everything after it is text. Without text
 of standard input are read, one a line: UTF-8, or UTF-16 with its mark, gzipped or not.
 
 Answers come in the order of the texts: label, probability, text, with tabs between. An empty line
-is answered by an empty label. A model of pairs reads two texts with a tab between; how many texts
+is answered by an empty label. A model that foretells a number (STS-B) gives it in the place of the
+label. A model of pairs reads two texts with a tab between; how many texts
 were half a pair is said at the end.
 """
 
@@ -96,9 +97,11 @@ def main() -> None:
     n_broken = 0
     n_half = 0
     show = to_json if s.json else to_line
+    if model.is_number:
+        show = number_to_json if s.json else number_to_line
     chunk = 1 if is_typed else CHUNK
     for answer in answers(texts, model, chunk):
-        print(show(answer))
+        print(show(answer, model.labels))
         n_broken += "\ufffd" in answer.text
         n_half += model.is_of_pairs and is_half_a_pair(answer.text)
     broken = "hold bytes that are not UTF-8, or U+FFFD in their place: save the texts in UTF-8"
@@ -163,21 +166,42 @@ def is_half_a_pair(text: str) -> bool:
     return is_first != is_second
 
 
-def to_line(answer: Answer) -> str:
+def to_line(answer: Answer, labels: list[str]) -> str:
     """Label, probability and text in one line."""
-    label, probability, _ = answer.found
-    if not label:
+    found = answer.found
+    if not found.label:
         return "\t\t"
     text = " ".join(answer.text.splitlines())
-    return f"{label}\t{probability:.4f}\t{text}"
+    return f"{found.label}\t{found.probability:.4f}\t{text}"
 
 
-def to_json(answer: Answer) -> str:
+def to_json(answer: Answer, labels: list[str]) -> str:
     """An object with the text, the label, and the probabilities by label; null for no text."""
-    label, _, probabilities = answer.found
-    rounded = {label: round(value, 6) for label, value in probabilities.items()}
-    record = {"text": answer.text, "label": label or None, "probabilities": rounded or None}
+    found = answer.found
+    rounded = {label: round(value, 6) for label, value in found.probabilities.items()}
+    record = {
+        "text": answer.text,
+        "label": found.label or None,
+        "probabilities": rounded or None,
+    }
     return json.dumps(record, ensure_ascii=False)
+
+
+def number_to_line(answer: Answer, labels: list[str]) -> str:
+    """The number and the text in one line, in the columns of `to_line`."""
+    number = answer.found.number
+    if number is None:
+        return "\t\t"
+    text = " ".join(answer.text.splitlines())
+    return f"{number:.4f}\t\t{text}"
+
+
+def number_to_json(answer: Answer, labels: list[str]) -> str:
+    """An object with the text and the number under its name."""
+    number = answer.found.number
+    if number is not None:
+        number = round(number, 6)
+    return json.dumps({"text": answer.text, labels[0]: number}, ensure_ascii=False)
 
 
 # --- reading texts --------------------------------------------------------------------------------

@@ -176,9 +176,13 @@ def print_chat(path: Path, errors: str) -> None:
 def print_set(s: ReviewSettings) -> splits.Reviews:
     """Read a labelled set, and print its splits, labels and what was dropped."""
     reviews = splits.load(s)
-    for split in splits.SPLITS:
+    for split in ("train", "validation", *splits.tests_of(reviews.splits)):
         counts = Counter(e.label for e in reviews.splits[split])
-        shares = ", ".join(f"{label} {counts[label]:,}" for label in reviews.labels)
+        if reviews.is_number:
+            numbers = [float(label) for label in counts]
+            shares = f"{reviews.labels[0]} {min(numbers):g} to {max(numbers):g}"
+        else:
+            shares = ", ".join(f"{label} {counts[label]:,}" for label in reviews.labels)
         print(f"{s.set:<16} {split:<11} {len(reviews.splits[split]):>7,}  {shares}")
     for note in reviews.notes:
         print(f"  {note}")

@@ -157,11 +157,12 @@ def short_name(name: str) -> str:
 
 
 class Prediction(NamedTuple):
-    """What a model finds in a text. A text of nothing but spaces has no label: "", 0.0, {}."""
+    """What a model finds in a text: a label, or a number. In nothing but spaces it finds none."""
 
-    label: str  # the likeliest one
-    probability: float  # of that label
-    probabilities: dict[str, float]  # label -> probability; they add up to 1
+    label: str = ""  # the likeliest one
+    probability: float = 0.0  # of that label
+    probabilities: dict[str, float] = {}  # label -> probability; they add up to 1
+    number: float | None = None  # of a model that foretells one (STS-B); it has no labels
 
 
 class Batch(NamedTuple):
@@ -175,6 +176,7 @@ class Scorer:
 
     labels: list[str]
     is_of_pairs = False
+    is_number = False  # is the answer a number, and no label?
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, device: Device, dtype: Precision):
         self.device = hardware.choose_device(device)
@@ -186,24 +188,27 @@ class Scorer:
         """A prediction for each text, in order. To a model of pairs a text is two, with a tab
         between."""
         places = [i for i, text in enumerate(texts) if text.strip()]
-        found = [Prediction("", 0.0, {}) for _ in texts]
+        found = [Prediction() for _ in texts]
         if not places:
             return found
         full = [texts[i] for i in places]
-        log_probs = self.score(full)
-        rows = log_probs.exp().tolist()
+        scores = self.score(full)
+        rows = scores.tolist() if self.is_number else scores.exp().tolist()
         for i, row in zip(places, rows, strict=True):
             found[i] = self.predict(row)
         return found
 
     def predict(self, row: list[float]) -> Prediction:
-        """The prediction of a text with these probabilities, one for each label."""
+        """The prediction of a text with these probabilities, one for each label, or this number."""
+        if self.is_number:
+            (number,) = row
+            return Prediction(number=number)
         probabilities = dict(zip(self.labels, row, strict=True))
         label = max(probabilities, key=probabilities.__getitem__)
         return Prediction(label, probabilities[label], probabilities)
 
     def score(self, texts: Sequence[str]) -> Tensor:
-        """Log-probabilities (N, labels) of texts that are not empty."""
+        """Log-probabilities (N, labels), or numbers (N, 1), of texts that are not empty."""
         raise NotImplementedError
 
     def batches(self, rows: list[list[int]], width: int = 0) -> Iterator[Batch]:
@@ -235,6 +240,8 @@ class Classifier(Scorer):
         self.cue: list[int] = head.get("cue", [])  # older versions had none
         self.block_size: int = head["block_size"]
         self.width = 0 if head["mask"] else self.block_size  # without a mask, padding is read
+        self.scale = head.get("scale")  # mean and deviation, where the label is a number
+        self.is_number = self.scale is not None
         self.is_of_pairs = found.meta.get("pairs", True)  # older versions did not record it
         tokenizer = checkpoint.tokenizer_of(found)
         config = checkpoint.model_config(found.meta["model"], path)
@@ -257,15 +264,19 @@ class Classifier(Scorer):
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> Tensor:
-        """Log-probabilities (N, labels)."""
+        """Log-probabilities (N, labels); numbers (N, 1) of a model that foretells a number."""
         rows = [self.encode(text) for text in texts]
         n_labels = len(self.labels)
         result = torch.empty(len(rows), n_labels)
         for batch in self.batches(rows, self.width):
             with hardware.autocast(self.device, self.dtype):
                 scores = self.model(batch.idx, batch.lengths)
-            log_probs = scores.float().log_softmax(-1)
-            result[batch.indices] = log_probs.cpu()
+            if self.is_number:
+                mean, deviation = self.scale
+                found = mean + deviation * scores.float()
+            else:
+                found = scores.float().log_softmax(-1)
+            result[batch.indices] = found.cpu()
         return result
 
 

@@ -10,7 +10,7 @@ import smallgpt
 from helpers import ENV, ROOT
 from smallgpt import SampleSettings, load_chat, load_classifier
 from smallgpt.console import UserError
-from smallgpt.inference import Chat, Turn
+from smallgpt.inference import Chat, Prediction, Turn
 from smallgpt.sampling import Conversation
 from smallgpt.weights.pretrained import open_model
 
@@ -110,7 +110,7 @@ def test_labels_and_probabilities(fit):
     assert [bool(p.label) for p in found] == [True, False, True, True, False]
     for text, prediction in zip(texts, found, strict=True):
         if not text.strip():
-            assert prediction == ("", 0.0, {})
+            assert prediction == Prediction()
             continue
         assert prediction.probabilities.keys() == {"good", "bad"}
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-6)
@@ -118,7 +118,7 @@ def test_labels_and_probabilities(fit):
         assert prediction.probabilities[prediction.label] == prediction.probability
         (alone,) = classify([text])
         assert alone.probability == pytest.approx(prediction.probability, abs=1e-5)
-    assert classify([]) == [] and classify([" "]) == [("", 0.0, {})]
+    assert classify([]) == [] and classify([" "]) == [Prediction()]
 
 
 # --- the door -------------------------------------------------------------------------------------

