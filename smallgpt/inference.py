@@ -159,9 +159,9 @@ def short_name(name: str) -> str:
 class Prediction(NamedTuple):
     """What a model finds in a text: a label, or a number. In nothing but spaces it finds none."""
 
-    label: str = ""  # the likeliest one
-    probability: float = 0.0  # of that label
-    probabilities: dict[str, float] = {}  # label -> probability; they add up to 1
+    label: str  # the likeliest one, or ""
+    probability: float  # of that label
+    probabilities: dict[str, float]  # label -> probability; they add up to 1
     number: float | None = None  # of a model that foretells one (STS-B); it has no labels
 
 
@@ -188,7 +188,7 @@ class Scorer:
         """A prediction for each text, in order. To a model of pairs a text is two, with a tab
         between."""
         places = [i for i, text in enumerate(texts) if text.strip()]
-        found = [Prediction() for _ in texts]
+        found = [Prediction("", 0.0, {}) for _ in texts]
         if not places:
             return found
         full = [texts[i] for i in places]
@@ -202,7 +202,7 @@ class Scorer:
         """The prediction of a text with these probabilities, one for each label, or this number."""
         if self.is_number:
             (number,) = row
-            return Prediction(number=number)
+            return Prediction("", 0.0, {}, number)
         probabilities = dict(zip(self.labels, row, strict=True))
         label = max(probabilities, key=probabilities.__getitem__)
         return Prediction(label, probabilities[label], probabilities)

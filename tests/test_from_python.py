@@ -16,6 +16,7 @@ from smallgpt.weights.pretrained import open_model
 
 CPU = {"device": "cpu", "dtype": "float32"}
 GREEDY = SampleSettings(temperature=0, max_tokens=12)
+EMPTY = Prediction("", 0.0, {})
 ASKS = ["你好", "the room was quiet", "我们 吃了晚饭?"]
 
 
@@ -110,7 +111,7 @@ def test_labels_and_probabilities(fit):
     assert [bool(p.label) for p in found] == [True, False, True, True, False]
     for text, prediction in zip(texts, found, strict=True):
         if not text.strip():
-            assert prediction == Prediction()
+            assert prediction == EMPTY
             continue
         assert prediction.probabilities.keys() == {"good", "bad"}
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-6)
@@ -118,7 +119,7 @@ def test_labels_and_probabilities(fit):
         assert prediction.probabilities[prediction.label] == prediction.probability
         (alone,) = classify([text])
         assert alone.probability == pytest.approx(prediction.probability, abs=1e-5)
-    assert classify([]) == [] and classify([" "]) == [Prediction()]
+    assert classify([]) == [] and classify([" "]) == [EMPTY]
 
 
 # --- the door -------------------------------------------------------------------------------------

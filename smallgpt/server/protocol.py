@@ -259,10 +259,12 @@ def predictions_json(model: str, predictions: list[Prediction]) -> dict[str, Any
     """The labels of texts, in order. OpenAI's API has no such answer; its lists look like this."""
     data = []
     for i, found in enumerate(predictions):
-        entry = {"index": i, **found._asdict()}
-        if found.number is None:
-            del entry["number"]
-        else:
-            entry = {"index": i, "number": found.number}
-        data.append(entry)
+        entry = {
+            "label": found.label,
+            "probability": found.probability,
+            "probabilities": found.probabilities,
+        }
+        if found.number is not None:
+            entry = {"number": found.number}
+        data.append({"index": i, **entry})
     return {"object": "list", "model": model, "data": data}
