@@ -1,5 +1,6 @@
 """Talk to a pretrained model.
 
+    python chat.py                                      the model of the repository
     python chat.py checkpoints/quickstart               a run's best checkpoint, or a step folder
     python chat.py config/chat300M.yaml                 the same, with the settings in a file
     python chat.py checkpoints/quickstart sample.temperature=0.5 sample.top_k=50
@@ -19,7 +20,7 @@ from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings
 from smallgpt.settings import Device
 from smallgpt.weights.precision import set_precision
-from smallgpt.weights.pretrained import open_model
+from smallgpt.weights.pretrained import open_model, own_model
 
 HELP = """\
   /reset              forget the conversation (also: flush)
@@ -33,7 +34,7 @@ HELP = """\
 
 @dataclass
 class ChatSettings:
-    checkpoint: str = ""  # run folder (its best checkpoint) or step folder
+    checkpoint: str = field(default_factory=own_model)  # run folder (its best) or step folder
     device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen

@@ -68,7 +68,7 @@ from smallgpt.settings import (
     Rate,
     Switch,
 )
-from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
+from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk, own_model
 
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
@@ -95,7 +95,9 @@ class SentimentSettings:
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
-    trunk: Free[str] = ""  # run or step folder of train.py | gpt2 or its folder | small-gpt's .pth
+    trunk: Free[str] = field(  # run or step folder | gpt2 or its folder | small-gpt's .pth
+        default_factory=own_model
+    )
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     mask: bool = True  # pool real tokens only; false = pad to block_size, read padding like text
     freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks

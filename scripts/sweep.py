@@ -239,7 +239,7 @@ def check_trunk(run: Run) -> None:
     then = hashes.get("trunk")
     if not then:
         return
-    trunk = run.keys.get("trunk", "")
+    trunk = run.keys.get("trunk", pretrained.own_model())
     now = pretrained.digest(trunk)
     if now not in ("", then):
         raise UserError(
