@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 
+from helpers import ROOT
 from smallgpt.text import base
 
 
@@ -105,3 +106,10 @@ def test_chatterbot_is_read_from_its_package():
     assert ["什么是ai", "人工智能是工程和科学的分支,致力于构建具有思维的机器。"] in dialogues
     assert all(isinstance(turns, list) for turns in dialogues)
     assert sum(map(len, dialogues)) < 3 * len(dialogues)
+
+
+def test_the_page_lists_every_part():
+    """docs/base.md, which begins the card, names another origin or licence than the code."""
+    page = (ROOT / "docs" / "base.md").read_text(encoding="utf-8")
+    for part in base.PARTS:
+        assert f"| {part.name} | {part.origin} | {part.licence} |" in page
