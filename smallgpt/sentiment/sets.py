@@ -481,7 +481,7 @@ def fetch_files(name: str, files: dict[str, tuple[str, str]], to: Path) -> list[
             write_atomic(target, download(name, target, address, digest))
         elif sha256(target.read_bytes()) != digest:
             raise UserError(
-                f"{target} is not the file of {name}: move it, or choose another folder with to="
+                f"{target} is not the file of {name}: move it, or choose another folder"
             )
     return [to / file for file in files]
 

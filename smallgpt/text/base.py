@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,14 @@ def spelled(text: str) -> str:
 
 
 def joined_sentences(messages: list[str]) -> str:
-    """Messages that were sent one after the other as one text, with a stop where one has none."""
-    sentences = []
-    for message in messages[:-1]:
-        ends_open = message[-1:].isalnum()
-        sentences.append(f"{message}." if ends_open else message)
-    return " ".join([*sentences, *messages[-1:]])
+    """Messages that were sent one after the other as one text: where one has no stop, it gets one
+    before a capital, and a comma before a small letter."""
+    text = ""
+    for message in messages:
+        if text[-1:].isalnum():
+            text += "." if message[:1].isupper() else ","
+        text += f" {message}"
+    return text.strip()
 
 
 def joined_chinese(text: str) -> str:
@@ -254,26 +257,33 @@ class Counts:
 class Writer:
     """Writes the parts into a folder, each dialogue once."""
 
-    def __init__(self, to: Path, is_held_out: Callable[[str], bool]):
+    def __init__(self, to: Path):
         self.to = to
-        self.is_held_out = is_held_out
         self.seen: set[str] = set()
         to.mkdir(parents=True, exist_ok=True)
 
-    def write(self, name: str, dialogues: Iterable[Dialogue], shortest: int) -> Counts:
-        """Write name.txt: dialogues of `shortest` utterances or more, 2 of a chat."""
+    def write(
+        self,
+        name: str,
+        dialogues: Iterable[Dialogue],
+        shortest: int,
+        is_held_out: Callable[[str], bool],
+    ) -> Counts:
+        """Write name.txt: dialogues of `shortest` utterances or more, 2 of a chat, and none that
+        is held out."""
         self.counts = Counts()
+        is_left_out = partial(self.is_left_out, is_held_out)
         with open(self.to / f"{name}.txt", "w", encoding="utf-8", newline="\n") as file:
             for turns in dialogues:
                 lines = [" ".join(turn.split()) for turn in turns]
                 said = [line for line in lines if line]
-                for piece in pieces(said, self.is_left_out):
+                for piece in pieces(said, is_left_out):
                     text = self.text_of(piece, shortest)
                     file.write(text)
         return self.counts
 
-    def is_left_out(self, text: str) -> bool:
-        held_out = self.is_held_out(text)
+    def is_left_out(self, is_held_out: Callable[[str], bool], text: str) -> bool:
+        held_out = is_held_out(text)
         unwanted = not held_out and is_unwanted(text)
         self.counts.held_out += held_out
         self.counts.unwanted += unwanted

@@ -27,8 +27,9 @@ def test_english_has_one_spelling(typed, expected):
 
 
 def test_messages_become_sentences():
-    """Two messages run into one another: "Yes its late"."""
-    assert base.joined_sentences(["Yes", "its late!", "bye"]) == "Yes. its late! bye"
+    """Two messages run into one another: "Yes It is late"."""
+    assert base.joined_sentences(["Yes", "It is late", "ok!", "bye"]) == "Yes. It is late, ok! bye"
+    assert base.joined_sentences(["hi"]) == "hi" and base.joined_sentences([]) == ""
     assert base.joined_chinese("我 很好 。A B") == "我很好。A B"
 
 
@@ -41,16 +42,17 @@ def test_addresses_are_unwanted(text):
 
 def test_a_dialogue_is_cut_where_something_is_left_out(tmp_path):
     """An answer is learnt to what was not said before it, or an unwanted utterance is written."""
-    writer = base.Writer(tmp_path / "new", lambda text: "test" in text)
+    writer = base.Writer(tmp_path / "new")
     dialogues = [
         ["a", " b  c ", "", "a test text", "d", "shit", "e", "f"],
         ["alone"],
         ["e", "f"],
     ]
-    counts = writer.write("chat", dialogues, 2)
+    counts = writer.write("chat", dialogues, 2, lambda text: "test" in text)
     assert (tmp_path / "new" / "chat.txt").read_text(encoding="utf-8") == "a\nb c\n\ne\nf\n\n"
     assert counts == base.Counts(2, 4, 12, held_out=1, unwanted=1, single=2, copies=1)
-    assert writer.write("texts", [["alone"], ["alone"]], 1).copies == 1
+    assert writer.write("texts", [["alone"], ["alone"]], 1, bool).dialogues == 0
+    assert writer.write("texts", [["alone"], ["alone"]], 1, str.isdigit).copies == 1
 
 
 def packed(path, name: str, content: str) -> None:
@@ -83,7 +85,7 @@ def test_every_form_is_read(tmp_path):
     assert list(base.multiwoz([tmp_path / "m.zip"])) == [["A train."]]
     turns = {"1": {"messages": [[{"text": "yes"}, {"text": "im ok"}], [{"text": "good"}]]}}
     packed(tmp_path / "w.whl", "chitchat_dataset/dataset.json", json.dumps(turns))
-    assert list(base.chitchat([tmp_path / "w.whl"])) == [["Yes. I'm ok", "Good"]]
+    assert list(base.chitchat([tmp_path / "w.whl"])) == [["Yes, I'm ok", "Good"]]
     packed(tmp_path / "f.zip", "f/plot", "a film .\nanother\n")
     assert list(base.lines_of_archives([tmp_path / "f.zip"])) == [["a film ."], ["another"], [""]]
 
