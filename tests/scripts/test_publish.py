@@ -1,13 +1,17 @@
 """scripts/publish.py: what is handed on of a run."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import train
+from chat import ChatSettings
 from helpers import last_weights, mistake
 from scripts import publish
+from sentiment_train import SentimentSettings
+from smallgpt import settings
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.weights.pretrained import open_model, open_trunk
 
@@ -64,6 +68,17 @@ def test_the_card_tells_what_the_run_recorded(folder):
     assert card.startswith("## Limits\n\nIt knows colours.\n")
 
 
+def test_chats_and_fine_tunings_begin_with_the_model_of_the_repository(folder, monkeypatch):
+    """In a clone `python chat.py` asks which model, or a model that is not there is opened."""
+    (folder / "clone" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(folder / "clone")
+    assert ChatSettings().checkpoint == SentimentSettings().trunk == ""
+    shutil.copytree(folder / "base", "checkpoints/base")
+    assert ChatSettings().checkpoint == SentimentSettings().trunk == "checkpoints/base"
+    found, _, _ = open_model(ChatSettings().checkpoint)
+    assert found.step == 12
+
+
 def test_a_new_run_begins_with_it(folder, tiny, run):
     """Nobody can go on from what is published."""
     args = tiny(folder, run="more", max_steps=2, init_from=folder / "base")
@@ -96,7 +111,5 @@ def test_mistakes(folder, mistake_of, args, says):
 
 def test_the_settings_of_a_run_are_those_of_train(folder):
     """config.yaml of the published folder is not what train.py reads."""
-    from smallgpt import settings
-
     s = settings.load(train.TrainSettings, [str(folder / "base" / "config.yaml")])
     assert s.run == "made"
