@@ -2,6 +2,7 @@
 
     python chat.py                                      the model of the repository
     python chat.py checkpoints/quickstart               a run's best checkpoint, or a step folder
+    python chat.py smollm2                              SmolLM2-135M-Instruct, after `make smollm2`
     python chat.py config/chat300M.yaml                 the same, with the settings in a file
     python chat.py checkpoints/quickstart sample.temperature=0.5 sample.top_k=50
     echo "你好" | python chat.py checkpoints/quickstart  one reply a line
@@ -17,10 +18,10 @@ from typing import Literal
 
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
-from smallgpt.sampling import Conversation, SampleSettings
+from smallgpt.sampling import Conversation, SampleSettings, one_line
 from smallgpt.settings import Device
 from smallgpt.weights.precision import set_precision
-from smallgpt.weights.pretrained import open_model, own_model
+from smallgpt.weights.pretrained import open_talker, own_model
 
 HELP = """\
   /reset              forget the conversation (also: flush)
@@ -34,7 +35,9 @@ HELP = """\
 
 @dataclass
 class ChatSettings:
-    checkpoint: str = field(default_factory=own_model)  # run folder (its best) or step folder
+    checkpoint: str = field(  # run folder (its best checkpoint) or step folder | a Llama | smollm2
+        default_factory=own_model
+    )
     device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen
@@ -44,20 +47,21 @@ def main() -> int:
     s = settings.load(ChatSettings, name_checkpoint(sys.argv[1:]), doc=__doc__)
     if not s.checkpoint:
         raise UserError(
-            "which model? python chat.py checkpoints/<run>, a folder that train.py has written"
+            "which model? python chat.py checkpoints/<run>, a folder that train.py has written; or "
+            "python chat.py smollm2"
         )
     stdin = console.open_stdin()
     device = hardware.choose_device(s.device)
-    found, model, tokenizer = open_model(s.checkpoint)
+    name, model, tokenizer = open_talker(s.checkpoint)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     precision = set_precision(model, s.dtype, device)
-    chat = Chat(Conversation(model.eval(), tokenizer, s.sample))
+    talk = Conversation(model.eval(), tokenizer, s.sample)
     if not stdin.isatty():
-        return converse(chat, prompt="")
-    print(f"{found.path}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
+        return converse(Chat(talk, flat=True), prompt="")
+    print(f"{name}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
     print("/help lists the commands.")
     line_editing()
-    return converse(chat, prompt="> ")
+    return converse(Chat(talk), prompt="> ")
 
 
 def name_checkpoint(words: list[str]) -> list[str]:
@@ -97,8 +101,10 @@ def converse(chat: "Chat", prompt: str) -> int:
 class Chat:
     """The commands and the bookkeeping around one `Conversation`."""
 
-    def __init__(self, talk: Conversation):
+    def __init__(self, talk: Conversation, flat: bool = False):
+        """flat: a reply is one line, whatever line breaks the model makes."""
         self.talk = talk
+        self.flat = flat
         self.lines: list[str] = []  # what was said, user and model in turn
         self.reply_seconds = 0.0
         self.first_seconds = 0.0  # until the first piece of the reply
@@ -113,7 +119,7 @@ class Chat:
                 if not said:
                     self.first_seconds = time.perf_counter() - start
                 said += piece
-                print(piece, end="", flush=True)
+                print(one_line(piece) if self.flat else piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         print(flush=True)

@@ -31,7 +31,9 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     pos: Literal["learned", "rope"] = "rope"  # position information
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalisation before each sub-layer
+    norm_eps: float = 0.0  # added to the variance; 0 = 1e-6 for RMSNorm, 1e-5 for LayerNorm
     mlp: Literal["gelu", "relu2", "swiglu"] = "relu2"  # activation of the MLP
+    mlp_width: int = 0  # hidden units of the MLP; 0 = 4 n_embd, or 8/3 n_embd with swiglu
     qk_norm: bool = True  # RMSNorm on queries and keys
     bias: bool = False  # biases in the linear layers and LayerNorm
     tie_weights: bool = True  # one matrix for the token embedding and the LM head
@@ -49,8 +51,12 @@ class GPTConfig:
 
     @property
     def mlp_size(self) -> int:
-        """Width of the MLP: 4 C; with SwiGLU's third matrix 8/3 C, up to a multiple of 64."""
-        return 64 * math.ceil(self.n_embd / 24) if self.mlp == "swiglu" else 4 * self.n_embd
+        """Width of the MLP: 4 C, or with SwiGLU's third matrix 8/3 C, up to a multiple of 64."""
+        if self.mlp_width:
+            return self.mlp_width
+        if self.mlp == "swiglu":
+            return 64 * math.ceil(self.n_embd / 24)
+        return 4 * self.n_embd
 
     def check(self) -> list[str]:
         """Problems with these settings, in plain words; empty when there are none."""
@@ -58,6 +64,9 @@ class GPTConfig:
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("norm_eps", "mlp_width"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout} must be in [0, 1)")
         if self.n_head < 1:
@@ -91,37 +100,46 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of the positions `at`, (T,) in all rows or (B, T) in each, of
         which the last is end - 1; return those of 0..end."""
-        if at.dim() == 1:
-            start = end - k.size(2)
-            self.k[layer, :, :, start:end] = k
-            self.v[layer, :, :, start:end] = v
-        else:
-            rows = torch.arange(at.size(0), device=at.device)[:, None]
-            self.k[layer, rows, :, at] = k.transpose(1, 2).to(self.k.dtype)
-            self.v[layer, rows, :, at] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        return put(self.k[layer], at, end, k), put(self.v[layer], at, end, v)
+
+
+def put(cache: Tensor, at: Tensor, end: int, new: Tensor) -> Tensor:
+    """Store `new` (B, K, T, D) in one layer's cache (B, K, length, D), as KVCache.write does."""
+    if at.dim() == 1:
+        start = end - new.size(2)
+        cache[:, :, start:end] = new
+    else:
+        by_position = cache.transpose(1, 2)  # (B, length, K, D)
+        rows = torch.arange(at.size(0), device=at.device)[:, None]
+        by_position[rows, at] = new.transpose(1, 2).to(cache.dtype)
+    return cache[:, :, :end]
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the precision of its input: the fused kernel wants the weight in the same precision,
-    and autocast does not see to it."""
+    """In the precision of its input: the fused kernel wants the weight in the same precision, and
+    has sums in float32 itself. A GPU's autocast would make it all float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
     """The same: FSDP gives it a bf16 weight beside a float32 stream."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        weight = self.weight.to(x.dtype)
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "rmsnorm":
-        return RMSNorm(c.n_embd, eps=1e-6)
-    return LayerNorm(c.n_embd, bias=c.bias)
+        return RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6)
+    return LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -129,17 +147,20 @@ def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tens
 
     They are float32: bf16 cannot hold the position 257."""
     pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
-    frequencies = base ** -(pairs / head_size)  # (D / 2,)
-    angles = positions[..., None].float() * frequencies  # (..., T, D / 2)
-    angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
-    return angles.cos(), angles.sin()
+    exponents = -(pairs / head_size)
+    frequencies = base**exponents  # (D / 2,)
+    turns = positions[..., None].float()
+    angles = turns * frequencies  # (..., T, D / 2)
+    both_halves = torch.cat((angles, angles), dim=-1)  # (..., T, D)
+    return both_halves.cos(), both_halves.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the two halves of each head of x (B, H, T, D) by the angles of its position."""
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    quarter_turn = torch.cat((-second, first), dim=-1)
+    turned = x * cos + quarter_turn * sin
+    return turned.to(x.dtype)
 
 
 @dataclass
@@ -169,13 +190,15 @@ class Attention(nn.Module):
         self.k = nn.Linear(C, kv_size, bias=config.bias)
         self.v = nn.Linear(C, kv_size, bias=config.bias)
         self.proj = nn.Linear(C, C, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        eps = config.norm_eps or 1e-6
+        self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
         self.attend = F.scaled_dot_product_attention  # tensor parallel draws its dropout by rank
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
-        return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
+        heads = x.unflatten(2, (-1, self.head_size))
+        return heads.transpose(1, 2)
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         q = self.split_heads(self.q(x))  # (B, H, T, D)
@@ -198,7 +221,8 @@ class Attention(nn.Module):
             is_causal=context.mask is None and x.size(1) > 1,
             enable_gqa=self.grouped,
         )
-        return self.proj(y.transpose(1, 2).flatten(2))
+        joined = y.transpose(1, 2).flatten(2)  # (B, T, C)
+        return self.proj(joined)
 
 
 class MLP(nn.Module):
@@ -210,7 +234,9 @@ class MLP(nn.Module):
         C = config.n_embd
         hidden = config.mlp_size
         self.fc = nn.Linear(C, hidden, bias=config.bias)
-        self.gate = nn.Linear(C, hidden, bias=config.bias) if self.kind == "swiglu" else None
+        self.gate = None
+        if self.kind == "swiglu":
+            self.gate = nn.Linear(C, hidden, bias=config.bias)
         self.proj = nn.Linear(hidden, C, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,10 +271,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, layer: int, at: Tensor | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). at (B,): only this position of each row is wanted, (B, 1, C);
         the MLP, two thirds of the block, then reads no other."""
-        x = x + self.drop(self.attn(self.norm1(x), context, layer))
+        attended = self.attn(self.norm1(x), context, layer)
+        x = x + self.drop(attended)
         if at is not None:
             x = take_position(x, at)
-        return x + self.drop(self.mlp(self.norm2(x)))
+        changed = self.mlp(self.norm2(x))
+        return x + self.drop(changed)
 
 
 def cross_entropy_slice(
@@ -276,27 +304,49 @@ def cross_entropy_slice(
     return loss, gradient.to(dtype)
 
 
-def sample_classes(targets: Tensor, n_classes: int, negatives: int) -> tuple[Tensor, ...]:
+def most_classes(n_targets: int, n_classes: int, negatives: int) -> int:
+    """How many of n_classes the loss of so many targets reads at most: all, or, where it samples,
+    those of the targets and so many others."""
+    if not negatives:
+        return n_classes
+    return min(n_classes, n_targets + negatives)
+
+
+def sample_classes(
+    targets: Tensor, n_classes: int, negatives: int, fixed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of n_classes those that are targets (N,) here, and so many others drawn at random, which
     stand for all others: S classes in all.
 
     Returns the classes (S,); the place of each target among them (N,), IGNORE where there is none;
     and what is to be added to their logits (S,): log of the number of classes that one stands for.
     So the sum of all exponentials is estimated without bias (sampled softmax, Jean et al. 2015).
-    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled."""
+    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled.
+
+    fixed: S is the most that there can be, and those too many count nothing. So its size does not
+    depend on the targets, and nobody waits for a GPU that has them."""
     device = targets.device
-    is_target = torch.zeros(n_classes, dtype=torch.bool, device=device)
-    is_target[targets[targets != IGNORE]] = True
-    present = is_target.nonzero()[:, 0]
-    absent = is_target.logical_not().nonzero()[:, 0]
-    drawn = absent[torch.randperm(len(absent), device=device)[:negatives]]
-    classes = torch.cat([present, drawn])
-    stands_for = torch.ones(len(classes), device=device)
-    stands_for[len(present) :] = len(absent) / max(1, len(drawn))
-    place = torch.zeros(n_classes, dtype=torch.long, device=device)
-    place[classes] = torch.arange(len(classes), device=device)
-    places = torch.where(targets == IGNORE, IGNORE, place[targets.clamp(min=0)])
-    return classes, places, stands_for.log()  # 0 of a class that stands for itself alone
+    is_valid = targets != IGNORE
+    index = torch.where(is_valid, targets, n_classes)
+    is_target = torch.zeros(n_classes + 1, dtype=torch.bool, device=device)
+    is_target = is_target.index_fill_(0, index, True)[:n_classes]
+    keys = torch.rand(n_classes, device=device)
+    order = torch.where(is_target, -1.0, keys).argsort(stable=True)  # the targets' come first
+    n_present = is_target.sum()
+    n_absent = n_classes - n_present
+    n_drawn = n_absent.clamp(max=negatives)
+    n_read = n_present + n_drawn
+
+    size = most_classes(len(targets), n_classes, negatives) if fixed else int(n_read)
+    classes = order[:size]
+    number = torch.arange(n_classes, device=device)
+    place = torch.empty_like(order)
+    place[order] = number
+    places = torch.where(is_valid, place[targets.clamp(min=0)], IGNORE)
+    number = number[:size]
+    log_others = (n_absent / n_drawn).log()  # that a drawn one stands for
+    bias = torch.where(number < n_present, 0.0, log_others)
+    return classes, places, bias.masked_fill(number >= n_read, -math.inf)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -415,9 +465,10 @@ class GPT(nn.Module):
         )
         mask = None
         if segments is not None:
-            begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-            begin = torch.where(begins, positions, 0).cummax(dim=1).values  # of its text, (B, T)
-            positions = positions - begin
+            changes = segments[:, 1:] != segments[:, :-1]
+            begins = F.pad(changes, (1, 0), value=True)
+            latest, _ = torch.where(begins, positions, 0).cummax(dim=1)
+            positions = positions - latest  # from the beginning of its text, (B, T)
             same_text = segments[:, :, None] == segments[:, None, :]
             mask = same_text.tril()[:, None]
         elif cache is not None and end > length and positions.numel() > 1:
@@ -497,7 +548,8 @@ class GPT(nn.Module):
         h, targets = h.flatten(0, 1), targets.flatten()
         bias = None
         if self.negatives and self.training:
-            classes, targets, bias = sample_classes(targets, weight.size(0), self.negatives)
+            fixed = device != "cpu"
+            classes, targets, bias = sample_classes(targets, weight.size(0), self.negatives, fixed)
             weight = weight[classes]
         return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss, bias)
 
@@ -603,32 +655,41 @@ class GPTClassifier(nn.Module):
         """The scores of hidden states x (B, T, C) that go into block `first`, and the loss of
         their targets where there are any."""
         if targets is None:
-            return self.head(self.pool_states(first, x, context, lengths))
+            pooled = self.pool_states(first, x, context, lengths)
+            return self.head(pooled)
         h = self.gpt.norm(self.gpt.run_blocks(x, context, first))
-        return self.head(self.pooled(h, lengths)), self.gpt.loss(h, targets)
+        scores = self.head(self.pooled(h, lengths))
+        return scores, self.gpt.loss(h, targets)
 
     def pool_states(self, first: int, x: Tensor, context: Context, lengths: Tensor) -> Tensor:
         """What the head reads, (B, C), of hidden states x (B, T, C) that go into block `first`."""
         if self.pool == "last" and self.mask:  # the last block's MLP then reads one position
             h = self.gpt.run_blocks(x, context, first, at=lengths - 1)
             return self.gpt.norm(h)[:, 0]
-        return self.pooled(self.gpt.norm(self.gpt.run_blocks(x, context, first)), lengths)
+        h = self.gpt.run_blocks(x, context, first)
+        return self.pooled(self.gpt.norm(h), lengths)
 
     def pooled(self, h: Tensor, lengths: Tensor) -> Tensor:
         """The last of hidden states h (B, T, C), or their mean, (B, C). With the mask, what is
         padded changes neither."""
-        positions = torch.arange(h.size(1), device=h.device)
-        end = lengths[:, None] if self.mask else h.size(1)
-        read = positions == end - 1 if self.pool == "last" else positions < end
-        read = read.expand(h.shape[:2])  # (B, T)
-        return (h * read[..., None]).sum(1) / read.sum(1, keepdim=True)
+        B, T, _ = h.shape
+        positions = torch.arange(T, device=h.device)
+        end = lengths[:, None] if self.mask else T
+        if self.pool == "last":
+            read = positions == end - 1
+        else:
+            read = positions < end
+        read = read.expand(B, T)
+        total = (h * read[..., None]).sum(1)
+        return total / read.sum(1, keepdim=True)
 
     def run_frozen(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """What the frozen part makes of tokens (B, T), the same at every step: the hidden states
         (B, T, C) that go into the first trained block; or the pooled one (B, C) if no block
         trains. `forward` takes either, with reads="states" or "pooled"."""
-        context = self.gpt.context(tokens.size(1), tokens.device)
-        x = self.gpt.embed(tokens, context)
-        if self.first_block == self.gpt.config.n_layer:
+        gpt = self.gpt
+        context = gpt.context(tokens.size(1), tokens.device)
+        x = gpt.embed(tokens, context)
+        if self.first_block == gpt.config.n_layer:
             return self.pool_states(0, x, context, lengths)
-        return self.gpt.run_blocks(x, context, 0, self.first_block)
+        return gpt.run_blocks(x, context, 0, self.first_block)

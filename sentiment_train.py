@@ -95,7 +95,7 @@ class SentimentSettings:
     select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
-    trunk: Free[str] = field(  # run or step folder | gpt2 or its folder | small-gpt's .pth
+    trunk: Free[str] = field(  # run folder | smollm2, a Llama folder, a GGUF | gpt2 | a .pth
         default_factory=own_model
     )
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
@@ -166,8 +166,8 @@ def prepare(s: SentimentSettings, world: World) -> Task:
     data = splits.load(s.data)
     if not s.trunk:
         raise UserError(
-            "trunk is not set: give a run folder of train.py, gpt2, a GPT-2 folder "
-            "or a small-gpt .pth"
+            "trunk is not set: give a run folder of train.py, smollm2, gpt2, the folder of a Llama "
+            "or a GPT-2, a GGUF or a small-gpt .pth"
         )
     trunk = open_trunk(s.trunk)
     config = classifier_config(s, trunk)

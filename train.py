@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from model import GPT, IGNORE, GPTConfig
+from model import GPT, IGNORE, GPTConfig, most_classes
 from smallgpt import console, hardware, settings
 from smallgpt.console import UserError
 from smallgpt.optim import (
@@ -179,6 +179,14 @@ def new_model(s: TrainSettings, dtype: torch.dtype) -> GPT:
     return model
 
 
+def full_speed(s: TrainSettings, shares: Shares, strategy: Single, dtype: torch.dtype) -> float:
+    """Tokens per second at the hardware's peak, which MFU is a share of; 0 = unknown."""
+    tokens = shares.micro * s.model.block_size // strategy.loss_parts
+    classes = most_classes(tokens, s.model.vocab_size, s.negatives)
+    peak = hardware.peak_flops(strategy.world.device, dtype)
+    return strategy.world.size * peak / flops_per_token(s.model, classes)
+
+
 def train(s: TrainSettings, world: World, spread: Spread) -> int:
     """The whole run, its model spread over the processes like this; returns its exit status."""
     with Run(s, world) as run:
@@ -208,7 +216,6 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         if s.init == "bigrams" and not parent:
             begun = world.by_main(partial(begin_with_bigrams, model, corpus, s.seed))
             model_line += f"; {begun}"
-        full_speed = world.size * hardware.peak_flops(device, dtype) / flops_per_token(model)
         weights = checkpoint.read_weights(parent, shapes_of(model)) if parent else None
         strategy = spread.build(model, dtype, weights)
         parts_compiled = strategy.model.compile_parts() if compiled else "off"
@@ -234,7 +241,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
                 "device": device_line,
             },
         )
-        run.full_speed = full_speed
+        run.full_speed = full_speed(s, shares, strategy, dtype)
 
         def load(step: int) -> list[Batch]:
             """The micro-batches of this data rank."""

@@ -92,6 +92,8 @@ DRY = Plan(
         "model.n_head=2",
         "model.n_embd=32",
         "model.block_size=64",
+        "tokenizer.vocab_size=320",
+        "data.val_fraction=0.1",
     ),
     quality=("--device=cpu", "--steps=10"),
     profile=("--mode=eager", "--steps=1"),
@@ -109,7 +111,7 @@ REAL = Plan(
     train=("--rounds=5", "--steps=10"),
     shard=("--rounds=5", "--steps=10"),
     decode=("--rounds=3", "--dtype=bfloat16"),
-    quality=("--device=cuda", "--minutes=0.5"),
+    quality=("--device=cuda", "--minutes=1"),
     profile=("--detail",),
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
@@ -216,7 +218,7 @@ def time_to_quality(
     options = (*plan.quality, *against, f"--out={folder}/quality")
     settings = (args.config, *data, *plan.recipe)
     command = (script, *settings, "--contenders", "ours", rival, *options)
-    return Part("time to quality", 150, command, why_not, writes_json=False)
+    return Part("time to quality", 240, command, why_not, writes_json=False)
 
 
 def profiling(plan: Plan, folder: Path) -> Part:
@@ -353,7 +355,7 @@ def main() -> int:
     p.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
     p.add_argument("--corpus", metavar="FILES", help="chats, for the time to quality")
-    p.add_argument("--config", default="config/train90M.yaml", help="what is trained on them")
+    p.add_argument("--config", default="config/speedrun_gpu.yaml", help="what is trained on them")
     p.add_argument("--out", metavar="FOLDER", default=f"{ROOT}/checkpoints/gpu")
     p.add_argument("--dry", action="store_true", help="tiny, on a CPU: do all parts run?")
     args = p.parse_args()

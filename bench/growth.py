@@ -176,11 +176,12 @@ def size_and_flops(args: argparse.Namespace) -> tuple[int, int]:
     from model import GPT, GPTConfig
     from smallgpt.runs.metrics import flops_per_token
 
+    config = GPTConfig(**shape(args))
     with torch.device("meta"):
-        model = GPT(GPTConfig(**shape(args)))
+        model = GPT(config)
     parameters = sum(p.numel() for p in model.parameters())
     masked_scores = 6 * args.n_layer * args.n_embd * args.block_size
-    return parameters, flops_per_token(model) - masked_scores
+    return parameters, flops_per_token(config) - masked_scores
 
 
 def measured(found: list[Point], workers: list[Worker]) -> list[Measured]:

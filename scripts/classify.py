@@ -41,7 +41,7 @@ from smallgpt.sentiment.batches import collate, encode_text, length_batches
 from smallgpt.settings import Device
 from smallgpt.text import formats
 from smallgpt.tokenizer import Tokenizer
-from smallgpt.weights.pretrained import open_model
+from smallgpt.weights.pretrained import open_talker
 
 CHUNK = 2048  # texts read, sorted by length and answered together
 BATCH = 16384  # at most so many tokens per forward pass
@@ -331,7 +331,7 @@ class Cloze(Scorer):
     counts."""
 
     def __init__(self, path: str, s: ClassifySettings):
-        _, model, tokenizer = open_model(path)
+        _, model, tokenizer = open_talker(path)
         super().__init__(model, tokenizer, s)
         self.words = s.label_words
         self.labels = list(self.words)

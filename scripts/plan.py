@@ -107,7 +107,7 @@ def main() -> int:
     s = settings.load(PlanSettings, doc=__doc__)
     round_vocabulary(s.model, vocabulary(s))
     kernels = "cuda" if s.compile == "false" else "compiled"
-    work = Work(s.model, kernels=kernels)
+    work = Work(s.model, kernels=kernels, negatives=s.negatives)
     cluster = cluster_of(s)
     plans = plans_of(s, work, cluster)
     print(headline(s, work, cluster))
@@ -311,7 +311,7 @@ def traffic_rows(found: Plan, cluster: Cluster) -> dict[str, str]:
 
 
 def time_rows(s: PlanSettings, work: Work, found: Plan) -> dict[str, str]:
-    flops = work.flops_per_token * s.batch_tokens / found.layout.size
+    flops = work.flops_per_token(found.layout) * s.batch_tokens / found.layout.size
     time = found.time
     return {
         "TFLOPs of a GPU": f"{flops / 1e12:,.1f}",

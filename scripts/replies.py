@@ -20,7 +20,7 @@ from smallgpt.console import UserError
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import Count, Device
 from smallgpt.text.formats import read_dialogues
-from smallgpt.weights.pretrained import open_model, own_model
+from smallgpt.weights.pretrained import open_talker, own_model
 
 GREEDY = SampleSettings(temperature=0.0)
 
@@ -45,10 +45,10 @@ def main() -> None:
     for group in read_dialogues(s.prompts):
         groups.append(group[: s.each or None])
     device = hardware.choose_device(s.device)
-    found, model, tokenizer = open_model(models[0])
+    name, model, tokenizer = open_talker(models[0])
     model.to(device)
     if s.form == "table":
-        print(f"The answers of {found.path} to {s.prompts}, {how_chosen(s.sample)}:")
+        print(f"The answers of {name} to {s.prompts}, {how_chosen(s.sample)}:")
     for group in groups:
         answers = replies(model, tokenizer, group, s.sample)
         pairs = list(zip(group, answers, strict=True))

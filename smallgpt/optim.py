@@ -42,11 +42,14 @@ def lr_factor(step: int, max_steps: int, s: OptimSettings) -> float:
     warmup = min(s.warmup, max_steps // 3)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, max_steps - 1 - warmup))
+    last = max_steps - 1
+    steps_down = max(1, last - warmup)
+    progress = min(1.0, (step - warmup) / steps_down)
+    falling = 1.0
     if s.schedule == "cosine":
         falling = 0.5 * (1 + math.cos(math.pi * progress))
-    else:  # Hu et al. 2024 (MiniCPM)
-        falling = min(1.0, (1 - progress) / s.decay) if s.decay else 1.0
+    elif s.decay:  # Hu et al. 2024 (MiniCPM)
+        falling = min(1.0, (1 - progress) / s.decay)
     return s.min_lr + (1 - s.min_lr) * falling
 
 
@@ -120,7 +123,8 @@ def alike_matrices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         first = matrices[0]
         size = first.device_mesh.size() if is_cut(first) else 1
         for start in range(0, len(matrices), size):
-            yield matrices[start : start + size]
+            end = start + size
+            yield matrices[start:end]
 
 
 def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
@@ -184,11 +188,12 @@ class Role:
 def role_of(name: str, p: nn.Parameter, s: OptimSettings, scale: float, decays: bool) -> Role:
     """Muon takes the matrices inside the blocks. Matrices and embeddings are decayed where this one
     `decays`, norms and biases never."""
-    is_matrix = p.dim() >= 2
-    by_muon = s.name == "muon" and p.dim() == 2 and "blocks." in name
-    decayed = is_matrix and decays
+    decayed = p.dim() >= 2 and decays
     rate = s.lr * role_factor(name, s) * scale
-    return Role("muon" if by_muon else "adamw", rate, decayed)
+    in_block = p.dim() == 2 and "blocks." in name
+    if s.name == "muon" and in_block:
+        return Role("muon", rate, decayed)
+    return Role("adamw", rate, decayed)
 
 
 def make_optimizers(
@@ -230,10 +235,13 @@ def make_optimizers(
 
 def set_lr(optimizers: list[Optimizer], factor: float) -> float:
     """Set every group to factor times its peak; returns the highest rate, for the log."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group["lr"] = group["peak_lr"] * factor
-    return max((group["lr"] for group in groups), default=0.0)  # a frozen stage has none
+    rates = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = group["peak_lr"] * factor
+            group["lr"] = rate
+            rates.append(rate)
+    return max(rates, default=0.0)  # a frozen stage has none
 
 
 def check_finite(

@@ -13,7 +13,7 @@ import torch
 from bench import common, gpu, step_profile
 from bench.gpu import Part
 from helpers import ENV, ROOT
-from model import GPT, GPTConfig
+from model import GPTConfig
 from smallgpt import settings
 from smallgpt.runs import metrics
 
@@ -23,18 +23,21 @@ from smallgpt.runs import metrics
 @pytest.mark.slow
 def test_every_part_runs_to_its_end(tmp_path):
     """On a machine with a GPU, lent for minutes, an option that a part does not know would cost the
-    part. The package transformers is not installed there."""
+    part, and so would a setting of the speedrun. Without the package transformers."""
+    corpus = tmp_path / "letters.txt"
+    gpu.write_corpus(corpus)
     missing = tmp_path / "missing"
     missing.mkdir()
     (missing / "transformers.py").write_text("raise ImportError", encoding="utf-8")
-    command = [sys.executable, "bench/gpu.py", "--dry", "--minutes", "20", "--out", str(tmp_path)]
+    options = ["--minutes=20", f"--out={tmp_path}", f"--corpus={corpus}"]
+    command = [sys.executable, "bench/gpu.py", "--dry", *options]
     env = {**ENV, "PYTHONPATH": str(missing)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     states = {name: part["state"] for name, part in found["parts"].items()}
-    assert states.pop("time to quality") == "left out"
-    assert list(states) == ["tests", "training, tiny", "FSDP2", "decoding", "profile"]
+    parts = ["tests", "training, tiny", "FSDP2", "decoding", "time to quality", "profile"]
+    assert list(states) == parts
     assert set(states.values()) == {"done"}
     assert "skipped" in found["parts"]["tests"]["text"]
     for name in ("training, tiny", "decoding"):
@@ -46,8 +49,15 @@ def test_every_part_runs_to_its_end(tmp_path):
     losses = [layout["losses"] for layout in layouts.values()]
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "| time to quality | left out: no --corpus was given | 0 |" in text
+    assert "config/speedrun_gpu.yaml" in text and "| ours |" in text
     assert text.count("| contender |") == 2 and "| matrix products |" in text
+
+
+def test_without_a_corpus_there_is_no_time_to_quality(tmp_path):
+    """The part would fail for a reason that the user cannot see."""
+    args = Namespace(corpus=None, nanogpt=None, config="config/speedrun_gpu.yaml")
+    part = gpu.time_to_quality(args, gpu.DRY, (), tmp_path)
+    assert gpu.run(part, 1000, tmp_path).sentence == "left out: no --corpus was given"
 
 
 def part(code: str, seconds: int = 1) -> Part:
@@ -104,9 +114,8 @@ def test_without_a_gpu_the_command_says_what_can_be_done(mistake_of, monkeypatch
 def test_utilisation_counts_the_operations_that_a_run_counts():
     """The MFU of a table and that of a run's log would not be the same thing."""
     shape = gpu.REAL.training["90M"].model()
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**shape, **common.GPT2_FORM))
-    assert common.flops_per_token(Namespace(**shape)) == metrics.flops_per_token(model)
+    config = GPTConfig(**shape, **common.GPT2_FORM)
+    assert common.flops_per_token(Namespace(**shape)) == metrics.flops_per_token(config)
 
 
 class Measured:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import train
 from fine_tuning import assert_same_predictions
 from helpers import ROOT, last_weights, losses
-from model import GPT, IGNORE, GPTConfig
+from model import GPT, IGNORE, GPTConfig, RMSNorm, sample_classes
 from sentiment_train import SentimentSettings, finetune
 from smallgpt import settings
 from smallgpt.parallel.strategy import Single, Spread
@@ -113,6 +113,28 @@ def test_a_run_goes_on_on_another_device(tmp_path, tiny):
         for max_steps, device in zip((4, 8, 12), devices, strict=True):
             pretrain([*args, f"max_steps={max_steps}"], device)
     assert_like(tmp_path / "both", tmp_path / "cpu", 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_norm_keeps_the_precision_of_its_input(dtype):
+    """Autocast computes a norm in float32, and queries and keys would then be twice as wide."""
+    x = torch.randn(2, 64, dtype=dtype, device=GPU)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = RMSNorm(64).to(GPU)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), F.rms_norm(x.float(), (64,), eps=1e-6), rtol=0, atol=0.02)
+
+
+def test_classes_are_sampled_without_waiting():
+    """The CPU would wait for the GPU in each micro-batch, and the GPU then for the CPU."""
+    targets = torch.randint(-1, 8192, (2048,), device=GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        classes, places, bias = sample_classes(targets, 8192, 512, fixed=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(classes) == 2560 and bias.isfinite().sum() == len(targets.unique()) - 1 + 512
+    assert classes[places[targets >= 0]].equal(targets[targets >= 0])
 
 
 def test_batches_reach_a_busy_gpu_whole_and_without_waiting():

@@ -53,7 +53,13 @@ def imported(path: Path) -> set[str]:
 RANKS = [
     {"model", "smallgpt.settings", "smallgpt.console", "smallgpt.files", "smallgpt.plots"},
     {"smallgpt.adam"},
-    {"smallgpt.hardware", "smallgpt.tokenizer", "smallgpt.optim", "smallgpt.sampling"},
+    {
+        "smallgpt.hardware",
+        "smallgpt.tokenizer",
+        "smallgpt.turns",
+        "smallgpt.optim",
+        "smallgpt.sampling",
+    },
     {"smallgpt.text", "smallgpt.parallel"},
     {"smallgpt.runs"},
     {"smallgpt.weights"},

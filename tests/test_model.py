@@ -21,7 +21,9 @@ from model import (
     GPTClassifier,
     GPTConfig,
     LinearCrossEntropy,
+    RMSNorm,
     cross_entropy_slice,
+    most_classes,
     sample_classes,
 )
 from smallgpt.runs.metrics import flops_per_token
@@ -33,7 +35,8 @@ torch.set_num_threads(
 SMALL = GPTConfig(vocab_size=96, block_size=24, n_layer=2, n_head=4, n_embd=32)
 GPT2 = replace(SMALL, pos="learned", norm="layernorm", mlp="gelu", bias=True, qk_norm=False)
 QWEN3 = replace(SMALL, mlp="swiglu", n_kv_head=2, rope_base=5000.0)
-LLAMA = replace(QWEN3, qk_norm=False, tie_weights=False)
+# an epsilon so large that the default one would show
+LLAMA = replace(QWEN3, qk_norm=False, tie_weights=False, norm_eps=0.01, mlp_width=80)
 FORMS = {
     "default": SMALL,
     "gpt2": GPT2,
@@ -142,7 +145,12 @@ def hugging_face(ours: GPT | GPTClassifier) -> tuple[torch.nn.Module, Callable]:
     )
     if c.pos == "learned":
         config = transformers.GPT2Config(
-            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, **common
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            layer_norm_epsilon=c.norm_eps or 1e-5,
+            **common,
         )
         make, names = transformers.GPT2LMHeadModel, as_gpt2
     else:
@@ -155,7 +163,7 @@ def hugging_face(ours: GPT | GPTClassifier) -> tuple[torch.nn.Module, Callable]:
             head_dim=c.n_embd // c.n_head,
             max_position_embeddings=c.block_size,
             intermediate_size=ours.blocks[0].mlp.fc.out_features,
-            rms_norm_eps=1e-6,
+            rms_norm_eps=c.norm_eps or 1e-6,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
             **common,
         )
@@ -179,8 +187,15 @@ def hugging_face(ours: GPT | GPTClassifier) -> tuple[torch.nn.Module, Callable]:
 
 @pytest.mark.parametrize(
     "config",
-    [GPT2, QWEN3, replace(QWEN3, tie_weights=False), replace(QWEN3, n_kv_head=4), LLAMA],
-    ids=["gpt2", "qwen3", "qwen3-untied", "qwen3-no-gqa", "llama"],
+    [
+        GPT2,
+        replace(GPT2, norm_eps=0.01),
+        QWEN3,
+        replace(QWEN3, tie_weights=False, norm_eps=0.01),
+        replace(QWEN3, n_kv_head=4),
+        LLAMA,
+    ],
+    ids=["gpt2", "gpt2-epsilon", "qwen3", "qwen3-untied", "qwen3-no-gqa", "llama"],
 )
 def test_equals_hugging_face(config):
     """Logits, loss and every gradient are those of transformers with the same weights."""
@@ -383,6 +398,46 @@ def test_sampled_loss_is_the_exact_one_where_nothing_is_left_out():
         assert_close(a, b, 1e-12)
 
 
+@pytest.mark.parametrize("negatives", [1, 6, 40])
+def test_a_fixed_number_of_classes_gives_the_same_loss(negatives):
+    """A GPU takes as many classes whatever the targets are: those too many must count nothing."""
+    targets = torch.tensor([2, IGNORE, 0, 6, 6, 2])
+    h = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for fixed in (False, True):
+        torch.manual_seed(4)
+        classes, places, bias = sample_classes(targets, 20, negatives, fixed)
+        assert len(classes) == min(20, (6 if fixed else 3) + negatives)
+        loss = LinearCrossEntropy.apply(h, w[classes], places, w.dtype, cross_entropy_slice, bias)
+        results.append((loss, *torch.autograd.grad(loss, (h, w))))
+    for one, other in zip(*results, strict=True):
+        assert_close(other, one, 1e-12)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where the host would wait for a GPU: it reads a number, or a size that depends on
+    numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2"), name
+        is_index = name in ("index", "index_put_") and args[1] is not None
+        if is_index:
+            masks = [x for x in args[1] if x is not None and x.dtype == torch.bool]
+            assert not masks, f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_classes_are_sampled_without_a_look_at_them():
+    """Each look made a GPU wait for the CPU that waited for it, three times a micro-batch."""
+    targets = torch.tensor([2, IGNORE, 0, 6, 6])
+    with NoHostReads():
+        sample_classes(targets, 20, 4, fixed=True)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            sample_classes(targets, 20, 4)
+
+
 def test_sampled_loss_has_the_gradient_of_its_estimate():
     """Each draw is a function of its own: its gradient is checked with the draw held."""
     targets = torch.tensor([2, IGNORE, 0, 6, 6])
@@ -425,6 +480,25 @@ class Watch(TorchDispatchMode):
                 self.largest = max(self.largest, tensor.numel())
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
         return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_norm_keeps_the_precision_of_its_input_under_autocast(monkeypatch, dtype):
+    """A GPU's autocast computes a norm in float32, which it would be asked to be without: queries
+    and keys were twice as wide. (A CPU's leaves norms alone, so that one looks at the switch.)"""
+    original = F.rms_norm
+
+    def watched(*args) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        return original(*args)
+
+    monkeypatch.setattr(F, "rms_norm", watched)
+    norm = RMSNorm(8)
+    x = torch.randn(2, 8).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert y.dtype == dtype and norm(x).equal(y)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -592,6 +666,8 @@ def test_initialisation_is_that_of_gpt2(config):
         ({"n_kv_head": -1}, "n_head=4 is not divisible by n_kv_head=-1"),
         ({"dropout": 1.0}, "dropout=1.0 must be in [0, 1)"),
         ({"dropout": -0.1}, "dropout=-0.1 must be in [0, 1)"),
+        ({"norm_eps": -1e-6}, "norm_eps=-1e-06 must not be negative"),
+        ({"mlp_width": -64}, "mlp_width=-64 must not be negative"),
     ],
 )
 def test_check_names_the_problem(change, problem):
@@ -611,7 +687,7 @@ def test_flops_per_token_is_what_pytorch_counts(config):
     model, idx = GPT(config), tokens(config, 1, config.block_size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx, next_tokens(idx)).backward()
-    assert counter.get_total_flops() == flops_per_token(model) * config.block_size
+    assert counter.get_total_flops() == flops_per_token(config) * config.block_size
 
 
 def test_flops_per_token_by_hand():
@@ -619,7 +695,20 @@ def test_flops_per_token_by_hand():
     mlp = 3 * 32 * 128  # 8/3 * 32 = 85.3, rounded up to a multiple of 64
     head = 96 * 32
     scores = 2 * 24 * 32  # q k^T and weights v, multiply-adds over 24 positions
-    assert flops_per_token(GPT(QWEN3)) == 6 * (2 * (attention + mlp + scores) + head)
+    assert flops_per_token(QWEN3) == 6 * (2 * (attention + mlp + scores) + head)
+
+
+def test_flops_of_a_sampled_loss_are_those_of_the_classes_it_reads(monkeypatch):
+    """MFU would count products that nobody made. A GPU reads as many as there can be."""
+    config = replace(SMALL, vocab_size=960)
+    model, idx = GPT(config).train(), tokens(config, 1, config.block_size)
+    model.negatives = 8
+    monkeypatch.setattr("model.sample_classes", lambda *args: sample_classes(*args[:3], fixed=True))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    classes = most_classes(config.block_size, config.vocab_size, 8)
+    assert classes == config.block_size + 8
+    assert counter.get_total_flops() == flops_per_token(config, classes) * config.block_size
 
 
 @torch.no_grad()

@@ -778,7 +778,7 @@ def bad(tmp_path_factory, labelled, trunk) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "argument, says",
     [
-        ("trunk=", "trunk is not set: give a run folder of train.py, gpt2"),
+        ("trunk=", "trunk is not set: give a run folder of train.py, smollm2"),
         ("trunk={empty}", "there is no checkpoint (no step-... folder) in "),
         ("trunk=/no/such/folder", "there is no trunk '/no/such/folder'"),
         ("data.path=/no/such/file.csv", "there is no file /no/such/file.csv"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from helpers import (
     steps,
     wait_for,
 )
+from model import GPTConfig
 from smallgpt import settings
-from smallgpt.parallel.strategy import Single, Spread
+from smallgpt.parallel.strategy import Shares, Single, Spread
 from smallgpt.parallel.world import World
+from smallgpt.runs import metrics
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +233,19 @@ def test_kill_9_before_any_file_operation_then_resume_is_exact(
         deaths += 1
     assert ended.status == 0 and deaths >= 8
     assert_same(tmp_path / "r", uninterrupted)
+
+
+def test_utilisation_counts_what_a_sampled_loss_multiplies(monkeypatch):
+    """As of the whole vocabulary it would count products that nobody made; tensor-parallel ranks
+    have the loss of a part of the tokens each."""
+    monkeypatch.setattr("smallgpt.hardware.peak_flops", lambda device, dtype: 1e12)
+    config = GPTConfig(vocab_size=4096, block_size=32, n_layer=2, n_head=2, n_embd=32)
+    shares = Shares(rows=8, accum=2, micro=4)
+    for negatives, parts, classes in [(0, 1, 4096), (16, 1, 128 + 16), (16, 2, 64 + 16)]:
+        s = train.TrainSettings(model=config, negatives=negatives)
+        strategy = SimpleNamespace(world=World(0, 2, torch.device("cpu")), loss_parts=parts)
+        speed = train.full_speed(s, shares, strategy, torch.bfloat16)
+        assert speed == 2 * 1e12 / metrics.flops_per_token(config, classes)
 
 
 MOMENTS = {

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, most_classes
 from smallgpt.parallel.layout import Axes, Schedule, cut_in_ranges
 
 F32 = 4  # bytes of weights, gradients and the residual stream, for each number
@@ -133,6 +133,7 @@ class Work:
     config: GPTConfig
     product: int = 2  # bytes of a number in matrix products
     kernels: Literal["cpu", "cuda", "compiled"] = "compiled"  # they decide what backward needs
+    negatives: int = 0  # classes that the loss samples; memory is planned as if it read all
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -166,11 +167,15 @@ class Work:
         of_root = numbers(self.root(whole))
         return self.config.n_layer * of_block + of_root
 
-    @property
-    def flops_per_token(self) -> int:
+    def classes(self, layout: Layout) -> int:
+        """Rows of the LM head that the loss multiplies by."""
+        tokens = layout.rows * self.config.block_size // layout.tp
+        return most_classes(tokens, self.config.vocab_size, self.negatives)
+
+    def flops_per_token(self, layout: Layout) -> int:
         """As runs.metrics counts them: without recomputation, with all attention scores."""
         c = self.config
-        head = c.vocab_size * c.n_embd
+        head = self.classes(layout) * c.n_embd
         weights = c.n_layer * matrices(self.block()) + head
         scores = 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * weights + scores
@@ -233,9 +238,9 @@ def kept_by_block(work: Work, tp: int = 1, sequence: bool = False) -> dict[str, 
         inputs = count if copies else 1
         kept[f"{half}: input"] = inputs * low * c.n_embd
     if c.qk_norm:
-        # a fused norm keeps its input in float32, the CPU's also what it made of it
-        each = {"cpu": 2 * F32, "cuda": F32, "compiled": low}
-        kept["before qk_norm"] = each[work.kernels] * (queries + keys)
+        # a fused norm keeps its input; the CPU's in float32, and what it made of it, too
+        each = 2 * F32 if work.kernels == "cpu" else low
+        kept["before qk_norm"] = each * (queries + keys)
         kept["qk_norm's scale"] = F32 * (heads + kv_heads)
     kept["q, k, v"] = low * (queries + 2 * keys)
     kept["attended"] = low * queries

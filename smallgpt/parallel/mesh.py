@@ -6,6 +6,7 @@ behind it; gradients are summed where their part lives. All of it is PyTorch's o
 on a DeviceMesh, parameters that are DTensors.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,7 +29,7 @@ from model import GPT, GPTClassifier
 from smallgpt.adam import Optimizer
 from smallgpt.hardware import DTYPES
 from smallgpt.parallel.layout import Axes, MeshSettings
-from smallgpt.parallel.strategy import Single
+from smallgpt.parallel.strategy import Single, with_gradient
 from smallgpt.parallel.tensor import cut_matrices
 from smallgpt.parallel.world import World
 
@@ -65,23 +66,28 @@ class Mesh(Single):
         replicate, shard = data.get_coordinate()
         self.data_rank = replicate * data.size(1) + shard
         self.data_size = data.size()
+        self.loss_parts = mesh["tp"].size()
         self.gradient_scale = float(self.data_size)  # FSDP averages, the step wants the sum
         self.dtype = dtype
         self.cut()
-        self.model.to_empty(device="cpu" if s.offload else world.device)
-        if gpt_of(self.model).lm_head is not None:  # a stage of a pipeline may have none
-            gpt_of(self.model).tie()
+        home = "cpu" if s.offload else world.device
+        self.model.to_empty(device=home)
+        gpt = gpt_of(self.model)
+        if gpt.lm_head is not None:  # a stage of a pipeline may have none
+            gpt.tie()
         self.set_weights(weights)
 
     def cut(self) -> None:
         """Cut the model, which lies on the meta device, in place."""
-        if self.mesh["tp"].size() > 1:
-            cut_matrices(self.model, self.mesh["tp"], self.s.sequence)
+        tp = self.mesh["tp"]
+        if tp.size() > 1:
+            cut_matrices(self.model, tp, self.s.sequence)
         self.cut_layers()
 
     def cut_layers(self) -> None:
         """Cut what every process of a replica has alike, block by block."""
-        self.shard(self.model, gpt_of(self.model).blocks)
+        blocks = gpt_of(self.model).blocks
+        self.shard(self.model, blocks)
 
     def shard(self, root: nn.Module, blocks: nn.ModuleList) -> None:
         """FSDP2: each block is gathered by itself; embeddings, norm and heads with the root, whose
@@ -184,14 +190,17 @@ class Mesh(Single):
             self.model.reshard()  # without a backward, the root would stay gathered
 
     def clip(self, optimizers: list[Optimizer], max_norm: float) -> Tensor:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = with_gradient(self.model)
         norm = self.gradient_norm(parameters)
-        nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
+        most = max_norm or math.inf
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
         return norm
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Norm of the whole gradient, of which these parameters have a part. A collective."""
-        return whole_of(nn.utils.get_total_norm([p.grad for p in parameters]))
+        gradients = [p.grad for p in parameters]
+        norm = nn.utils.get_total_norm(gradients)
+        return whole_of(norm)
 
 
 def gpt_of(model: nn.Module) -> GPT:
@@ -207,9 +216,10 @@ def whole_of(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def set_parameter(parameter: nn.Parameter, whole: Tensor) -> None:
     """Give a parameter, of which this process may hold a part, its value, given whole."""
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        part = distribute_tensor(whole, mesh, placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
+    if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
+        return
+    mesh = parameter.device_mesh
+    part = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
+    local = parameter.to_local()
+    local.copy_(part.to_local())

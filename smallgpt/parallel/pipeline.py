@@ -9,6 +9,7 @@ All processes of a pipeline read the same rows: what travels between them is the
 their gradients on the way back.
 """
 
+import bisect
 import functools
 import itertools
 import re
@@ -119,14 +120,16 @@ class Pipeline(Mesh):
         self.depth = pp.size()
         self.last_rank = self.depth - 1
         # NCCL: the first communication of a group must be one of all its members
-        dist.all_reduce(torch.zeros(1, device=self.world.device), group=self.pp_group)
+        anything = torch.zeros(1, device=self.world.device)
+        dist.all_reduce(anything, group=self.pp_group)
         config = gpt_of(self.model).config
         self.layers = cut_in_ranges(config.n_layer, self.s.stages)
         self.parameter_dtype = next(self.model.parameters()).dtype
         self.first_trained = self.s.stages  # the first stage of which something trains
         for name, p in self.model.named_parameters():
             if p.requires_grad:
-                self.first_trained = min(self.first_trained, self.stage_of(name))
+                stage = self.stage_of(name)
+                self.first_trained = min(self.first_trained, stage)
         self.stages: dict[int, Stage] = {}
         for number in range(self.pp_rank, self.s.stages, self.depth):
             blocks = self.layers[number]
@@ -134,7 +137,8 @@ class Pipeline(Mesh):
         keep_only(self.model, self.stages.values())
         for stage in self.stages.values():
             self.shard(stage, stage.blocks)
-        self.schedule = functools.lru_cache(maxsize=2)(self.make_schedule)  # training, evaluation
+        keep_two = functools.lru_cache(maxsize=2)  # training, evaluation
+        self.schedule = keep_two(self.make_schedule)
         if config.tie_weights:
             # each process of the first stage, and the one of the last that holds the same parts
             first_and_last = self.mesh.mesh[[0, -1]]
@@ -142,8 +146,13 @@ class Pipeline(Mesh):
             self.ends, _ = dist.new_subgroups_by_enumeration(pairs.tolist())
 
     @property
+    def is_last(self) -> bool:
+        """Does this process have the last stage?"""
+        return self.pp_rank == self.last_rank
+
+    @property
     def computes_loss(self) -> bool:
-        return self.pp_rank == self.last_rank and super().computes_loss
+        return self.is_last and super().computes_loss
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -152,9 +161,11 @@ class Pipeline(Mesh):
         block = re.search(r"blocks\.(\d+)\.", name)
         if block:
             layer = int(block[1])
-            return next(number for number, layers in enumerate(self.layers) if layer in layers)
+            ends = [layers.stop for layers in self.layers]
+            return bisect.bisect_right(ends, layer)
         is_embedding = re.search(r"wte|wpe", name)
-        return 0 if is_embedding else self.s.stages - 1
+        last = self.s.stages - 1
+        return 0 if is_embedding else last
 
     def gather(self, name: str, parameter: nn.Parameter | None) -> Tensor:
         device = self.world.device
@@ -165,7 +176,8 @@ class Pipeline(Mesh):
             shape = self.shapes[name]
             whole = torch.empty(shape, dtype=self.parameter_dtype, device=device)
         _, *place = self.mesh.get_coordinate()
-        if home and not any(place):  # of all pipelines that of the main process
+        is_first_pipeline = not any(place)  # that of the main process
+        if home and is_first_pipeline:
             dist.broadcast(whole, group=self.pp_group, group_src=home)
         return whole
 
@@ -184,9 +196,13 @@ class Pipeline(Mesh):
         losses = []
 
         def finish(output: Any, batch: HasInputs) -> Tensor:
-            loss = loss_of(lambda *inputs: output, batch)
+            def run(*inputs: Any) -> Any:
+                return output
+
+            loss = loss_of(run, batch)
             losses.append(loss.detach())
-            return loss * (self.gradient_scale * scale)
+            factor = self.gradient_scale * scale
+            return loss * factor
 
         # what was drawn before is the same on all stages; their dropout is not
         seed = int(torch.randint(2**48, ()))
@@ -197,23 +213,26 @@ class Pipeline(Mesh):
 
     def run(self, batches: Sequence[HasInputs], finish: Finish, training: bool) -> None:
         """Take all micro-batches through the pipeline, and in training back."""
-        tokens = [batch.inputs[0] for batch in batches]
-        rows = max(x.size(0) for x in tokens)
-        length = max(x.size(1) for x in tokens)
+        shapes = [batch.inputs[0].shape for batch in batches]
+        all_rows, all_lengths = zip(*shapes, strict=True)
+        rows = max(all_rows)
+        length = max(all_lengths)
         for stage in self.stages.values():
             stage.queue = iter(batches)
             stage.size = (rows, length)
             stage.finish = finish
         schedule = self.schedule(len(batches), rows, length, training)
         go = schedule.step if training else schedule.eval
-        go(target=torch.zeros(len(batches)), return_outputs=False)
+        targets = torch.zeros(len(batches))  # the stages have their own
+        go(target=targets, return_outputs=False)
 
     def make_schedule(
         self, count: int, rows: int, length: int, training: bool
     ) -> ScheduleGPipe | Schedule1F1B | ScheduleInterleaved1F1B:
         """The order of work for `count` micro-batches, with buffers for their hidden states
         (rows, length, C)."""
-        shape = (rows, length, gpt_of(self.model).config.n_embd)
+        config = gpt_of(self.model).config
+        shape = (rows, length, config.n_embd)
         like = torch.empty(shape, dtype=self.parameter_dtype, device="meta")
         stages = []
         for number, module in self.stages.items():
@@ -257,13 +276,15 @@ class Pipeline(Mesh):
         part.copy_(total)
 
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        if self.pp_rank == self.last_rank:
+        if self.is_last:
             copy = self.tied()  # the first stage counts it
             parameters = [p for p in parameters if p is not copy]
         norm = super().gradient_norm(parameters)
-        square = norm.double().square().to(self.world.device)
-        dist.all_reduce(square, group=self.pp_group)
-        return square.sqrt().to(self.parameter_dtype)
+        square = norm.double().square()
+        total = square.to(self.world.device)
+        dist.all_reduce(total, group=self.pp_group)
+        norm_of_all = total.sqrt()
+        return norm_of_all.to(self.parameter_dtype)
 
     @torch.no_grad()
     def evaluate(self, *inputs: Any) -> Any:
@@ -289,10 +310,13 @@ class Pipeline(Mesh):
 
 def keep_only(model: GPT | GPTClassifier, stages: Iterable[Stage]) -> None:
     """Take out of the model what none of the stages holds. Its blocks keep their numbers."""
-    kept = {module for stage in stages for module in stage.modules()}
+    kept: set[nn.Module] = set()
+    for stage in stages:
+        kept.update(stage.modules())
     gpt = gpt_of(model)
     for name in ("wte", "wpe", "norm", "lm_head"):
-        if getattr(gpt, name) not in kept:
+        part = getattr(gpt, name)
+        if part not in kept:
             setattr(gpt, name, None)
     for number, block in enumerate(gpt.blocks):
         if block not in kept:
@@ -314,7 +338,9 @@ def cut_rows(inputs: tuple, parts: int) -> list[Rows]:
 
 def on_cpu(output: Any) -> Any:
     """A tensor, or each of a tuple, in CPU memory."""
-    return tuple(map(on_cpu, output)) if isinstance(output, tuple) else output.cpu()
+    if isinstance(output, tuple):
+        return tuple(on_cpu(part) for part in output)
+    return output.cpu()
 
 
 def join(outputs: list) -> Any:
@@ -326,4 +352,6 @@ def join(outputs: list) -> Any:
         kinds = zip(*outputs, strict=True)
         return tuple(join(list(of_kind)) for of_kind in kinds)
     has_rows = outputs[0].dim() > 0
-    return torch.cat(outputs) if has_rows else torch.stack(outputs).sum()
+    if has_rows:
+        return torch.cat(outputs)
+    return torch.stack(outputs).sum()

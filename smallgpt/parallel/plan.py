@@ -168,7 +168,7 @@ class Clock:
         moved = 2 * process.blocks * process.kept
         if process.stage.is_last:
             c = process.work.config
-            logits = process.tokens / self.layout.tp * c.vocab_size
+            logits = process.tokens / self.layout.tp * process.work.classes(self.layout)
             products += 3 * 2 * logits * c.n_embd / self.flops
             # of each logit: as products are, five times; or in float32, for each operation
             compiled = process.work.kernels == "compiled"
@@ -281,7 +281,7 @@ def plan(work: Work, layout: Layout, cluster: Cluster) -> Plan:
         carried=(network, in_node),
         time=time,
         tokens_per_second=speed,
-        mfu=work.flops_per_token * speed / (cluster.size * cluster.gpu.flops),
+        mfu=work.flops_per_token(layout) * speed / (cluster.size * cluster.gpu.flops),
         fits=need.total <= cluster.room,
     )
 

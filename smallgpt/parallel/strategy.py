@@ -16,6 +16,7 @@ loops call it in this order:
 class, which overrides what is different there.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -86,7 +87,15 @@ def share_batch(
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its name, a tied matrix once."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {}
+    for name, p in model.named_parameters():
+        shapes[name] = tuple(p.shape)
+    return shapes
+
+
+def with_gradient(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that have one."""
+    return [p for p in model.parameters() if p.grad is not None]
 
 
 class Single:
@@ -99,6 +108,7 @@ class Single:
 
     name = "one process"
     depth = 1  # processes in a pipeline: a step's micro-batches must be a multiple of it
+    loss_parts = 1  # processes that share the tokens of a micro-batch's loss
 
     def __init__(self, model: nn.Module, world: World, dtype: torch.dtype):
         self.shapes = shapes_of(model)
@@ -125,9 +135,11 @@ class Single:
     def gather_weights(self) -> dict[str, Tensor]:
         """All weights, whole, on the CPU, by canonical name, on the main process; nothing on the
         others. They may share the parameters' memory. A collective."""
-        if not self.world.main:
-            return {}
-        return {name: p.detach().cpu() for name, p in self.names().items()}
+        weights = {}
+        if self.world.main:
+            for name, p in self.names().items():
+                weights[name] = p.detach().cpu()
+        return weights
 
     @torch.no_grad()
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -144,7 +156,8 @@ class Single:
     def seed(self, seed: int, step: int) -> None:
         """Seed torch for one step of this data rank. All randomness of a run is a function of
         (seed, step, data rank): there is nothing to save, and resuming is exact."""
-        key = (seed * 1_000_003 + step) * 1_000_003 + self.data_rank
+        of_step = seed * 1_000_003 + step
+        key = of_step * 1_000_003 + self.data_rank
         torch.manual_seed(key % 2**63)
 
     def sum(self, *values: float) -> list[float]:
@@ -189,8 +202,9 @@ class Single:
         the device: a GPU may still be computing it."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        return nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))
+        parameters = with_gradient(self.model)
+        most = max_norm or math.inf
+        return nn.utils.clip_grad_norm_(parameters, most)
 
 
 class DDP(Single):

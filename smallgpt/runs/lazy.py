@@ -45,6 +45,9 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].read()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # Mapping's own would read it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
-from model import GPT
+from model import Block, GPTConfig
 from smallgpt.parallel.world import World
 
 if TYPE_CHECKING:
@@ -141,18 +142,17 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def flops_per_token(model: GPT) -> int:
+def flops_per_token(config: GPTConfig, classes: int = 0) -> int:
     """Floating-point operations of forward and backward per token, without recomputation.
 
-    PaLM, appendix B: 6 for each weight of a matrix, and the attention scores."""
-    config = model.config
-    matrix_weights = 0
-    for part in (model.blocks, model.lm_head):
-        for parameter in part.parameters():
-            if parameter.dim() == 2:
-                matrix_weights += parameter.numel()
+    PaLM, appendix B: 6 for each weight of a matrix, and the attention scores. classes: rows of the
+    LM head that a sampled loss reads; 0 = all."""
+    with torch.device("meta"):
+        block = Block(config)
+    of_block = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    of_head = (classes or config.vocab_size) * config.n_embd
     attention_scores = 12 * config.n_layer * config.n_embd * config.block_size
-    return 6 * matrix_weights + attention_scores
+    return 6 * (config.n_layer * of_block + of_head) + attention_scores
 
 
 # ---- metrics.jsonl

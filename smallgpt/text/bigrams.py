@@ -38,35 +38,45 @@ def begin_with_bigrams(model: GPT, corpus: Corpus, seed: int) -> str:
     """Make a new GPT, on the CPU and with an LM head of its own, a bigram model of the batches that
     the training of this seed reads. Returns what was done, in words."""
     V, C = model.wte.weight.shape
-    pairs = count_pairs(corpus, seed, V)
+    dtype = model.wte.weight.dtype
     generator = torch.Generator().manual_seed(seed)
-    embedding, head = factorise(pairs, V, C, model.wte.weight.dtype, generator)
+    pairs = count_pairs(corpus, seed, V)
+    embedding, head = factorise(pairs, V, C, dtype, generator)
     with torch.no_grad():
         model.wte.weight.copy_(embedding)
         model.lm_head.weight.copy_(head)
         for name, p in model.named_parameters():
             if name.endswith("proj.weight"):
                 p.zero_()
-    return f"begins with {len(pairs.count):,} pairs of tokens, counted in the training text"
+    n_pairs = len(pairs.count)
+    return f"begins with {n_pairs:,} pairs of tokens, counted in the training text"
 
 
 def count_pairs(corpus: Corpus, seed: int, vocab_size: int) -> Pairs:
     """How often each token follows each in the first batches, of an epoch at most."""
-    n_rows = min(corpus.blocks_per_epoch, math.ceil(COUNTED / corpus.block_size))
+    wanted = math.ceil(COUNTED / corpus.block_size)
+    n_rows = min(corpus.blocks_per_epoch, wanted)
     rows_at_once = max(1, AT_ONCE // corpus.block_size)
     found = []
     counts = []
-    for first in range(0, n_rows, rows_at_once):
-        rows = range(first, min(first + rows_at_once, n_rows))
-        x, y = corpus.train_batch(rows, seed)
+    for begin in range(0, n_rows, rows_at_once):
+        end = min(begin + rows_at_once, n_rows)
+        x, y = corpus.train_batch(range(begin, end), seed)
         is_pair = y != IGNORE
-        numbers = x[is_pair] * vocab_size + y[is_pair]
-        number, count = numbers.unique(return_counts=True)
+        first = x[is_pair]
+        second = y[is_pair]
+        number = first * vocab_size + second
+        number, count = number.unique(return_counts=True)
         found.append(number)
         counts.append(count)
-    number, place = torch.cat(found).unique(return_inverse=True)
-    count = torch.zeros_like(number).index_add_(0, place, torch.cat(counts))
-    return Pairs(number // vocab_size, number % vocab_size, count)
+    all_found = torch.cat(found)
+    all_counts = torch.cat(counts)
+    number, place = all_found.unique(return_inverse=True)
+    count = torch.zeros_like(number)
+    count.index_add_(0, place, all_counts)
+    first = number // vocab_size
+    second = number % vocab_size
+    return Pairs(first, second, count)
 
 
 def factorise(
@@ -81,28 +91,31 @@ def factorise(
     zeros = torch.zeros(vocab_size, dtype=dtype)
     n_first = zeros.index_add(0, pairs.first, count)  # (V,)
     n_second = zeros.index_add(0, pairs.second, count)
-    frequency = n_second + 0.5
-    frequency /= frequency.sum()
+    smoothed = n_second + 0.5
+    frequency = smoothed / smoothed.sum()
     rank = min(width - 2, vocab_size)
     left, right = associations(pairs, count, n_first, n_second, frequency, rank, generator)
 
     # few rows are much longer than the others: these are shortened to what 98 % have
     lengths = left.norm(dim=1, keepdim=True)
     longest = lengths.quantile(0.98)
-    shortened = left * (longest / lengths).clamp(max=1)
+    shortening = longest / lengths
+    left = left * shortening.clamp(max=1)
     scale = math.sqrt(ASSOCIATION * width) / longest
     constant = math.sqrt(CONSTANT * width)
     log_frequency = frequency.log()
     log_frequency -= log_frequency.mean()  # softmax ignores it
 
+    last = 2 + rank
     embedding = torch.zeros(vocab_size, width, dtype=dtype)
     embedding[:, 0] = constant
-    embedding[:, 2 : 2 + rank] = shortened * scale
-    missing = width - embedding.square().sum(1)
+    embedding[:, 2:last] = left * scale
+    squares = embedding.square()
+    missing = width - squares.sum(dim=1)
     embedding[:, 1] = missing.sqrt()
     head = torch.zeros(vocab_size, width, dtype=dtype)
     head[:, 0] = log_frequency / constant
-    head[:, 2 : 2 + rank] = right / scale
+    head[:, 2:last] = right / scale
     # turned at random: no coordinate differs from the others, as the norms and Adam expect
     random = torch.randn(width, width, dtype=dtype, generator=generator)
     turn, _ = torch.linalg.qr(random)
@@ -120,17 +133,19 @@ def associations(
 ) -> tuple[Tensor, Tensor]:
     """Factors (V, rank) of the positive pointwise mutual information of the pairs, smoothed: left
     of the first token, right of the second. What is frequent is fitted best."""
-    expected = frequency[pairs.second]
-    given = (count + SMOOTHING * expected) / (n_first[pairs.first] + SMOOTHING)
+    expected = frequency[pairs.second]  # of the second token, whatever is before it
+    n_before = n_first[pairs.first] + SMOOTHING
+    given = (count + SMOOTHING * expected) / n_before
     ratio = given / expected
     information = ratio.log().clamp(min=0)
-    weight_first = (n_first / n_first.mean() + 1e-3).sqrt()
-    weight_second = (n_second / n_second.mean() + 1e-3).sqrt()
+    weight_first = fitting_weight(n_first)
+    weight_second = fitting_weight(n_second)
     weighted = information * weight_first[pairs.first] * weight_second[pairs.second]
+    V = len(frequency)
     matrix = torch.sparse_coo_tensor(
         torch.stack([pairs.first, pairs.second]),
         weighted,
-        (len(frequency), len(frequency)),
+        (V, V),
         is_coalesced=True,
         check_invariants=False,
     )
@@ -138,22 +153,40 @@ def associations(
     return left / weight_first[:, None], right / weight_second[:, None]
 
 
+def fitting_weight(occurrences: Tensor) -> Tensor:
+    """How much the fit of each token counts (V,), by its occurrences."""
+    relative = occurrences / occurrences.mean()
+    return (relative + 1e-3).sqrt()
+
+
 def low_rank(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Two matrices, (A, rank) and (B, rank), with left @ right.T near the sparse matrix (A, B): its
     largest singular values, shared equally (Halko, Martinsson and Tropp 2011, algorithm 4.4 with
     two iterations)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        rows = matrix.to_sparse_csr()  # multiplies seven times as fast as the coordinates do
-        columns = matrix.t().coalesce().to_sparse_csr()  # its transpose
-    n_columns = min(rank + OVERSAMPLING, *matrix.shape)
-    start = torch.randn(matrix.size(1), n_columns, dtype=matrix.dtype, generator=generator)
-    sample = rows @ start
+    rows = compressed(matrix)
+    columns = compressed(matrix.t().coalesce())  # its transpose
+    A, B = matrix.shape
+    n_columns = min(rank + OVERSAMPLING, A, B)
+    start = torch.randn(B, n_columns, dtype=matrix.dtype, generator=generator)
+    basis = orthonormal(rows @ start)
     for _ in range(2):
-        basis, _ = torch.linalg.qr(sample)
-        sample = rows @ (columns @ basis)
-    basis, _ = torch.linalg.qr(sample)
+        basis = orthonormal(rows @ (columns @ basis))
     small = columns @ basis  # (B, n_columns)
     u, values, vt = torch.linalg.svd(small.T, full_matrices=False)
+    left = basis @ u[:, :rank]
+    right = vt[:rank].T
     root = values[:rank].sqrt()
-    return (basis @ u[:, :rank]) * root, vt[:rank].T * root
+    return left * root, right * root
+
+
+def compressed(matrix: Tensor) -> Tensor:
+    """A sparse matrix by its rows: it multiplies seven times as fast as its coordinates do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return matrix.to_sparse_csr()
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the matrix's columns."""
+    basis, _ = torch.linalg.qr(matrix)
+    return basis

@@ -37,7 +37,8 @@ from smallgpt.tokenizer import STAND_INS, Tokenizer, bytes_of, named
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)  # of weights that are kept in shards
 
-# GPT-2's form, which small-gpt shares. Both have nn.LayerNorm's default epsilon, 1e-5.
+# GPT-2's form, which small-gpt shares. (Of a GPT-2, config.json may name another epsilon than
+# LayerNorm's 1e-5, and a head of its own.)
 FORM = {
     "pos": "learned",
     "norm": "layernorm",
@@ -50,11 +51,9 @@ FORM = {
 GPT2_FORM = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
 SIZES = {  # theirs -> ours
@@ -118,6 +117,8 @@ def read_model(folder: Path) -> tuple[GPTConfig, Weights]:
     for file in files:
         tensors |= open_tensors(file).tensors
     weights = from_conv1d(trunk_weights(Weights(tensors)))
+    if "lm_head.weight" in tensors and not config.tie_weights:
+        weights.tensors["lm_head.weight"] = tensors["lm_head.weight"].then(Tensor.float)
     rows, *_ = weights.shapes.get("wte.weight", (0,))
     if rows and rows != config.vocab_size:
         raise UserError(
@@ -158,7 +159,13 @@ def read_config(file: Path) -> GPTConfig:
             f"{file}: n_inner is {config['n_inner']!r}; only a GPT-2 with {width}, four times its "
             "n_embd, can be opened here"
         )
-    return checkpoint.model_config(FORM | sizes, file)
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not epsilon > 0:
+        raise UserError(
+            f"{file}: layer_norm_epsilon is {epsilon!r}, and must be above 0: download it again"
+        )
+    own = {"norm_eps": epsilon, "tie_weights": bool(config.get("tie_word_embeddings", True))}
+    return checkpoint.model_config(FORM | sizes | own, file)
 
 
 # --- weights --------------------------------------------------------------------------------------

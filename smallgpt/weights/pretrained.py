@@ -1,7 +1,9 @@
-"""Opening what was trained before: a run of train.py, a GPT-2, or a checkpoint of small-gpt.
+"""Opening what was trained before: a run of train.py, a GPT-2, a Llama such as SmolLM2, or a
+checkpoint of small-gpt.
 
-    open_model      a run -> (Checkpoint, GPT, Tokenizer), to talk to or to ask
-    open_trunk      any of the three -> Trunk, to fine-tune
+    open_model      a run -> (Checkpoint, GPT, Tokenizer)
+    open_talker     a run or a Llama -> (name, GPT, Tokenizer), to talk to or to ask
+    open_trunk      any of the four -> Trunk, to fine-tune
     load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
     digest          a hash of the weights that a trunk has now
 
@@ -14,7 +16,7 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from smallgpt import hardware
 from smallgpt.console import UserError, shell_word
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer
-from smallgpt.weights import gpt2
+from smallgpt.weights import gguf, gpt2, llama
 
 OWN = Path("checkpoints/base")  # the model that the repository holds
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -80,8 +83,17 @@ def open_trunk(path: str) -> Trunk:
     """The trunk at path. UserError if there is none.
 
     Path is a run folder (its best checkpoint) or step folder, of pretraining or of a classifier; a
-    folder with GPT-2's files; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a small-gpt .pth."""
+    folder with GPT-2's or Llama's files; a GGUF of a Llama; smollm2; gpt2, gpt2-medium, gpt2-large
+    or gpt2-xl; or a small-gpt .pth."""
+    trunk = _open(path)
+    check_memory(trunk)
+    return trunk
+
+
+def _open(path: str) -> Trunk:
     where = Path(path)
+    if is_llama(path):
+        return _open_llama(path)
     if where.is_file():
         return _open_small_gpt(where)
     is_step = where.name.startswith("step-")  # it has a model.safetensors, too
@@ -92,10 +104,42 @@ def open_trunk(path: str) -> Trunk:
     name = path.removeprefix("openai-community/")
     if name in HUB:
         return _open_gpt2(_download(name), name)
+    known = ", ".join([*llama.PACKAGES, *HUB])
     raise UserError(
-        f"there is no trunk {path!r}: give a run folder of train.py, a folder with GPT-2's "
-        f"config.json and model.safetensors, a .pth of small-gpt, or one of {', '.join(HUB)}"
+        f"there is no trunk {path!r}: give a run folder of train.py, a folder with the config.json "
+        f"and model.safetensors of a GPT-2 or a Llama, a .gguf, a .pth of small-gpt, or {known}"
     )
+
+
+def check_memory(trunk: Trunk) -> None:
+    """UserError if the weights alone, in float32, are more than this machine's memory."""
+    sizes = [tensor.like.numel() for tensor in trunk.weights.tensors.values()]
+    need = 4 * sum(sizes)
+    memory = hardware.memory()
+    if memory and need > memory:
+        raise UserError(
+            f"{trunk.name} has {sum(sizes) / 1e9:.1f} billion parameters, which take "
+            f"{need / 2**30:.1f} GB in float32: this machine has {memory / 2**30:.1f} GB; take a "
+            "smaller model"
+        )
+
+
+def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
+    """The name of a model, the model on the CPU, and its tokenizer.
+
+    Path is what `open_model` opens, or a Llama: a folder, a GGUF, or smollm2. Tokens that this has
+    never read are rows of zeros."""
+    if not is_llama(path):
+        found, model, tokenizer = open_model(path)
+        return str(found.path), model, tokenizer
+    trunk = open_trunk(path)
+    rows = max(trunk.rows, trunk.tokenizer.vocab_size)
+    with torch.device("meta"):  # to draw 135 million weights takes longer than to read them
+        model = GPT(replace(trunk.config, vocab_size=rows))
+    model.to_empty(device="cpu")
+    model.tie()
+    load_trunk(model, trunk, std=0.0)
+    return trunk.name, model, trunk.tokenizer
 
 
 @functools.cache
@@ -155,11 +199,34 @@ def _unknown(name: str) -> dict[str, Any]:
     return {"kind": "unknown", "name": f"the text of {name}"}
 
 
-# --- GPT-2 ----------------------------------------------------------------------------------------
+# --- GPT-2 and Llama ------------------------------------------------------------------------------
+
+
+def is_llama(path: str) -> bool:
+    """Is this a GGUF, a folder with a Llama, or the name of one that can be installed?"""
+    where = Path(path)
+    if where.is_file():
+        return gguf.is_gguf(where) or where.suffix == ".gguf"
+    config = where / "config.json"
+    if config.is_file():
+        return gpt2.read_json(config).get("model_type") == "llama"
+    return path in llama.PACKAGES and not where.exists()
+
+
+def _open_llama(path: str) -> Trunk:
+    where = Path(path)
+    if not where.exists():
+        where = llama.of_package(path)
+    read = llama.read_folder if where.is_dir() else llama.read_gguf
+    return _published(path, *read(where))
 
 
 def _open_gpt2(folder: Path, name: str) -> Trunk:
-    config, weights, tokenizer = gpt2.read(folder)
+    return _published(name, *gpt2.read(folder))
+
+
+def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
+    """The trunk of files that do not tell what it was trained on."""
     rows = config.vocab_size
     textless = sum(not tokenizer.decode([i], specials=True) for i in range(rows))
     notes = []

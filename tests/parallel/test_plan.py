@@ -144,18 +144,21 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        scale = x.square().mean(-1, keepdim=True).rsqrt()
+        scale = x.float().square().mean(-1, keepdim=True).rsqrt()
         ctx.save_for_backward(x, scale)
-        return (x * scale * weight).contiguous()
+        return (x * scale * weight).to(x.dtype).contiguous()
 
 
 class AutocastOfCuda(TorchFunctionMode):
-    """CUDA's autocast computes norms and powers in float32; its norms are one kernel. (A squared
-    ReLU as a power would be kept in float32, too.)"""
+    """CUDA's autocast computes norms and powers in float32, unless it is disabled around them; its
+    norms are one kernel. (A squared ReLU as a power would be kept in float32, too.)"""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.rms_norm:
-            return FusedNorm.apply(args[0].float(), kwargs["weight"].float())
+            x, weight = args[0], kwargs["weight"]
+            if torch.is_autocast_enabled("cpu"):
+                x, weight = x.float(), weight.float()
+            return FusedNorm.apply(x, weight)
         if func is torch.Tensor.square:
             return func(args[0].float())
         return func(*args, **(kwargs or {}))
@@ -185,7 +188,11 @@ def test_the_model_is_the_model(form, tied):
     model = GPT(config)
     work = Work(config)
     assert work.parameters == sum(p.numel() for p in model.parameters())
-    assert work.flops_per_token == flops_per_token(model)
+    layout = Layout(1, 1, 1, tp=2, rows=1, accum=1)
+    assert work.flops_per_token(layout) == flops_per_token(config)
+    sampled = replace(work, negatives=8)
+    assert sampled.classes(layout) == 16 + 8  # each rank has the loss of half the tokens
+    assert sampled.flops_per_token(layout) == flops_per_token(config, 16 + 8)
 
 
 def test_every_gpu_has_a_data_sheet():

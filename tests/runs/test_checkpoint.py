@@ -367,6 +367,28 @@ def test_train_falls_back_and_says_so(copy, trained, run, spoil):
     assert "every checkpoint" in mistake(run("train", args)) and "Traceback" not in result.err
 
 
+@pytest.mark.parametrize("part", ["model.safetensors", "state"])
+def test_a_flipped_byte_stops_a_resume_until_its_advice_is_followed(copy, trained, run, part):
+    """A disk that changes bytes is for a person to look at, so every restart ends alike, and its
+    one sentence must cure: what it names is deleted, and the run goes on to the same end."""
+    folder, args = copy
+    newest, older = folder / "step-00000012", folder / "step-00000008"
+    damaged = newest / part
+    if damaged.is_dir():
+        (damaged,) = damaged.iterdir()
+    flip_a_byte(damaged)
+    for _ in range(2):
+        assert mistake(run("train", [*args, "max_steps=13"])) == (
+            f"{damaged} is damaged, some of its bytes have changed since they were written: "
+            f"delete {newest}, and {older} takes its place"
+        )
+    shutil.rmtree(newest)
+    result = run("train", args)
+    assert result.status == 0 and "continuing from step 8 of 12" in result.out, result.err
+    assert losses(folder, "train") == losses(trained[0], "train")
+    assert same_weights(folder, trained[0])
+
+
 def test_when_the_best_checkpoint_is_lost_the_best_of_the_others_is_named(copy, run, trained):
     """The newest step was the best one and damaged: the run went on, and `best` named what the step
     had become."""
