@@ -1,5 +1,6 @@
 """Talk to a pretrained model.
 
+    python chat.py                                      the model of the repository
     python chat.py checkpoints/quickstart               a run's best checkpoint, or a step folder
     python chat.py smollm2                              SmolLM2-135M-Instruct, after `make smollm2`
     python chat.py config/chat300M.yaml                 the same, with the settings in a file
@@ -22,7 +23,7 @@ from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings, one_line
 from smallgpt.settings import Device
 from smallgpt.weights.precision import set_precision
-from smallgpt.weights.pretrained import open_talker
+from smallgpt.weights.pretrained import open_talker, own_model
 
 HELP = """\
   /reset              forget the conversation (also: flush)
@@ -37,7 +38,9 @@ HELP = """\
 
 @dataclass
 class ChatSettings:
-    checkpoint: str = ""  # run folder (its best checkpoint) | an export | a Llama | smollm2
+    checkpoint: str = field(  # run folder (its best checkpoint) | an export | a Llama | smollm2
+        default_factory=own_model
+    )
     device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen

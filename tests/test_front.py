@@ -30,6 +30,7 @@ PAGES = [
     "docs/usage_zh.md",
     "docs/results.md",
     "docs/scaling.md",
+    "docs/base.md",
     "docs/experiments.md",
     "docs/export.md",
     "docs/serving.md",
@@ -167,8 +168,8 @@ def known_keys(command: Command, help_keys: Callable[..., set[str]]) -> set[str]
     if command.script != "scripts/data.py":
         return help_keys(command.script)
     name, *rest = command.words
-    if name == "text":
-        return {"to", *sets.READERS}
+    if name in ("text", "base"):
+        return {"to", "from", "held_out", *sets.READERS}
     chosen = [word for word in rest if word.startswith("set=")]
     return help_keys(command.script, name, *chosen)
 
