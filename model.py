@@ -218,7 +218,7 @@ class Attention(nn.Module):
             v,
             attn_mask=context.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask is None and x.size(1) > 1,
+            is_causal=bool(context.mask is None and x.size(1) > 1),  # a SymBool in torch.export
             enable_gqa=self.grouped,
         )
         joined = y.transpose(1, 2).flatten(2)  # (B, T, C)

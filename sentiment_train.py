@@ -54,6 +54,7 @@ from smallgpt.sentiment.batches import (
     add_leading_space,
     drop_tokens,
     encode,
+    prefix_of,
     score,
     share_rows,
 )
@@ -239,13 +240,12 @@ def classifier_config(s: SentimentSettings, trunk: Trunk) -> GPTConfig:
 
 def head_record(s: SentimentSettings, data: Reviews, trunk: Trunk) -> dict[str, Any]:
     """The head of the classifier, and how the texts that it judges are made into tokens."""
-    bos = trunk.tokenizer.bos
     return {
         "labels": data.labels,
         "pool": s.pool,
         "mask": s.mask,
         "block_size": s.block_size or trunk.config.block_size,
-        "prefix": [bos] if bos < trunk.rows else [],  # GPT-2 never saw ours
+        "prefix": prefix_of(trunk.tokenizer, trunk.rows),
         "cue": trunk.tokenizer.encode(s.cue),
         "marks": s.marks,
         "rows": trunk.rows,

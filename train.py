@@ -267,6 +267,7 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             strategy.seed(s.seed, step)  # of dropout
+            targets = max(1, targets)  # a step may have read the turns of others only
             nats = strategy.forward_backward(batches, loss_of, 1 / targets)
             norm = strategy.clip(optimizers, s.optim.clip)
             batches = load(step + 1)  # while a GPU is still computing

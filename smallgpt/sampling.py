@@ -138,7 +138,7 @@ class Dialogue:
 
     def set_system(self, text: str | None) -> None:
         """Give the dialogue another system prompt, before all that was said. Empty: none; None: the
-        template's own. UserError where the model takes none, or none so long."""
+        template's own. UserError where it is too long."""
         begin = self.template.begin(text)
         if len(begin) > self.block_size // 2:
             raise UserError(

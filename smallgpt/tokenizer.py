@@ -136,19 +136,23 @@ class Tokenizer:
             text = text.lower()
         return self.encoding.encode_ordinary(text)
 
-    def encode_dialogue(self, turns: Sequence[str]) -> list[int]:
-        """[bos] turn [sep] turn ... turn [end]"""
-        ids = [self.bos]
-        for i, turn in enumerate(turns):
-            if i:
-                ids.append(self.sep)
-            ids += self.encode(turn)
-        return ids + [self.end]
+    def encode_turns(self, turns: Sequence[str], roles: Sequence[str] = ()) -> list[list[int]]:
+        """A dialogue in pieces: [bos], then each turn with the token that closes it, a [sep] or at
+        last the [end].
 
-    def encode_dialogues(self, batch: Iterable[Sequence[str]]) -> np.ndarray:
-        """Many dialogues one after the other, uint32 (n_tokens,)."""
-        ids = chain.from_iterable(map(self.encode_dialogue, batch))
-        return np.fromiter(ids, dtype=np.uint32)
+        A system prompt begins with a [sep] of its own: to the model, it follows an empty turn."""
+        pieces = [[self.bos]]
+        last = len(turns) - 1
+        for i, turn in enumerate(turns):
+            is_prompt = bool(roles) and roles[i] == "system"
+            before = [self.sep] if is_prompt else []
+            closing = self.sep if i < last else self.end
+            pieces.append([*before, *self.encode(turn), closing])
+        return pieces
+
+    def encode_dialogue(self, turns: Sequence[str], roles: Sequence[str] = ()) -> list[int]:
+        """[bos] turn [sep] turn ... turn [end], or [bos] [sep] system prompt [sep] turn ..."""
+        return list(chain.from_iterable(self.encode_turns(turns, roles)))
 
     def decode(self, ids: Iterable[int], errors: str = "replace", specials: bool = False) -> str:
         """The text of ids; special tokens are left out, or written by name if `specials`.

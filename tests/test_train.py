@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import signal
 import subprocess
@@ -460,6 +461,7 @@ def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny)
     [
         ("data.path={other}", "the corpus"),
         ("data.split_seed=7", "data.split_seed was 0 and is now 7"),
+        ("data.loss_on=assistant", "data.loss_on=assistant needs roles"),
         ("model.n_layer=2", "model.n_layer was 1 and is now 2"),
         ("model.dropout=0.5", "model.dropout was 0.0 and is now 0.5"),
         ("batch_tokens=512", "batch_tokens was 256 and is now 512"),
@@ -477,6 +479,46 @@ def test_what_may_not_change_on_resume(finished, mistake_of, tmp_path, argument,
     config = (folder / "config.yaml").read_bytes()
     message = mistake_of(train.main, [*args, argument.format(other=tmp_path / "other.txt")])
     assert says in message and (folder / "config.yaml").read_bytes() == config
+
+
+def answers(path: Path, prompt: str = "") -> Path:
+    """A chat set whose user is unpredictable, and whose assistant always says the same."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(300):
+        asked = "".join(draw.choices("abcdefgh", k=12))
+        turns = [("system", prompt), ("user", asked), ("assistant", "yes yes yes")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_the_loss_of_the_assistant_alone(tmp_path, tiny, run):
+    """What nobody can predict is read and not learned, in training and in validation; and what is
+    learned belongs to the run."""
+    path = answers(tmp_path / "chat.jsonl")
+    args = tiny(tmp_path, max_steps=80, eval_every=80, save_every=80, data__path=path)
+    learned = {}
+    for loss_on in ("all", "assistant"):
+        result = run("train", [*args, f"run={loss_on}", f"data.loss_on={loss_on}"])
+        assert result.status == 0, result.err
+        folder = tmp_path / loss_on
+        learned[loss_on] = losses(folder, "train")[80], losses(folder, "val")[80]
+    assert max(learned["assistant"]) < 0.1  # with log(8) / 2 for what the user says
+    assert min(learned["all"]) > 0.8
+    assert "data.loss_on=assistant learns 3,600 of its 7,800 tokens" in result.err
+    other = run("train", [*args, "run=assistant", "data.loss_on=all"])
+    assert "data.loss_on was assistant and is now all" in mistake(other)
+
+
+def test_a_step_without_a_target(tmp_path, tiny, run):
+    """Regression: a step that read nothing but a long prompt divided by no target."""
+    path = answers(tmp_path / "chat.jsonl", prompt="be kind " * 40)
+    args = tiny(tmp_path, run="r", data__path=path, data__loss_on="assistant", batch_tokens=32)
+    result = run("train", [*args, "data.eval_blocks=0"])
+    assert result.status == 0, result.err
+    assert 0.0 in losses(tmp_path / "r", "train").values()
 
 
 def test_help_names_every_key(run):

@@ -139,11 +139,19 @@ def test_another_system_prompt_stands_before_what_was_said_and_survives_a_reset(
     assert history(talk) == SYSTEM, "and nothing has changed"
 
 
-def test_a_model_without_a_system_role_says_so():
-    talk = Conversation(Parrot([97], 64, []), Tokenizer("char", CHAR_PATTERN, BYTES, {}), GREEDY)
-    with pytest.raises(UserError, match="has learned no system prompt"):
-        talk.set_system("Be kind.")
-    assert talk.ids == [talk.tokenizer.bos]
+def test_a_system_prompt_stands_where_a_corpus_with_roles_has_it():
+    """Else a model would be given a form of prompt that it has never read."""
+    tokenizer = Tokenizer("char", CHAR_PATTERN, BYTES, {})
+    model = Parrot([*tokenizer.encode("ho"), tokenizer.end], 64, [])
+    talk = Conversation(model, tokenizer, GREEDY)
+    said = ["Be kind.", "hi", "ho"]
+    roles = ["system", "user", "assistant"]
+    talk.set_system(said[0])
+    assert exchange(talk, said[1]) == said[2]
+    trained = tokenizer.encode_dialogue(said, roles)
+    assert trained[-1] == tokenizer.end and talk.ids == [*trained[:-1], tokenizer.sep]
+    talk.set_system("")
+    assert talk.ids == [*tokenizer.encode_dialogue(said[1:])[:-1], tokenizer.sep]
 
 
 def test_a_published_model_without_chat_turns_is_not_talked_to():

@@ -57,6 +57,11 @@ def add_leading_space(text: str, tokenizer: Tokenizer) -> str:
     return f" {text}" if begins_with_word and tokenizer.kind != "char" else text
 
 
+def prefix_of(tokenizer: Tokenizer, rows: int) -> list[int]:
+    """What each text begins with: <|bos|>, unless the trunk, of so many rows, never saw one."""
+    return [tokenizer.bos] if tokenizer.bos < rows else []
+
+
 def encode_text(
     tokenizer: Tokenizer,
     text: str,

@@ -226,8 +226,8 @@ def _open_text(source: Source, hashes: dict[Path, str]) -> Corpus:
         raise NotSearched("changed since")
 
     def texts() -> Iterator[str]:
-        for turns in read_dialogues(path, "replace"):
-            yield from turns
+        for dialogue in read_dialogues(path, "replace"):
+            yield from dialogue.turns
 
     return Corpus(str(path), hashes[path], texts)
 

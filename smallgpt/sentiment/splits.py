@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from smallgpt.console import UserError
 from smallgpt.files import unit_hash
 from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
-from smallgpt.sentiment.tables import show
+from smallgpt.sentiment.tables import Columns, show
 
 SPLITS = ("train", "validation", "test")
 SEEDS_TRIED = 20  # for one that leaves each label a training example
@@ -29,6 +29,7 @@ class Reviews:
     splits: dict[str, list[Example]]  # train, validation and test
     labels: list[str]  # their names, in the order of the classes
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped and held out
+    columns: Columns | None = None  # of set=csv: the titles of text, pair and label
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +70,7 @@ def load(s: ReviewSettings) -> Reviews:
     refuse_unknown_labels(splits, labels, lacking, s)
     if s.train_size:
         splits["train"] = limit(splits["train"], labels, s, notes)
-    return Reviews(splits, labels, notes)
+    return Reviews(splits, labels, notes, files.columns)
 
 
 # ---- steps of load

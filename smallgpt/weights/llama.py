@@ -131,6 +131,9 @@ def tokenizer_of_folder(folder: Path, rows: int) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{file} is missing: put the one there that was saved with the weights")
+    exported = gpt2.read_exported_tokenizer([file])
+    if exported:
+        return exported
     found = gpt2.read_json(file)
     settings = folder / "tokenizer_config.json"
     about = gpt2.read_json(settings) if settings.is_file() else {}
@@ -283,15 +286,16 @@ def of_package(name: str) -> Path:
 
 
 def trunk_weights(theirs: dict[str, LazyTensor], table: dict[str, str], tied: bool) -> Weights:
-    """The tensors in float32 by our names. A head that is tied is left out; what has no name of
-    ours keeps its own, and `check_shapes` names it."""
+    """The tensors in float32 by our names. Theirs may lack `model.`. A head that is tied, and that
+    of a classifier, are left out; what has no name of ours keeps its own, and `check_shapes` names
+    it."""
     table = names.inverse(table)
     weights = {}
     for their_name, tensor in theirs.items():
-        name = names.rename(their_name, table) or their_name
-        if name == "lm_head.weight" and tied:
-            continue
-        weights[name] = tensor.then(Tensor.float)
+        name = names.rename(their_name, table) or names.rename(f"model.{their_name}", table)
+        is_unused_head = name == "lm_head.weight" and tied or their_name == "score.weight"
+        if not is_unused_head:
+            weights[name or their_name] = tensor.then(Tensor.float)
     return Weights(weights)
 
 

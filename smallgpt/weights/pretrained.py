@@ -1,9 +1,9 @@
-"""Opening what was trained before: a run of train.py, a GPT-2, a Llama such as SmolLM2, or a
-checkpoint of small-gpt.
+"""Opening what was trained before: a run of train.py, a folder of transformers (such as a GPT-2, a
+Llama or an export of ours), a GGUF, or a checkpoint of small-gpt.
 
     open_model      a run -> (Checkpoint, GPT, Tokenizer)
-    open_talker     a run or a Llama -> (name, GPT, Tokenizer), to talk to or to ask
-    open_trunk      any of the four -> Trunk, to fine-tune
+    open_talker     what knows the turns of a dialogue -> (name, GPT, Tokenizer), to talk to
+    open_trunk      any of them -> Trunk, to fine-tune
     load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
     digest          a hash of the weights that a trunk has now
 
@@ -30,7 +30,7 @@ from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer
-from smallgpt.weights import gguf, gpt2, llama
+from smallgpt.weights import gguf, gpt2, hugging_face, llama
 
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
@@ -68,7 +68,8 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
             f"python scripts/classify.py {shell_word(path)} TEXT, or as a trunk"
         )
     tokenizer = checkpoint.tokenizer_of(found)
-    model = GPT(checkpoint.model_config(found.meta["model"], found.path))
+    with lazy.SkipInit():
+        model = GPT(checkpoint.model_config(found.meta["model"], found.path))
     checkpoint.load_weights(found, model)
     return found, model, tokenizer
 
@@ -77,8 +78,8 @@ def open_trunk(path: str) -> Trunk:
     """The trunk at path. UserError if there is none.
 
     Path is a run folder (its best checkpoint) or step folder, of pretraining or of a classifier; a
-    folder with GPT-2's or Llama's files; a GGUF of a Llama; smollm2; gpt2, gpt2-medium, gpt2-large
-    or gpt2-xl; or a small-gpt .pth."""
+    folder as transformers saves it, of GPT-2, a Llama or another class in forms.py; a GGUF of a
+    Llama; smollm2; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a small-gpt .pth."""
     trunk = _open(path)
     check_memory(trunk)
     return trunk
@@ -90,14 +91,13 @@ def _open(path: str) -> Trunk:
         return _open_llama(path)
     if where.is_file():
         return _open_small_gpt(where)
-    is_step = where.name.startswith("step-")  # it has a model.safetensors, too
-    if gpt2.has_files(where) and not is_step:
-        return _open_gpt2(where, path)
+    if is_of_transformers(where):
+        return _published(path, *hugging_face.read(where))
     if where.is_dir():
         return _open_run(path)
     name = path.removeprefix("openai-community/")
     if name in HUB:
-        return _open_gpt2(_download(name), name)
+        return _published(name, *gpt2.read(_download(name)))
     known = ", ".join([*llama.PACKAGES, *HUB])
     raise UserError(
         f"there is no trunk {path!r}: give a run folder of train.py, a folder with the config.json "
@@ -121,19 +121,31 @@ def check_memory(trunk: Trunk) -> None:
 def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
     """The name of a model, the model on the CPU, and its tokenizer.
 
-    Path is what `open_model` opens, or a Llama: a folder, a GGUF, or smollm2. Tokens that this has
-    never read are rows of zeros."""
-    if not is_llama(path):
+    Path is what `open_model` opens; a Llama: a folder, a GGUF, or smollm2; or an export of ours.
+    Tokens that these have never read are rows of zeros."""
+    where = Path(path)
+    if not (is_llama(path) or is_of_transformers(where)):
         found, model, tokenizer = open_model(path)
         return str(found.path), model, tokenizer
+    if hugging_face.is_classifier(where):
+        raise UserError(f"{path} is a classifier: use it as a trunk, trunk={shell_word(path)}")
     trunk = open_trunk(path)
+    is_ours = trunk.tokenizer.published is None
+    if is_ours and trunk.tokenizer.end >= trunk.rows:
+        raise UserError(
+            f"{path} has not learned to talk in turns, it has no <|sep|> and <|end|>: "
+            f"use it as a trunk, trunk={shell_word(path)}"
+        )
     rows = max(trunk.rows, trunk.tokenizer.vocab_size)
-    with torch.device("meta"):  # to draw 135 million weights takes longer than to read them
+    with lazy.SkipInit():
         model = GPT(replace(trunk.config, vocab_size=rows))
-    model.to_empty(device="cpu")
-    model.tie()
     load_trunk(model, trunk, std=0.0)
     return trunk.name, model, trunk.tokenizer
+
+
+def is_of_transformers(folder: Path) -> bool:
+    """Is this a folder as transformers saves it? That of a step has a model.safetensors, too."""
+    return gpt2.has_files(folder) and not folder.name.startswith("step-")
 
 
 @functools.cache
@@ -193,7 +205,7 @@ def _unknown(name: str) -> dict[str, Any]:
     return {"kind": "unknown", "name": f"the text of {name}"}
 
 
-# --- GPT-2 and Llama ------------------------------------------------------------------------------
+# --- models of others -----------------------------------------------------------------------------
 
 
 def is_llama(path: str) -> bool:
@@ -215,14 +227,11 @@ def _open_llama(path: str) -> Trunk:
     return _published(path, *read(where))
 
 
-def _open_gpt2(folder: Path, name: str) -> Trunk:
-    return _published(name, *gpt2.read(folder))
-
-
 def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
     """The trunk of files that do not tell what it was trained on."""
     rows = config.vocab_size
-    textless = sum(not tokenizer.decode([i], specials=True) for i in range(rows))
+    known = range(min(rows, tokenizer.vocab_size))  # the rows behind them only round up
+    textless = sum(not tokenizer.decode([i], specials=True) for i in known)
     notes = []
     if textless:
         notes.append(f"{textless} of the {rows:,} rows of {name} stand for no token")
