@@ -5,6 +5,7 @@ import functools
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,20 +59,27 @@ def source_of(tokenizer: Tokenizer, **shape: object) -> Source:
 
 
 def classifier_of(
-    tokenizer: Tokenizer, pool: str = "last", mask: bool = True, **shape: object
+    tokenizer: Tokenizer,
+    pool: str = "last",
+    mask: bool = True,
+    marks: bool = False,
+    cue: Sequence[int] = (),
+    **shape: object,
 ) -> Source:
     """A classifier of this form with three labels."""
     source = source_of(tokenizer, **shape)
-    model = lively(GPTClassifier(source.model, 3, pool, mask))
+    model = GPTClassifier(source.model, 3, pool, mask, tokenizer.sep, marks)
     head = {
         "labels": ["bad", "good", "so-so"],
         "pool": pool,
         "mask": mask,
         "block_size": 48,
         "prefix": [tokenizer.bos],
+        "cue": list(cue),
+        "marks": marks,
         "rows": source.config.vocab_size,
     }
-    return replace(source, model=model, head=head)
+    return replace(source, model=lively(model), head=head)
 
 
 def some_ids(vocab: int) -> Tensor:

@@ -78,7 +78,13 @@ def open_source(path: str) -> Source:
     head = found.meta.get("head")
     model: GPT | GPTClassifier = GPT(config)
     if head:
-        model = GPTClassifier(model, len(head["labels"]), head["pool"], head["mask"])
+        if head.get("scale") is not None:
+            raise UserError(
+                f"{path} foretells a number: only classifiers of labels can be exported"
+            )
+        n_labels = len(head["labels"])
+        marks = head.get("marks", False)  # older versions had none
+        model = GPTClassifier(model, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
     checkpoint.load_weights(found, model)
     return Source(found, config, model.float().eval(), tokenizer, head)
 

@@ -40,12 +40,15 @@ def form_of(source: Source) -> Form:
     """The class of transformers that computes what the model does. UserError if there is none."""
     if not source.head:
         return forms.form_of(source.config, forms.LANGUAGE_MODELS)
-    for name, needed in {"pool": "last", "mask": True}.items():
-        if source.head[name] != needed:
-            value = str(source.head[name]).lower()
+    wanted = {"pool": "last", "mask": True, "marks": False, "cue": []}
+    for name, needed in wanted.items():
+        found = source.head.get(name, needed)  # older versions had fewer
+        if found != needed:
+            value = "..." if name == "cue" else str(found).lower()
             raise UserError(
                 f"no classifier of transformers has {name}={value}: they read the state of the "
-                "last token that is no padding; export it with to=onnx, which is exact"
+                "last token that is no padding, of plain texts; export it with to=onnx, which is "
+                "exact"
             )
     return forms.form_of(source.config, forms.CLASSIFIERS)
 

@@ -57,7 +57,8 @@ def config_of(source: Source) -> dict[str, Any]:
     if source.head:
         head = {key: source.head[key] for key in ("labels", "prefix", "mask", "pool")}
         is_of_pairs = source.found.meta.get("pairs", True)  # older versions did not record it
-        return found | head | {"pairs": is_of_pairs}
+        cue = source.head.get("cue", [])
+        return found | head | {"pairs": is_of_pairs, "cue": cue}
     return found | {"ends": source.ends, "silent": source.silent}
 
 

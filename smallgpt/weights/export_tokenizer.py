@@ -31,6 +31,7 @@ EDGES = {"Regex": r"\A[\s\x1c-\x1f]+|[\s\x1c-\x1f]+\z"}  # what str.strip() take
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
+    "{{ '<|sep|>' if message['role'] == 'system' else '' }}"  # a prompt follows an empty turn
     "{{ message['content'] }}"
     "{{ '<|end|>' if loop.last and not add_generation_prompt else '<|sep|>' }}"
     "{% endfor %}"

@@ -34,12 +34,13 @@ def encode(text: str) -> list[int]:
     first_ids = tokenizer.encode(text, add_special_tokens=False).ids
     second_ids = tokenizer.encode(second, add_special_tokens=False).ids
     separator = [config["sep"]] if second_ids else []
-    room = config["block_size"] - len(config["prefix"]) - len(separator)
+    around = len(config["prefix"]) + len(separator) + len(config["cue"])
+    room = config["block_size"] - around
     left = room - len(first_ids)
     for_second = min(len(second_ids), max(room // 2, left))
     first_ids = shorten(first_ids, room - for_second)
     second_ids = shorten(second_ids, for_second)
-    return config["prefix"] + first_ids + separator + second_ids
+    return config["prefix"] + first_ids + separator + second_ids + config["cue"]
 
 
 def classify(text: str) -> dict[str, float]:

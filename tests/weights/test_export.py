@@ -110,6 +110,10 @@ def test_a_dialogue_is_written_as_in_training(hub, tmp_path):
     assert whole == tokenizer.encode_dialogue(turns)
     prompt = theirs.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
     assert prompt == [*tokenizer.encode_dialogue(turns)[:-1], tokenizer.sep]
+    messages.insert(0, {"role": "system", "content": "be kind"})
+    roles = [message["role"] for message in messages]
+    whole = theirs.apply_chat_template(messages, return_dict=False)
+    assert whole == tokenizer.encode_dialogue(["be kind", *turns], roles)
     assert theirs("the cat").input_ids == [tokenizer.bos, *tokenizer.encode("the cat")]
 
 
@@ -186,6 +190,8 @@ def test_each_classifier_gives_the_same_probabilities_in_a_pipeline(hub, tmp_pat
         ({"pool": "mean"}, "has pool=mean"),
         ({"mask": False}, "has mask=false"),
         ({"mlp": "gelu"}, "model.mlp=gelu is in the way"),
+        ({"cue": [3]}, "has cue="),
+        ({"marks": True}, "has marks=true"),
     ],
 )
 def test_a_classifier_that_no_class_has_is_refused_by_the_setting(tmp_path, how, words):

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 ONE_LAYER = {"n_layer": 1}
 CLASSIFIERS = {  # tests/scripts/test_export.py has a GPT-2 that pools the mean without a mask
     "mean": ("mean", True, ONE_LAYER),
-    "last": ("last", True, ONE_LAYER | {"mlp": "swiglu", "n_kv_head": 2}),
+    "last": ("last", True, ONE_LAYER | {"mlp": "swiglu", "n_kv_head": 2, "marks": True}),
 }
 
 
