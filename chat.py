@@ -1,6 +1,8 @@
 """Talk to a pretrained model.
 
+    python chat.py                                      the model of the repository
     python chat.py checkpoints/quickstart               a run's best checkpoint, or a step folder
+    python chat.py smollm2                              SmolLM2-135M-Instruct, after `make smollm2`
     python chat.py config/chat300M.yaml                 the same, with the settings in a file
     python chat.py checkpoints/quickstart sample.temperature=0.5 sample.top_k=50
     echo "你好" | python chat.py checkpoints/quickstart  one reply a line
@@ -8,68 +10,72 @@
 Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands.
 """
 
+import itertools
+import json
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from smallgpt import console, hardware, settings
+from smallgpt import console, files, hardware, settings
 from smallgpt.console import UserError
-from smallgpt.sampling import Conversation, SampleSettings
+from smallgpt.sampling import Conversation, SampleSettings, one_line
 from smallgpt.settings import Device
 from smallgpt.weights.precision import set_precision
-from smallgpt.weights.pretrained import open_model
+from smallgpt.weights.pretrained import open_talker, own_model
 
 HELP = """\
   /reset              forget the conversation (also: flush)
   /undo               take back your last line and its reply
+  /system TEXT        set the system prompt, which stands before all that was said; no TEXT: none
   /set KEY=VALUE ...  change the sampling: {keys}
   /stats              speed, and how full the context is
-  /save FILE          add the conversation to FILE, in the corpus format
+  /save FILE          add the conversation to FILE, in the corpus format (.jsonl: with roles)
   /exit               leave (also: exit, Ctrl-D)
   Ctrl-C              stop a reply"""
 
 
 @dataclass
 class ChatSettings:
-    checkpoint: str = ""  # run folder (its best checkpoint) or step folder
+    checkpoint: str = field(  # run folder (its best checkpoint) | an export | a Llama | smollm2
+        default_factory=own_model
+    )
     device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen
 
 
 def main() -> int:
-    s = settings.load(ChatSettings, name_checkpoint(sys.argv[1:]), doc=__doc__)
+    s = settings.load(ChatSettings, settings.name_checkpoint(sys.argv[1:]), doc=__doc__)
     if not s.checkpoint:
         raise UserError(
-            "which model? python chat.py checkpoints/<run>, a folder that train.py has written"
+            "which model? python chat.py checkpoints/<run>, a folder that train.py has written; or "
+            "python chat.py smollm2"
         )
     stdin = console.open_stdin()
     device = hardware.choose_device(s.device)
-    found, model, tokenizer = open_model(s.checkpoint)
+    name, model, tokenizer = open_talker(s.checkpoint)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     precision = set_precision(model, s.dtype, device)
-    chat = Chat(Conversation(model.eval(), tokenizer, s.sample))
-    if not stdin.isatty():
+    talk = Conversation(model.eval(), tokenizer, s.sample)
+    is_piped = not stdin.isatty()
+    chat = Chat(talk, is_piped, has_read_prompts(name))
+    if is_piped:
         return converse(chat, prompt="")
-    print(f"{found.path}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
+    print(f"{name}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
     print("/help lists the commands.")
     line_editing()
     return converse(chat, prompt="> ")
 
 
-def name_checkpoint(words: list[str]) -> list[str]:
-    """The command line with the folder of a model written as checkpoint=FOLDER."""
-
-    def is_model(word: str) -> bool:
-        is_option = word.startswith("-") or word.endswith((".yaml", ".yml"))
-        return not is_option and not settings.is_setting(word)
-
-    models = [word for word in words if is_model(word)]
-    if len(models) > 1:
-        raise UserError(f"one model at a time, not {' and '.join(models)}")
-    return [f"checkpoint={word}" if is_model(word) else word for word in words]
+def has_read_prompts(name: str) -> bool:
+    """Whether the corpus of a run had system prompts; of a model from elsewhere it is not known,
+    and taken for granted."""
+    meta = files.read_json(Path(name) / "meta.json")
+    if not isinstance(meta, dict):
+        return True
+    return any(source.get("prompts") for source in meta.get("sources", []))
 
 
 def converse(chat: "Chat", prompt: str) -> int:
@@ -96,8 +102,12 @@ def converse(chat: "Chat", prompt: str) -> int:
 class Chat:
     """The commands and the bookkeeping around one `Conversation`."""
 
-    def __init__(self, talk: Conversation):
+    def __init__(self, talk: Conversation, flat: bool = False, knows_prompts: bool = True):
+        """flat: a reply is one line, whatever line breaks the model makes. knows_prompts: the model
+        has learned from dialogues with system prompts."""
         self.talk = talk
+        self.flat = flat
+        self.knows_prompts = knows_prompts
         self.lines: list[str] = []  # what was said, user and model in turn
         self.reply_seconds = 0.0
         self.first_seconds = 0.0  # until the first piece of the reply
@@ -112,7 +122,7 @@ class Chat:
                 if not said:
                     self.first_seconds = time.perf_counter() - start
                 said += piece
-                print(piece, end="", flush=True)
+                print(one_line(piece) if self.flat else piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         print(flush=True)
@@ -132,6 +142,8 @@ class Chat:
             self.undo()
         elif name == "/set":
             self.set(rest.split())
+        elif name == "/system":
+            self.set_system(rest.strip())
         elif name == "/stats":
             self.stats()
         elif name == "/save":
@@ -164,6 +176,17 @@ class Chat:
         self.talk.settings = new
         print("  ".join(f"{key}={value}" for key, value in asdict(new).items()))
 
+    def set_system(self, text: str) -> None:
+        """Set the system prompt, or take it away."""
+        try:
+            self.talk.set_system(text)
+        except UserError as error:
+            print(error)
+            return
+        print("(system prompt set)" if text else "(no system prompt)")
+        if text and not self.knows_prompts:
+            print("(this model was trained without system prompts: it may not follow one)")
+
     def stats(self) -> None:
         """Print how full the context is, and how fast the last reply was."""
         talk = self.talk
@@ -173,19 +196,37 @@ class Chat:
         print(f"{context}; last reply {talk.reply_tokens} tokens, {speed:.0f} tokens/s, {first}")
 
     def save(self, name: str) -> None:
-        """Append the conversation to a file: one utterance a line, a blank line after it."""
+        """Append the conversation to a file: to one whose name ends in .jsonl with its roles, to
+        others one utterance a line, with a blank line after it."""
         if not name or not self.lines:
             print("/save FILE, after something was said")
             return
-        said = [" ".join(line.split()) for line in self.lines]
-        text = "\n".join(line for line in said if line)  # a stopped reply may be empty
+        with_roles = name.endswith(".jsonl")
+        text = self.as_json() if with_roles else self.as_text()
         try:
             with open(name, "a", encoding="utf-8") as file:
-                file.write(text + "\n\n")
+                file.write(text)
         except OSError as error:
             print(f"could not save: {error}")
             return
         print(f"(saved {len(self.lines)} lines in {name})")
+        if self.talk.system and not with_roles:
+            print("(without the system prompt, which /save FILE.jsonl keeps)")
+
+    def as_text(self) -> str:
+        said = [" ".join(line.split()) for line in self.lines]
+        text = "\n".join(line for line in said if line)  # a stopped reply may be empty
+        return f"{text}\n\n"
+
+    def as_json(self) -> str:
+        """{"messages": [{"role": "user", "content": "hi"}, ...]}"""
+        roles = itertools.cycle(["user", "assistant"])
+        turns = list(zip(roles, self.lines, strict=False))
+        if self.talk.system:
+            turns.insert(0, ("system", self.talk.system))
+        messages = [{"role": role, "content": content} for role, content in turns if content]
+        line = json.dumps({"messages": messages}, ensure_ascii=False)
+        return f"{line}\n"
 
 
 def line_editing() -> None:

@@ -31,7 +31,9 @@ class GPTConfig:
     n_embd: int = 768  # width of the residual stream
     pos: Literal["learned", "rope"] = "rope"  # position information
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalisation before each sub-layer
+    norm_eps: float = 0.0  # added to the variance; 0 = 1e-6 for RMSNorm, 1e-5 for LayerNorm
     mlp: Literal["gelu", "relu2", "swiglu"] = "relu2"  # activation of the MLP
+    mlp_width: int = 0  # hidden units of the MLP; 0 = 4 n_embd, or 8/3 n_embd with swiglu
     qk_norm: bool = True  # RMSNorm on queries and keys
     bias: bool = False  # biases in the linear layers and LayerNorm
     tie_weights: bool = True  # one matrix for the token embedding and the LM head
@@ -49,7 +51,9 @@ class GPTConfig:
 
     @property
     def mlp_size(self) -> int:
-        """Width of the MLP: 4 C; with SwiGLU's third matrix 8/3 C, up to a multiple of 64."""
+        """Width of the MLP: 4 C, or with SwiGLU's third matrix 8/3 C, up to a multiple of 64."""
+        if self.mlp_width:
+            return self.mlp_width
         if self.mlp == "swiglu":
             return 64 * math.ceil(self.n_embd / 24)
         return 4 * self.n_embd
@@ -60,6 +64,9 @@ class GPTConfig:
         for name in ("block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("norm_eps", "mlp_width"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout={self.dropout} must be in [0, 1)")
         if self.n_head < 1:
@@ -131,8 +138,8 @@ class LayerNorm(nn.LayerNorm):
 
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "rmsnorm":
-        return RMSNorm(c.n_embd, eps=1e-6)
-    return LayerNorm(c.n_embd, bias=c.bias)
+        return RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6)
+    return LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -183,8 +190,9 @@ class Attention(nn.Module):
         self.k = nn.Linear(C, kv_size, bias=config.bias)
         self.v = nn.Linear(C, kv_size, bias=config.bias)
         self.proj = nn.Linear(C, C, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, eps=1e-6) if config.qk_norm else None
+        eps = config.norm_eps or 1e-6
+        self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
         self.attend = F.scaled_dot_product_attention  # tensor parallel draws its dropout by rank
 
     def split_heads(self, x: Tensor) -> Tensor:
@@ -210,7 +218,7 @@ class Attention(nn.Module):
             v,
             attn_mask=context.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.mask is None and x.size(1) > 1,
+            is_causal=bool(context.mask is None and x.size(1) > 1),  # a SymBool in torch.export
             enable_gqa=self.grouped,
         )
         joined = y.transpose(1, 2).flatten(2)  # (B, T, C)
@@ -573,13 +581,11 @@ class GPT(nn.Module):
         h = self.norm(x)
         return self.lm_head(h) if targets is None else self.loss(h, targets)
 
-    def compile_parts(self, dynamic: bool | None = False) -> str:
+    def compile_parts(self) -> str:
         """torch.compile, one block compiled once and used for all: a third of the whole model's
-        compile time. Returns what is compiled, in words.
-
-        dynamic: False = once for each shape, None = a second shape is taken as one of many."""
+        compile time. Returns what is compiled, in words."""
         for block in self.blocks:
-            block.compile(dynamic=dynamic)
+            block.compile()
         self.slice_loss = torch.compile(cross_entropy_slice)
         return "on"
 
@@ -593,18 +599,33 @@ class GPTClassifier(nn.Module):
     """A GPT's trunk and a linear head on one hidden state per text: that of the last token, or the
     mean of all (Radford et al. 2018).
 
+    marks=True is for two texts with the token `sep` between: one vector is added to the embedding
+    of each token that the other text holds, too, and another to that of the rest (the exact match
+    of DrQA, Chen et al. 2017).
+
     mask=True pools the real tokens only; mask=False reads the padding like text to the end of the
     row, which must then be block_size long."""
 
     def __init__(
-        self, gpt: GPT, n_classes: int, pool: Literal["last", "mean"] = "last", mask: bool = True
+        self,
+        gpt: GPT,
+        n_classes: int,
+        pool: Literal["last", "mean"] = "last",
+        mask: bool = True,
+        sep: int = IGNORE,
+        marks: bool = False,
     ):
         super().__init__()
         self.gpt = gpt
         self.pool = pool
         self.mask = mask
+        self.sep = sep
         self.first_block = 0  # the first that trains; those below are frozen
-        self.head = nn.Linear(gpt.config.n_embd, n_classes, bias=False)
+        C = gpt.config.n_embd
+        self.marks = nn.Embedding(2, C) if marks else None
+        if self.marks is not None:
+            nn.init.zeros_(self.marks.weight)
+        self.head = nn.Linear(C, n_classes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(
@@ -638,10 +659,23 @@ class GPTClassifier(nn.Module):
         assert reads == "tokens", "a stage of a pipeline has no cached states"
         context = self.gpt.context(tokens.size(1), tokens.device)
         if first == 0:
-            x = self.gpt.embed(tokens, context)
+            x = self.embed(tokens, lengths, context)
         if end < self.gpt.config.n_layer:
             return self.gpt.run_blocks(x, context, first, end)
         return self.score_states(first, x, context, lengths, targets)
+
+    def embed(self, tokens: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        """What goes into the first block, (B, T, C), of tokens (B, T)."""
+        x = self.gpt.embed(tokens, context)
+        if self.marks is None:
+            return x
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        is_real = positions < lengths[:, None]
+        is_second = (tokens == self.sep).cumsum(1) > 0  # (B, T): does it lie behind the separator?
+        is_same = tokens[:, :, None] == tokens[:, None, :]  # (B, T, T)
+        is_other = is_second[:, :, None] != is_second[:, None, :]
+        is_shared = (is_same & is_other & is_real[:, None, :]).any(2)  # (B, T)
+        return x + self.marks(is_shared.long())
 
     def score_states(
         self, first: int, x: Tensor, context: Context, lengths: Tensor, targets: Tensor | None
@@ -683,7 +717,7 @@ class GPTClassifier(nn.Module):
         trains. `forward` takes either, with reads="states" or "pooled"."""
         gpt = self.gpt
         context = gpt.context(tokens.size(1), tokens.device)
-        x = gpt.embed(tokens, context)
+        x = self.embed(tokens, lengths, context)
         if self.first_block == gpt.config.n_layer:
             return self.pool_states(0, x, context, lengths)
         return gpt.run_blocks(x, context, 0, self.first_block)

@@ -30,12 +30,13 @@ from smallgpt.optim import (
     set_lr,
     update,
 )
-from smallgpt.parallel.strategy import Growth, Shares, Single, Spread, shapes_of, share_batch
+from smallgpt.parallel.strategy import Shares, Single, Spread, shapes_of, share_batch
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.metrics import flops_per_token
 from smallgpt.runs.run import Facts, Run, merge_sources
+from smallgpt.runs.tracker import TrackerKind, tracker_problems
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import Count, Device, Free, Positive, Precision, Switch
 from smallgpt.text.batches import Corpus
@@ -57,8 +58,6 @@ class TrainSettings:
     compile: Free[Switch] = "auto"  # torch.compile; auto = where it works and pays
     max_steps: Free[Positive] = 1000  # optimisation steps of the whole run
     batch_tokens: Positive = 16384  # tokens per step, over all processes; gives the rest
-    batch_warmup: Count = 0  # steps in which batch_tokens grows: a quarter, half, all of it
-    length_warmup: Count = 0  # steps in which sequences grow: a quarter, half, all of block_size
     micro_batch: Free[Positive] = 16  # most sequences per forward pass and process (memory)
     negatives: Count = 0  # tokens that the training loss samples beside the targets; 0 = exact loss
     recompute: Free[Count] = 0  # every n-th block computes its activations again (memory); 0 = none
@@ -66,6 +65,7 @@ class TrainSettings:
     save_every: Free[Positive] = 100  # steps between checkpoints
     save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
+    tracker: Free[TrackerKind] = "none"  # a page for the curves, too (docs/usage.md)
     keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     init: Literal["random", "bigrams"] = "random"  # bigrams = knows which token follows which
@@ -79,7 +79,7 @@ class TrainSettings:
 
     def check(self) -> list[str]:
         """Problems that the types do not show, in plain words."""
-        problems = checkpoint.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run) + tracker_problems(self.tracker)
         if self.init == "bigrams" and self.init_from:
             problems.append("init=bigrams and init_from exclude each other: leave one of them out")
         if self.init == "bigrams" and self.model.tie_weights:
@@ -108,21 +108,6 @@ def to_batch(x: Tensor, y: Tensor, corpus: Corpus, isolate: bool, device: torch.
         begins = x == corpus.tokenizer.bos
         segments = begins.cumsum(1)
     return Batch((x, y, segments), n_targets)
-
-
-def read_batches(
-    step: int, corpus: Corpus, shares: Shares, strategy: Single, s: TrainSettings
-) -> list[Batch]:
-    """The micro-batches of this data rank. Where sequences are to be short, each row is cut into
-    several."""
-    length = Growth(s.model.block_size, s.length_warmup).at(step)
-    batches = []
-    for rows in shares.of(step, strategy.data_rank):
-        x, y = corpus.train_batch(rows, s.seed)
-        x = x.view(-1, length)
-        y = y.view(-1, length)
-        batches.append(to_batch(x, y, corpus, s.data.isolate, strategy.world.device))
-    return batches
 
 
 def count_targets(batches: list[Batch]) -> int:
@@ -187,15 +172,6 @@ def round_vocabulary(config: GPTConfig, vocab_size: int) -> None:
         )
 
 
-def check_lengths(s: TrainSettings) -> None:
-    """UserError if sequences cannot begin with a quarter of their length."""
-    if s.length_warmup and s.model.block_size % 4:
-        raise UserError(
-            f"length_warmup begins with a quarter of model.block_size={s.model.block_size}, which "
-            "is no whole number: make it a multiple of 4"
-        )
-
-
 def new_model(s: TrainSettings, dtype: torch.dtype) -> GPT:
     """The GPT of these settings, its weights drawn from the seed: the same on every rank."""
     torch.manual_seed(s.seed)
@@ -224,15 +200,13 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         tokenizer = checkpoint.tokenizer_of(parent) if parent else s.tokenizer
         corpus = prepare(s.data, tokenizer, s.model.block_size)
         round_vocabulary(s.model, corpus.tokenizer.vocab_size)
-        check_lengths(s)
         sources = merge_sources(corpus.sources, parent.sources if parent else [])
-        tokens = Growth(s.batch_tokens, s.batch_warmup)
         facts = Facts(
             s.model,
             corpus.tokenizer,
             corpus.fingerprint,
             sources,
-            tokens=tokens,
+            tokens_per_step=s.batch_tokens,
             init_from=s.init_from,
         )
         run.identify(facts)
@@ -253,7 +227,6 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             s.micro_batch,
             strategy.data_size,
             strategy.depth,
-            s.batch_warmup,
         )
         optimizers = make_optimizers(strategy.names(), s.optim)
         run.resume(strategy, optimizers)
@@ -265,14 +238,20 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             s.max_steps,
             {
                 "model": model_line,
-                "data": describe_data(corpus, tokens.before(s.max_steps) // s.model.block_size),
+                "data": describe_data(corpus, s.max_steps * shares.rows),
                 "batch": describe_batch(s, shares, strategy),
                 "device": device_line,
             },
         )
         run.full_speed = full_speed(s, shares, strategy, dtype)
 
-        load = partial(read_batches, corpus=corpus, shares=shares, strategy=strategy, s=s)
+        def load(step: int) -> list[Batch]:
+            """The micro-batches of this data rank."""
+            batches = []
+            for rows in shares.of(step, strategy.data_rank):
+                x, y = corpus.train_batch(rows, s.seed)
+                batches.append(to_batch(x, y, corpus, s.data.isolate, device))
+            return batches
 
         def loss_of(run_model, batch: Batch) -> Tensor:
             """Summed loss of a micro-batch, in nats."""
@@ -283,13 +262,14 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
         for step in run.steps(s.max_steps, s.save_every):
             if run.due(s.eval_every):
                 result = evaluate(strategy, corpus, s.data.isolate, shares.micro)
-                run.evaluated({"tokens": tokens.before(step), **result})
+                run.evaluated({"tokens": step * s.batch_tokens, **result})
                 run.text("replies", sample_replies(strategy, corpus, s, compiled))
             if step >= s.max_steps:
                 break
 
             lr = set_lr(optimizers, lr_factor(step, s.max_steps, s.optim))
             strategy.seed(s.seed, step)  # of dropout
+            targets = max(1, targets)  # a step may have read the turns of others only
             nats = strategy.forward_backward(batches, loss_of, 1 / targets)
             norm = strategy.clip(optimizers, s.optim.clip)
             batches = load(step + 1)  # while a GPU is still computing
@@ -301,10 +281,10 @@ def train(s: TrainSettings, world: World, spread: Spread) -> int:
             check_finite(loss, norm, strategy.scaler, step + 1, run.saved)
             update(optimizers, strategy.scaler, norm)
             run.log(
-                tokens.at(step),
+                s.batch_tokens,
                 "tokens",
                 loss=loss,
-                tokens=tokens.before(step + 1),
+                tokens=(step + 1) * s.batch_tokens,
                 lr=lr,
                 grad_norm=norm,
             )
@@ -332,15 +312,10 @@ def describe_data(corpus: Corpus, rows: int) -> str:
 
 
 def describe_batch(s: TrainSettings, shares: Shares, strategy: Single) -> str:
-    text = (
+    return (
         f"{s.batch_tokens:,} tokens = {shares.rows} sequences of {s.model.block_size} = "
         f"{strategy.readers} x {shares.accum} accumulation x {shares.micro} sequences"
     )
-    if s.batch_warmup:
-        text += f"; growing from a quarter in {s.batch_warmup} steps"
-    if s.length_warmup:
-        text += f"; sequences grow from a quarter of their length in {s.length_warmup} steps"
-    return text
 
 
 def main() -> int:

@@ -90,8 +90,6 @@ FORMS = {
         "model.bias=true",
     ),
     "1 K/V head": ("model.n_kv_head=1",),
-    "growing batch": ("batch_warmup=6",),
-    "growing sequences": ("length_warmup=6",),
 }
 HEADS = {
     "classifier": ("pool=last",),

@@ -25,7 +25,7 @@ from smallgpt.tokenizer import Tokenizer, TokenizerSettings, train  # noqa: E402
 
 def repeat(files: list[Path], size: int, out: Path) -> None:
     """Write about `size` bytes of dialogues to out."""
-    dialogues = [turns for file in files for turns in read_dialogues(file)]
+    dialogues = [found.turns for file in files for found in read_dialogues(file)]
     written, n = 0, 0
     with open(out, "w", encoding="utf-8") as f:
         while written < size:
@@ -73,7 +73,10 @@ def main() -> None:
         for kind in ("char", "bpe"):
             tokenizer = Path(folder) / f"{kind}.json"
             texts = (
-                turn for file in args.files for turns in read_dialogues(file) for turn in turns
+                turn
+                for file in args.files
+                for found in read_dialogues(file)
+                for turn in found.turns
             )
             train(TokenizerSettings(kind), texts).save(tokenizer)
             for megabytes in args.megabytes:

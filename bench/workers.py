@@ -138,9 +138,9 @@ def read_texts(data: DataSettings) -> tuple[str, str]:
     train = []
     val = ["\n"]
     for source in find_sources(data.path, cache):
-        for turns in read_dialogues(source.path, data.errors):
-            side = val if held_out(turns, data) else train
-            text = "\n".join(turns)
+        for dialogue in read_dialogues(source.path, data.errors):
+            side = val if held_out(dialogue.spoken, data) else train
+            text = "\n".join(dialogue.turns)
             side.append(text + "\n\n")
     return "".join(train), "".join(val)
 

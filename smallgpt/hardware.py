@@ -49,6 +49,19 @@ def keep_freed_memory() -> None:
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+def memory() -> int:
+    """Bytes of memory that this machine, or the container on it, has for programs; 0 = unknown."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 0
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return found
+    return min(found, int(limit)) if limit.isdecimal() else found
+
+
 def gpus(device: str) -> int:
     """How many CUDA GPUs programs with this `device` setting may choose from."""
     return torch.cuda.device_count() if device in ("auto", "cuda") else 0

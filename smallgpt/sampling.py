@@ -10,6 +10,8 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from model import GPT, KVCache, take_position
+from smallgpt import turns
+from smallgpt.console import UserError
 from smallgpt.settings import Count, Positive, PositiveFraction
 from smallgpt.tokenizer import Tokenizer
 
@@ -90,53 +92,72 @@ def nucleus(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def one_line(text: str) -> str:
-    """The text with a space for each line break and other control character.
+    """The text with a space for each line break and other control character."""
+    return printable(text).replace("\n", " ")
 
-    An utterance is a line; and a model that learned a terminal's escape sequences must not play
-    with the terminal."""
-    shown = [" " if unicodedata.category(c) == "Cc" else c for c in text]
+
+def printable(text: str) -> str:
+    """The text with a space for each control character but line breaks.
+
+    A model that learned a terminal's escape sequences must not play with the terminal."""
+    shown = [" " if c != "\n" and unicodedata.category(c) == "Cc" else c for c in text]
     return "".join(shown)
-
-
-def unspeakable(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """The ids that no reply may hold: they stand for no text, or only round the vocabulary up."""
-    n_bytes = tokenizer.token_bytes()
-    no_text = (n_bytes == 0).nonzero()[0]
-    beyond = range(tokenizer.vocab_size, vocab_size)
-    return [*no_text.tolist(), *beyond]
 
 
 class Dialogue:
     """A history in tokens, and the choice of the next one.
 
-    When the history outgrows block_size, whole oldest turns go."""
+    How a turn is written, and what ends a reply, is told by the tokenizer's `TurnTemplate`. When
+    the history outgrows block_size, whole oldest turns go; the system prompt stays."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: SampleSettings):
         self.tokenizer = tokenizer
+        self.template = turns.of(tokenizer)
         self.settings = settings
         self.block_size = model.config.block_size
         self.device = model.wte.weight.device
         self.generator = torch.Generator(self.device)
         self.generator.manual_seed(settings.seed)
 
-        banned = unspeakable(tokenizer, model.config.vocab_size)
-        banned_first = [*banned, tokenizer.sep, tokenizer.end]  # an empty reply is none
+        beyond = range(tokenizer.vocab_size, model.config.vocab_size)  # they round it up
+        banned = [*self.template.silent, *beyond]
+        banned_first = [*banned, *self.template.ends]  # an empty reply is none
         self.banned = torch.tensor(banned, device=self.device)
         self.banned_first = torch.tensor(banned_first, device=self.device)
+        self.system: str | None = None  # the system prompt; None = the template's own
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.ids: list[int] = [self.tokenizer.bos]  # the history
+        """Forget everything but the system prompt."""
+        self.ids: list[int] = self.template.begin(self.system)  # the history
+        self.begin = len(self.ids)  # so many of the first ids stay: opening and system prompt
         self.turns: list[int] = []  # where each turn begins in ids
         self.cached = 0  # so many of the first ids have their keys and values in the cache
+        self.reply_begin = 0  # where the text of the last reply begins in ids
         self.reply_tokens = 0  # of the last reply
+        self.is_complete = False  # did the model end its last reply itself?
+
+    def set_system(self, text: str | None) -> None:
+        """Give the dialogue another system prompt, before all that was said. Empty: none; None: the
+        template's own. UserError where it is too long."""
+        begin = self.template.begin(text)
+        if len(begin) > self.block_size // 2:
+            raise UserError(
+                f"the system prompt has {len(begin)} tokens: it must leave half of the "
+                f"{self.block_size} that the model can read"
+            )
+        said = self.ids[self.begin :]
+        moved = len(begin) - self.begin
+        self.system = text
+        self.ids = [*begin, *said]
+        self.begin = len(begin)
+        self.turns = [turn + moved for turn in self.turns]
+        self.cached = 0
 
     def say(self, text: str) -> None:
         """Add a turn of the user."""
         self.turns.append(len(self.ids))
-        self.ids += self.tokenizer.encode(text)
-        self.ids.append(self.tokenizer.sep)
+        self.ids += self.template.write("user", text)
 
     def undo(self) -> bool:
         """Take back the last exchange (the user's turn and the reply); False if there is none."""
@@ -150,41 +171,60 @@ class Dialogue:
 
     def make_room(self) -> None:
         """Drop whole oldest turns until a reply fits behind the history."""
-        reply = min(self.settings.max_tokens, self.block_size // 2)
-        limit = max(2, self.block_size - 1 - reply)  # the longest history, with its <|bos|>
-        if len(self.ids) <= limit:
+        before, after = self.template.around["assistant"]
+        room = self.block_size - self.begin - len(before) - len(after)
+        reply = min(self.settings.max_tokens, room // 2)
+        room = max(1, room - reply)  # for what was said
+        if len(self.ids) - self.begin <= room:
             return
         while len(self.turns) > 1:
-            length = 1 + len(self.ids) - self.turns[0]
-            if length <= limit:
+            if len(self.ids) - self.turns[0] <= room:
                 break
             self.turns.pop(0)
         kept = self.ids[self.turns[0] :]
-        kept = kept[-(limit - 1) :]  # a single turn longer than the room keeps its end
-        moved = len(self.ids) - len(kept) - 1
-        self.ids = [self.tokenizer.bos, *kept]
-        self.turns = [max(1, begin - moved) for begin in self.turns]
+        if len(kept) > room:  # a single turn longer than the room keeps its end
+            head, _ = self.template.around["user"]
+            end = max(1, room - len(head))
+            kept = [*head, *kept[-end:]]
+        moved = self.turns[0] - self.begin
+        self.ids = [*self.ids[: self.begin], *kept]
+        self.turns = [turn - moved for turn in self.turns]
         self.cached = 0  # the positions have changed
 
     def begin_reply(self) -> None:
         """Begin the model's turn."""
         self.make_room()
+        before, _ = self.template.around["assistant"]
         self.turns.append(len(self.ids))
+        self.ids += before
+        self.reply_begin = len(self.ids)
         self.reply_tokens = 0
+        self.is_complete = False
+
+    def end_reply(self) -> None:
+        """Close the model's turn, however it ended: the history stays a well-formed dialogue."""
+        _, after = self.template.around["assistant"]
+        self.ids += after
 
     def has_room(self) -> bool:
-        """May the reply have one more token? A separator must fit behind it."""
+        """May the reply have one more token? What closes the turn must fit behind it."""
+        _, after = self.template.around["assistant"]
         is_short = self.reply_tokens < self.settings.max_tokens
-        return is_short and len(self.ids) < self.block_size - 1
+        return is_short and len(self.ids) < self.block_size - len(after)
+
+    def shown(self, text: str) -> str:
+        """A piece of a reply, as it may be printed."""
+        return printable(text) if self.template.has_lines else one_line(text)
 
     def choose(self, logits: Tensor) -> int | None:
         """The next token of the reply, given its scores (V,), added to the history; None where the
         model ends the reply."""
         banned = self.banned if self.reply_tokens else self.banned_first
         logits = logits.index_fill(0, banned, -torch.inf)
-        so_far = self.ids[self.turns[-1] :]
+        so_far = self.ids[self.reply_begin :]
         token = pick(logits, so_far, self.settings, self.generator)
-        if token in (self.tokenizer.sep, self.tokenizer.end):
+        if token in self.template.ends:
+            self.is_complete = True
             return None
         self.ids.append(token)
         self.reply_tokens += 1
@@ -234,18 +274,19 @@ class Conversation(Dialogue):
 
         The turn is closed however it ends: by the model, at max_tokens, at the end of the block, or
         because the caller stopped listening (Ctrl-C): the history stays a well-formed dialogue."""
+        yield from filter(None, self.pieces())
+
+    def pieces(self) -> Iterator[str]:
+        """`reply` with a piece for each token, "" where it completes no character: the caller may
+        stop at any token."""
         self.begin_reply()
         stream = self.tokenizer.stream()
         try:
             for token in self.next_tokens():
-                piece = one_line(stream.push(token))
-                if piece:
-                    yield piece
-            piece = one_line(stream.flush())
-            if piece:
-                yield piece
+                yield self.shown(stream.push(token))
+            yield self.shown(stream.flush())
         finally:
-            self.ids.append(self.tokenizer.sep)
+            self.end_reply()
 
     def next_tokens(self) -> Iterator[int]:
         """The tokens of a reply until it ends, each added to the history first."""
@@ -294,7 +335,7 @@ def reply_together(
 
     answers = []
     for dialogue in dialogues:
-        said = dialogue.ids[dialogue.turns[-1] :]
+        said = dialogue.ids[dialogue.reply_begin :]
         text = tokenizer.decode(said)
-        answers.append(one_line(text))
+        answers.append(dialogue.shown(text))
     return answers

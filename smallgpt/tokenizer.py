@@ -13,7 +13,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -70,11 +70,20 @@ class TokenizerSettings:
         return []
 
 
+@dataclass(frozen=True)
+class Published:
+    """What the published model that a tokenizer belongs to knows of its ids."""
+
+    rows: int  # ids from here on were added here: the model has never read them
+    system: str | None = None  # its default system prompt; None = it has learned no ChatML turns
+
+
 class Tokenizer:
     """An immutable vocabulary.
 
     `ranks[i]` is what id i spells, in merge order; b"" is an id that nobody uses. `specials` are an
-    encoding's own; ours follow. ValueError where the parts would not be lossless."""
+    encoding's own; ours follow, but for those that are named there as the same as one of its own
+    ({"<|bos|>": 1, "<|im_start|>": 1}). ValueError where the parts would not be lossless."""
 
     def __init__(
         self,
@@ -83,11 +92,12 @@ class Tokenizer:
         ranks: Sequence[bytes],
         specials: dict[str, int],
         lowercase: bool = False,
+        published: Published | None = None,
     ) -> None:
         last_special = max(specials.values(), default=-1)
         n_ordinary = max(len(ranks), last_special + 1)
         ours = {name: n_ordinary + i for i, name in enumerate(SPECIALS)}
-        specials = ours | specials
+        specials = ours | specials  # an id's own name comes last, and is the one that is shown
         names = {id: name for name, id in specials.items()}
         ids = {token: id for id, token in enumerate(ranks) if token}
         if not _is_lossless(ranks, ids, specials):
@@ -96,6 +106,7 @@ class Tokenizer:
             )
         self.kind = kind
         self.lowercase = lowercase
+        self.published = published
         self.vocab_size = max(names) + 1
         special_ids = [specials[name] for name in SPECIALS]
         self.bos, self.sep, self.end, self.pad, self.cls, self.pair = special_ids
@@ -111,6 +122,8 @@ class Tokenizer:
         }
         if lowercase:
             self._content["lowercase"] = True
+        if published is not None:
+            self._content["published"] = asdict(published)
         self.hash = _hash(self._content)
         # Dictionaries: a negative id (an ignored target) is a KeyError, not the last token.
         self._spelled = dict.fromkeys(range(self.vocab_size), b"")
@@ -123,19 +136,23 @@ class Tokenizer:
             text = text.lower()
         return self.encoding.encode_ordinary(text)
 
-    def encode_dialogue(self, turns: Sequence[str]) -> list[int]:
-        """[bos] turn [sep] turn ... turn [end]"""
-        ids = [self.bos]
-        for i, turn in enumerate(turns):
-            if i:
-                ids.append(self.sep)
-            ids += self.encode(turn)
-        return ids + [self.end]
+    def encode_turns(self, turns: Sequence[str], roles: Sequence[str] = ()) -> list[list[int]]:
+        """A dialogue in pieces: [bos], then each turn with the token that closes it, a [sep] or at
+        last the [end].
 
-    def encode_dialogues(self, batch: Iterable[Sequence[str]]) -> np.ndarray:
-        """Many dialogues one after the other, uint32 (n_tokens,)."""
-        ids = chain.from_iterable(map(self.encode_dialogue, batch))
-        return np.fromiter(ids, dtype=np.uint32)
+        A system prompt begins with a [sep] of its own: to the model, it follows an empty turn."""
+        pieces = [[self.bos]]
+        last = len(turns) - 1
+        for i, turn in enumerate(turns):
+            is_prompt = bool(roles) and roles[i] == "system"
+            before = [self.sep] if is_prompt else []
+            closing = self.sep if i < last else self.end
+            pieces.append([*before, *self.encode(turn), closing])
+        return pieces
+
+    def encode_dialogue(self, turns: Sequence[str], roles: Sequence[str] = ()) -> list[int]:
+        """[bos] turn [sep] turn ... turn [end], or [bos] [sep] system prompt [sep] turn ..."""
+        return list(chain.from_iterable(self.encode_turns(turns, roles)))
 
     def decode(self, ids: Iterable[int], errors: str = "replace", specials: bool = False) -> str:
         """The text of ids; special tokens are left out, or written by name if `specials`.
@@ -160,6 +177,14 @@ class Tokenizer:
         sizes[self.end] = 2  # a newline and a blank line
         return sizes
 
+    def textless(self) -> list[int]:
+        """The ids that stand for no text, neither a character nor the end of a turn."""
+        return (self.token_bytes() == 0).nonzero()[0].tolist()
+
+    def special(self, name: str) -> int:
+        """The id of a special token. KeyError if there is none of this name."""
+        return self._content["specials"][name]
+
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json at once: a reader sees the old file or the new one, never a part."""
         path = Path(path)
@@ -182,6 +207,7 @@ class Tokenizer:
                 ranks=[base64.b64decode(token) for token in content["ranks"]],
                 specials=content["specials"],
                 lowercase=content.get("lowercase", False),
+                published=Published(**content["published"]) if "published" in content else None,
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -325,10 +351,11 @@ def _sample(texts: Iterable[str], limit: int) -> list[str]:
 def _is_lossless(ranks: Sequence[bytes], ids: dict[bytes, int], specials: dict[str, int]) -> bool:
     """Has every token, ordinary or special, an id of its own, and every byte one?"""
     n_used = len(ranks) - ranks.count(b"")
-    special_ids = set(specials.values())
+    ours = {specials[name] for name in SPECIALS}
+    others = [id for name, id in specials.items() if name not in SPECIALS]
     spellings_differ = len(ids) == n_used
-    specials_differ = len(special_ids) == len(specials)
-    ids_differ = specials_differ and special_ids.isdisjoint(ids.values())
+    specials_differ = len(ours) == len(SPECIALS) and len(set(others)) == len(others)
+    ids_differ = specials_differ and ours.union(others).isdisjoint(ids.values())
     has_bytes = ids.keys() >= set(BYTES)
     return spellings_differ and ids_differ and has_bytes
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fine_tuning import fine, fit, gpt2, labelled, trunk  # noqa: F401, fixtures
+from fine_tuning import fine, fit, gpt2, labelled, pairs, trunk  # noqa: F401, fixtures
 from helpers import ENV, ROOT, TINY, Result, Started, child, group_variables, mistake
 from smallgpt import console
 

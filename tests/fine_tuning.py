@@ -68,6 +68,21 @@ def labelled(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """160 pairs: two texts with the same words in another order, or with other ones."""
+    draw = random.Random(0)
+    words = "red blue green old new big small dirty lovely quiet room station 房间 离车站".split()
+    rows = []
+    for i in range(160):
+        label = "good" if i % 2 else "bad"  # alike or not
+        first = draw.sample(words, 4)
+        second = draw.sample(first if i % 2 else words, 4)
+        rows.append((f"{' '.join(first)} {i}", " ".join(second), label))
+    header = ("Text", "Second", "Sentiment")
+    return write_csv(tmp_path_factory.mktemp("pairs") / "pairs.csv", rows, header)
+
+
+@pytest.fixture(scope="session")
 def trunk(tmp_path_factory, tiny, run) -> Path:
     """A run of train.py with two blocks."""
     out = tmp_path_factory.mktemp("pretrained")

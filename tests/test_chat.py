@@ -105,7 +105,44 @@ def test_commands(talk, tmp_path):
         assert says in out, says
     assert out.count("(new conversation)") == 2 and "never read" not in out
     (said,) = tokens.read_dialogues(tmp_path / "said.txt")
-    assert len(said) == 2 and said[0] == "there"
+    assert len(said.turns) == 2 and said.turns[0] == "there"
+
+
+def test_a_system_prompt(talk, tmp_path):
+    """It is set, said to be new to this model, kept in JSON Lines, and taken away."""
+    script = [
+        "/system Be kind.",
+        "what is red 1?",
+        "/stats",
+        "/save {f}.txt",
+        "/save {f}.jsonl",
+        "/system",
+        "/stats",
+        f"/system {'long' * 9}",
+    ]
+    out = talk("\n".join(script).format(f=tmp_path / "said")).out
+    for says in (
+        "(system prompt set)\n(this model was trained without system prompts: it may not follow",
+        "(without the system prompt, which /save FILE.jsonl keeps)",
+        "(no system prompt)",
+        "it must leave half of the 32 that the model can read",
+    ):
+        assert says in out, says
+    with_prompt, without = re.findall(r"context (\d+) of", out)
+    assert int(with_prompt) - int(without) == len("Be kind.") + 2
+    (kept,) = tokens.read_dialogues(tmp_path / "said.jsonl")
+    (plain,) = tokens.read_dialogues(tmp_path / "said.txt")
+    assert kept.roles == ["system", "user", "assistant"] and kept.turns[0] == "Be kind."
+    assert kept.spoken == plain.turns and plain.turns[0] == "what is red 1?"
+
+
+def test_a_model_that_has_read_system_prompts_is_known(tmp_path):
+    """A run tells in its meta.json; of a model from elsewhere nothing is said."""
+    assert chat.has_read_prompts(str(tmp_path))
+    for source, knows in (({"kind": "text"}, False), ({"kind": "text", "prompts": 3}, True)):
+        meta = json.dumps({"sources": [source]})
+        (tmp_path / "meta.json").write_text(meta, encoding="utf-8")
+        assert chat.has_read_prompts(str(tmp_path)) == knows
 
 
 @pytest.mark.parametrize(
@@ -170,6 +207,7 @@ def test_settings_in_a_file(run, model, tmp_path):
     ],
 )
 def test_mistakes(model, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)  # without the model of the repository
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     monkeypatch.setattr(sys, "argv", ["chat.py"])
     sys.argv += [arg.format(empty=tmp_path, model=model) for arg in args]

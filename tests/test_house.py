@@ -51,13 +51,28 @@ def imported(path: Path) -> set[str]:
 
 # Who may be imported by whom: a part imports only parts of its own rank or of lower ones.
 RANKS = [
-    {"model", "smallgpt.settings", "smallgpt.console", "smallgpt.files", "smallgpt.plots"},
+    {
+        "model",
+        "smallgpt.settings",
+        "smallgpt.console",
+        "smallgpt.files",
+        "smallgpt.parquet",
+        "smallgpt.plots",
+    },
     {"smallgpt.adam"},
-    {"smallgpt.hardware", "smallgpt.tokenizer", "smallgpt.optim", "smallgpt.sampling"},
+    {
+        "smallgpt.hardware",
+        "smallgpt.tokenizer",
+        "smallgpt.turns",
+        "smallgpt.optim",
+        "smallgpt.sampling",
+    },
     {"smallgpt.text", "smallgpt.parallel"},
     {"smallgpt.runs"},
     {"smallgpt.weights"},
     {"smallgpt.sentiment"},
+    {"smallgpt.inference"},
+    {"smallgpt.server"},
 ]
 
 

@@ -107,15 +107,21 @@ def test_text_that_spells_a_special_token_stays_text(tok):
         assert list(tok.encode_dialogue([name])) == [tok.bos, *tok.encode(name), tok.end]
 
 
-def test_dialogue_layout_and_batches(tok):
-    dialogues = [["你好", "hi", "<|end|>"], ["one"], ["", "x"], []]
-    one_by_one = [tok.encode_dialogue(turns) for turns in dialogues]
-    a, b, c = map(tok.encode, dialogues[0])
-    assert one_by_one[0] == [tok.bos, *a, tok.sep, *b, tok.sep, *c, tok.end]
-    assert one_by_one[3] == [tok.bos, tok.end]
-    batch = tok.encode_dialogues(iter(dialogues))
-    assert batch.dtype == np.uint32 and batch.tolist() == sum(one_by_one, [])
-    assert tok.encode_dialogues([]).shape == (0,)
+def test_dialogue_layout(tok):
+    turns = ["你好", "hi", "<|end|>"]
+    a, b, c = map(tok.encode, turns)
+    assert tok.encode_dialogue(turns) == [tok.bos, *a, tok.sep, *b, tok.sep, *c, tok.end]
+    assert tok.encode_dialogue(["one"]) == [tok.bos, *tok.encode("one"), tok.end]
+    assert tok.encode_turns(turns) == [[tok.bos], [*a, tok.sep], [*b, tok.sep], [*c, tok.end]]
+
+
+def test_a_system_prompt_follows_an_empty_turn(tok):
+    """No token is added for it: every tokenizer that was ever saved can write one."""
+    turns, roles = ["be kind", "hi", "ho"], ["system", "user", "assistant"]
+    prompt, *spoken = map(tok.encode, turns)
+    expected = [tok.bos, tok.sep, *prompt, tok.sep, *spoken[0], tok.sep, *spoken[1], tok.end]
+    assert tok.encode_dialogue(turns, roles) == expected
+    assert tok.encode_dialogue(turns[1:], roles[1:]) == tok.encode_dialogue(turns[1:])
 
 
 def test_special_ids_are_the_last_six_in_order(tok):
@@ -135,7 +141,8 @@ def test_token_bytes_add_up_to_the_chat_file(tok):
     file = "".join("\n".join(turns) + "\n\n" for turns in dialogues)
     sizes = tok.token_bytes()
     assert sizes.dtype == np.int64 and sizes.shape == (tok.vocab_size,)
-    assert sizes[tok.encode_dialogues(dialogues)].sum() == len(file.encode("utf-8"))
+    n_bytes = sum(sizes[tok.encode_dialogue(turns)].sum() for turns in dialogues)
+    assert n_bytes == len(file.encode("utf-8"))
 
 
 # -- streaming -------------------------------------------------------------------------------------
@@ -411,7 +418,7 @@ def test_real_chat_is_compressed_and_comes_back(kind):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             turns += file.read(200_000).split("\n")
     tok = train(TokenizerSettings(kind=kind, vocab_size=4096), turns)
-    ids = tok.encode_dialogues([turns])
+    ids = tok.encode_dialogue(turns)
     assert tok.decode(ids) == "".join(turns)
     sizes = tok.token_bytes()[ids]
     assert sizes.mean() > {"char": 1.5, "bpe": 2.5}[kind]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import signal
 import subprocess
@@ -235,44 +236,6 @@ def test_kill_9_before_any_file_operation_then_resume_is_exact(
     assert_same(tmp_path / "r", uninterrupted)
 
 
-def test_a_growing_batch_resumes_exactly(tmp_path, tiny, start, run):
-    """A step that counted its rows from the process's start, or from equal batches, would read
-    others after a restart; and the log would count tokens that nobody read."""
-    args = ["batch_warmup=8", "max_steps=10", "save_every=3", "micro_batch=4"]
-    whole = tiny(tmp_path, run="whole") + args
-    cut = tiny(tmp_path, run="cut") + args
-    assert run("train", whole).status == 0
-    assert start("train", cut, die_at=(1, ".step-00000006.tmp")).wait().status == -signal.SIGKILL
-    assert run("train", cut).status == 0
-    assert_same(tmp_path / "cut", tmp_path / "whole")
-    records = metrics.read(tmp_path / "cut", "train")
-    tokens = [64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280]  # 64, then 128, then 256 a step
-    assert [record["tokens"] for record in records] == tokens
-    meta = json.loads((tmp_path / "cut" / "step-00000010" / "meta.json").read_text("utf-8"))
-    assert meta["tokens"] == 1280
-
-
-def test_a_batch_that_has_no_quarter_is_refused(tmp_path, tiny, run):
-    """Its first steps could not be shared equally."""
-    args = [*tiny(tmp_path, run="r"), "batch_tokens=192", "batch_warmup=8"]
-    assert mistake(run("train", args)) == (
-        "batch_tokens=192 cannot be shared equally: it must be a multiple of model.block_size=32 "
-        "x 1 data-parallel reader(s) x 4 (batch_warmup begins with a quarter) = 128, for example "
-        "256"
-    )
-
-
-def test_growing_sequences_resume_exactly(tmp_path, tiny, start, run):
-    """A length counted from the process's start would train on other rows after a restart."""
-    args = ["length_warmup=8", "max_steps=10", "save_every=3", "data.isolate=true"]
-    whole = tiny(tmp_path, run="whole") + args
-    cut = tiny(tmp_path, run="cut") + args
-    assert run("train", whole).status == 0
-    assert start("train", cut, die_at=(1, ".step-00000006.tmp")).wait().status == -signal.SIGKILL
-    assert run("train", cut).status == 0
-    assert_same(tmp_path / "cut", tmp_path / "whole")
-
-
 def test_utilisation_counts_what_a_sampled_loss_multiplies(monkeypatch):
     """As of the whole vocabulary it would count products that nobody made; tensor-parallel ranks
     have the loss of a part of the tokens each."""
@@ -284,30 +247,6 @@ def test_utilisation_counts_what_a_sampled_loss_multiplies(monkeypatch):
         strategy = SimpleNamespace(world=World(0, 2, torch.device("cpu")), loss_parts=parts)
         speed = train.full_speed(s, shares, strategy, torch.bfloat16)
         assert speed == 2 * 1e12 / metrics.flops_per_token(config, classes)
-
-
-def test_short_sequences_read_the_same_tokens():
-    """A cut along the wrong axis would give each token the target of another."""
-    s = train.TrainSettings(length_warmup=2)
-    s.model.block_size = 8
-    pair = torch.arange(16).view(2, 8), torch.arange(1, 17).view(2, 8)
-    corpus = SimpleNamespace(train_batch=lambda rows, seed: pair)
-    strategy = SimpleNamespace(data_rank=0, world=World(0, 1, torch.device("cpu")))
-    shares = Shares(rows=2, accum=1, micro=2)
-    for step, shape in enumerate([(8, 2), (4, 4), (2, 8)]):
-        (batch,) = train.read_batches(step, corpus, shares, strategy, s)
-        x, y, _ = batch.inputs
-        assert x.shape == shape and batch.n_targets == 16
-        assert x.flatten().equal(torch.arange(16)) and y.equal(x + 1)
-
-
-def test_a_length_that_has_no_quarter_is_refused(tmp_path, tiny, run):
-    """The rows could not be cut into equal ones."""
-    args = [*tiny(tmp_path, run="r"), "model.block_size=18", "batch_tokens=36", "length_warmup=8"]
-    assert mistake(run("train", args)) == (
-        "length_warmup begins with a quarter of model.block_size=18, which is no whole number: "
-        "make it a multiple of 4"
-    )
 
 
 MOMENTS = {
@@ -522,6 +461,7 @@ def test_a_console_that_cannot_show_chinese_does_not_end_the_run(tmp_path, tiny)
     [
         ("data.path={other}", "the corpus"),
         ("data.split_seed=7", "data.split_seed was 0 and is now 7"),
+        ("data.loss_on=assistant", "data.loss_on=assistant needs roles"),
         ("model.n_layer=2", "model.n_layer was 1 and is now 2"),
         ("model.dropout=0.5", "model.dropout was 0.0 and is now 0.5"),
         ("batch_tokens=512", "batch_tokens was 256 and is now 512"),
@@ -539,6 +479,46 @@ def test_what_may_not_change_on_resume(finished, mistake_of, tmp_path, argument,
     config = (folder / "config.yaml").read_bytes()
     message = mistake_of(train.main, [*args, argument.format(other=tmp_path / "other.txt")])
     assert says in message and (folder / "config.yaml").read_bytes() == config
+
+
+def answers(path: Path, prompt: str = "") -> Path:
+    """A chat set whose user is unpredictable, and whose assistant always says the same."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(300):
+        asked = "".join(draw.choices("abcdefgh", k=12))
+        turns = [("system", prompt), ("user", asked), ("assistant", "yes yes yes")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_the_loss_of_the_assistant_alone(tmp_path, tiny, run):
+    """What nobody can predict is read and not learned, in training and in validation; and what is
+    learned belongs to the run."""
+    path = answers(tmp_path / "chat.jsonl")
+    args = tiny(tmp_path, max_steps=80, eval_every=80, save_every=80, data__path=path)
+    learned = {}
+    for loss_on in ("all", "assistant"):
+        result = run("train", [*args, f"run={loss_on}", f"data.loss_on={loss_on}"])
+        assert result.status == 0, result.err
+        folder = tmp_path / loss_on
+        learned[loss_on] = losses(folder, "train")[80], losses(folder, "val")[80]
+    assert max(learned["assistant"]) < 0.1  # with log(8) / 2 for what the user says
+    assert min(learned["all"]) > 0.8
+    assert "data.loss_on=assistant learns 3,600 of its 7,800 tokens" in result.err
+    other = run("train", [*args, "run=assistant", "data.loss_on=all"])
+    assert "data.loss_on was assistant and is now all" in mistake(other)
+
+
+def test_a_step_without_a_target(tmp_path, tiny, run):
+    """Regression: a step that read nothing but a long prompt divided by no target."""
+    path = answers(tmp_path / "chat.jsonl", prompt="be kind " * 40)
+    args = tiny(tmp_path, run="r", data__path=path, data__loss_on="assistant", batch_tokens=32)
+    result = run("train", [*args, "data.eval_blocks=0"])
+    assert result.status == 0, result.err
+    assert 0.0 in losses(tmp_path / "r", "train").values()
 
 
 def test_help_names_every_key(run):

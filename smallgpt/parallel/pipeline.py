@@ -59,6 +59,8 @@ class Stage(nn.Module):
             outer.append(gpt.wte)
             if gpt.wpe is not None:
                 outer.append(gpt.wpe)
+            if isinstance(model, GPTClassifier) and model.marks is not None:
+                outer.append(model.marks)
         if self.is_last:
             outer.append(gpt.norm)
             outer.append(gpt.lm_head)
@@ -163,7 +165,7 @@ class Pipeline(Mesh):
             layer = int(block[1])
             ends = [layers.stop for layers in self.layers]
             return bisect.bisect_right(ends, layer)
-        is_embedding = re.search(r"wte|wpe", name)
+        is_embedding = re.search(r"wte|wpe|marks", name)
         last = self.s.stages - 1
         return 0 if is_embedding else last
 
@@ -321,8 +323,10 @@ def keep_only(model: GPT | GPTClassifier, stages: Iterable[Stage]) -> None:
     for number, block in enumerate(gpt.blocks):
         if block not in kept:
             gpt.blocks[number] = nn.Identity()
-    if isinstance(model, GPTClassifier) and model.head not in kept:
-        model.head = None
+    if isinstance(model, GPTClassifier):
+        for name in ("marks", "head"):
+            if getattr(model, name) not in kept:
+                setattr(model, name, None)
 
 
 def cut_rows(inputs: tuple, parts: int) -> list[Rows]:

@@ -46,84 +46,43 @@ LossOf = Callable[[Callable[..., Any], Any], Tensor]  # (what runs the model, a 
 
 
 @dataclass(frozen=True)
-class Growth:
-    """A size that each step has: a quarter and then half of the full one, in the two halves of the
-    first `warmup` steps."""
-
-    full: int
-    warmup: int = 0
-
-    def at(self, step: int) -> int:
-        if step < self.warmup // 2:
-            return self.full // 4
-        if step < self.warmup:
-            return self.full // 2
-        return self.full
-
-    def before(self, step: int) -> int:
-        """The sizes of all earlier steps together."""
-        quarters = min(step, self.warmup // 2)
-        halves = min(step, self.warmup) - quarters
-        others = step - quarters - halves
-        growing = quarters * (self.full // 4) + halves * (self.full // 2)
-        return growing + others * self.full
-
-
-@dataclass(frozen=True)
 class Shares:
-    """How the global batch of a step is cut: rows = data ranks * accum * micro. In the first
-    `warmup` steps it is a smaller one (Growth), cut into fewer or smaller micro-batches."""
+    """How the global batch of a step is cut: rows = data ranks * accum * micro."""
 
     rows: int  # sequences per step, over all processes
     accum: int  # forward passes per step and process
     micro: int  # sequences per forward pass
-    depth: int = 1  # accum is a multiple of it
-    warmup: int = 0
 
     def of(self, step: int, data_rank: int) -> list[range]:
         """The global sample indices of each micro-batch of this data rank at this step."""
-        of_rank = Growth(self.accum * self.micro, self.warmup)
-        of_all = Growth(self.rows, self.warmup)
-        mine = of_rank.at(step)
-        micro = math.gcd(self.micro, mine // self.depth)
-        first = of_all.before(step) + data_rank * mine
-        end = first + mine
-        return [range(row, row + micro) for row in range(first, end, micro)]
+        mine = self.accum * self.micro
+        first = step * self.rows + data_rank * mine
+        return [range(row, row + self.micro) for row in range(first, first + mine, self.micro)]
 
 
 def share_batch(
-    batch_tokens: int,
-    block_size: int,
-    micro_batch: int,
-    data_size: int,
-    depth: int = 1,
-    warmup: int = 0,
+    batch_tokens: int, block_size: int, micro_batch: int, data_size: int, depth: int = 1
 ) -> Shares:
     """Derive accumulation and micro-batch (at most micro_batch sequences) from the global batch.
 
     depth: the accumulation is a multiple of it, so that a pipeline of that depth is filled.
-    warmup: steps in which the batch grows from a quarter of its size.
-    UserError if batch_tokens is not a multiple of block_size times the data ranks times depth, or
-    its quarter is not."""
+    UserError if batch_tokens is not a multiple of block_size times the data ranks times depth."""
     unit = block_size * data_size * depth
-    smallest = 4 * unit if warmup else unit  # batch, that is
-    if batch_tokens % smallest:
-        nearest = max(1, round(batch_tokens / smallest)) * smallest
+    if batch_tokens % unit:
+        nearest = max(1, round(batch_tokens / unit)) * unit
         parts = f"{data_size} data-parallel reader(s)"
         if depth > 1:
             parts += f" x {depth} micro-batches (mesh.pp)"
-        if warmup:
-            parts += " x 4 (batch_warmup begins with a quarter)"
         raise UserError(
             f"batch_tokens={batch_tokens} cannot be shared equally: it must be a multiple of "
-            f"model.block_size={block_size} x {parts} = {smallest}, for example {nearest}"
+            f"model.block_size={block_size} x {parts} = {unit}, for example {nearest}"
         )
     turns = batch_tokens // unit  # sequences of each of `depth` equal parts
     micro = min(micro_batch, turns)
     while turns % micro:
         micro -= 1
     mine = turns * depth
-    return Shares(mine * data_size, mine // micro, micro, depth, warmup)
+    return Shares(rows=mine * data_size, accum=mine // micro, micro=micro)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -79,7 +79,10 @@ def cut_matrices(model: GPT | GPTClassifier, mesh: DeviceMesh, sequence: bool) -
     parallelize_module(gpt, mesh, outer, src_data_rank=None)
     gpt.tie()
     if isinstance(model, GPTClassifier):
-        parallelize_module(model, mesh, {"head": Whole()})
+        whole = {"head": Whole()}
+        if model.marks is not None:
+            whole["marks"] = Whole()
+        parallelize_module(model, mesh, whole)
         model.head.register_forward_hook(own_memory)
     for name, p in model.named_parameters():
         p.requires_grad_(trains[name])
@@ -243,7 +246,7 @@ class CutGPT(GPT):
         x = super().run_blocks(shares, context, first, end).full_tensor()
         return x if at is None else take_position(x, at)
 
-    def compile_parts(self, dynamic: bool | None = False) -> str:
+    def compile_parts(self) -> str:
         """Only the loss: torch 2.13 cannot compile blocks that are cut over one axis of a mesh."""
         self.slice_loss = torch.compile(self.slice_loss)
         return "on for the loss only (mesh.tp)"

@@ -42,11 +42,12 @@ from smallgpt.console import UserError
 from smallgpt.files import checksum, flush, write_atomic
 from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World
-from smallgpt.runs import lazy
+from smallgpt.runs import lazy, lora
 from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
+VALUE = "value"  # in the state: of a parameter that is not among the weights
 ASIDE = ".old"  # ends the name of a step folder while another one takes its place
 FORMAT = 2  # of meta.json
 READABLE = (1, 2)  # 1 had no sources and no settings: its runs can be used, but not continued
@@ -253,7 +254,7 @@ class Saver:
         self.is_best = False
         self.error = self.make_folder()
         self.check(self.world.sum(bool(self.error))[0])
-        weights = strategy.gather_weights()
+        weights = lora.merged(strategy.gather_weights())
         tensors = optimizer_tensors(strategy.names(), optimizers)
         folder = self.temporary / "state"
         if not self.in_background:
@@ -393,10 +394,13 @@ def brief(problem: BaseException) -> str:
 def optimizer_tensors(
     names: dict[str, nn.Parameter], optimizers: list[Optimizer]
 ) -> dict[str, torch.Tensor]:
-    """Every state tensor as `parameter name/state name`; hyper-parameters come from the settings,
-    not from here."""
+    """Every state tensor as `parameter name/state name`, and as `parameter name/value` what is not
+    among the saved weights; hyper-parameters come from the settings, not from here."""
     name_of = {p: name for name, p in names.items()}
     tensors = {}
+    for name, p in names.items():
+        if lora.is_factor(name):
+            tensors[f"{name}/{VALUE}"] = p.detach()
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key, value in state.items():
@@ -415,8 +419,9 @@ def publish(temporary: Path, final: Path, meta: dict) -> None:
     usual_mode = (temporary / "meta.json").stat().st_mode
     for file in files:
         file.chmod(usual_mode)  # safetensors lets only their owner read them
-    for file in [*files, temporary / "meta.json", temporary / "state", temporary]:
-        flush(file)
+    folders = [path for path in temporary.rglob("*") if path.is_dir()]
+    for path in [*files, temporary / "meta.json", *folders, temporary]:
+        flush(path)
     aside = final.with_name(f".{final.name}{ASIDE}")
     if final.exists():  # it was damaged, or training has gone back behind it
         os.replace(final, aside)
@@ -455,11 +460,16 @@ def open_weights(checkpoint: Checkpoint) -> Weights:
         return lazy.in_file(file, partial(checkpoint.verify, WEIGHTS))
 
 
-def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> Weights:
-    """The saved weights. Every name and shape must be as wanted, or UserError names one that is
-    not."""
+def read_weights(
+    checkpoint: Checkpoint,
+    shapes: dict[str, tuple[int, ...]],
+    trunk: Mapping[str, torch.Tensor] | None = None,
+) -> Weights:
+    """The saved weights for a model of these shapes. Every name and shape must be the same, or
+    UserError names one that is not. trunk: where adapted matrices begin, see `lora.unmerged`."""
     weights = open_weights(checkpoint)
     found = weights.shapes
+    wanted = {name: shape for name, shape in shapes.items() if not lora.is_factor(name)}
     names = sorted(wanted.keys() | found.keys())
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
     if wrong:
@@ -469,7 +479,7 @@ def read_weights(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> 
             f"for example {first} is {found.get(first, 'absent')} in the file and "
             f"{wanted.get(first, 'absent')} in the model"
         )
-    return weights
+    return lora.unmerged(weights, shapes, trunk)
 
 
 def load_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
@@ -496,6 +506,11 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
     from smallgpt.runs import state  # half a second of imports
 
     folder = checkpoint.path / "state"
+    if not folder.is_dir():
+        raise UserError(
+            f"{checkpoint.path} was published without the optimizers' state: begin another run "
+            f"with init_from={checkpoint.run} and a run= of its own"
+        )
     with reading(folder):
         saved = state.saved_tensors(folder)
     keys_of: dict[str, list[str]] = {}  # parameter name -> its state names
@@ -529,6 +544,11 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
     verify_state(checkpoint, strategy.world)
     with reading(folder):
         state.load(targets, folder)
+    with torch.no_grad():
+        for optimizer in optimizers:
+            for p, kept in optimizer.state.items():
+                if VALUE in kept:
+                    p.copy_(kept.pop(VALUE))
 
 
 def digest(weights: Mapping[str, torch.Tensor]) -> str:

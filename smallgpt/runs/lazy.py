@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].read()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors  # Mapping's own would read it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 
@@ -74,6 +80,23 @@ def in_file(file: Path, verify: Callable[[], None] = lambda: None) -> Weights:
 def of_shape(shape: Sequence[int]) -> Tensor:
     """No numbers, and no memory."""
     return torch.empty(shape, device="meta")
+
+
+class SkipInit(TorchFunctionMode):
+    """A model that is made inside draws no weights: it is to be given others."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def hollow(config: GPTConfig) -> GPT:
+    """A model that has shapes only: no numbers, and no memory."""
+    # to draw weights on the meta device, torch would import its compiler: more than a second
+    with torch.device("meta"), SkipInit():
+        return GPT(config)
 
 
 def in_memory(values: Mapping[str, Any]) -> Weights:

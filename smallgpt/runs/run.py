@@ -35,10 +35,11 @@ from model import GPTConfig
 from smallgpt import settings
 from smallgpt.adam import Optimizer
 from smallgpt.console import UserError
-from smallgpt.parallel.strategy import Growth, Single
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import StopRequest, World
 from smallgpt.runs import checkpoint, metrics
 from smallgpt.runs.checkpoint import Checkpoint
+from smallgpt.runs.tracker import Tracker, TrackerKind
 from smallgpt.tokenizer import Tokenizer
 
 RESTART_WAIT = 60  # seconds that a restart waits for what it replaces to end
@@ -52,6 +53,7 @@ class RunSettings(Protocol):
     resume: str
     save: Literal["sync", "async"]
     log_every: int
+    tracker: TrackerKind
     keep: int
 
 
@@ -64,7 +66,7 @@ class Facts:
     data: str  # fingerprint of what is trained on
     sources: list[dict]  # where it came from, with hashes; also what the trunk was trained on
     identity: dict[str, Any] = field(default_factory=dict)  # more that may not change, as the head
-    tokens: Growth = Growth(0)  # of each step of a pretraining
+    tokens_per_step: int = 0  # of pretraining
     init_from: str = ""  # run whose weights a pretraining began with
 
 
@@ -188,7 +190,10 @@ class Run:
         Checkpoints are saved between them. After SIGTERM, SIGINT or SIGHUP to any rank all save
         and stop here, together; then `status` is not 0."""
         self.max_steps = max_steps
-        self.metrics = metrics.Metrics(self.folder, self.world, self.step, max_steps)
+        tracker = None
+        if self.s.tracker != "none" and self.world.main and self.step < max_steps:
+            tracker = Tracker(self.s.tracker, self.folder, settings.flat(self.s))
+        self.metrics = metrics.Metrics(self.folder, self.world, self.step, max_steps, tracker)
         self.stack.callback(self.metrics.close)
         self.restart_clock()
         with self.metrics.bar_shown(), StopRequest() as stop:
@@ -310,7 +315,7 @@ class Run:
             "data": self.facts.data,
             "sources": self.facts.sources,
             **self.facts.identity,
-            "tokens": self.facts.tokens.before(self.step),
+            "tokens": self.step * self.facts.tokens_per_step,
             "init_from": self.facts.init_from,
             "scaler": self.strategy.scaler.state_dict(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},

@@ -31,7 +31,7 @@ class Encoded:
     """Examples of one split as the model reads them."""
 
     ids: list[np.ndarray]  # int64, each as long as its text
-    labels: np.ndarray  # int64 (N,)
+    labels: np.ndarray  # int64 (N,), of classes; float64 where the label is a number
     cut: int  # texts that lost their middle
 
     @functools.cached_property
@@ -57,14 +57,24 @@ def add_leading_space(text: str, tokenizer: Tokenizer) -> str:
     return f" {text}" if begins_with_word and tokenizer.kind != "char" else text
 
 
+def prefix_of(tokenizer: Tokenizer, rows: int) -> list[int]:
+    """What each text begins with: <|bos|>, unless the trunk, of so many rows, never saw one."""
+    return [tokenizer.bos] if tokenizer.bos < rows else []
+
+
 def encode_text(
-    tokenizer: Tokenizer, text: str, pair: str, block_size: int, prefix: list[int]
+    tokenizer: Tokenizer,
+    text: str,
+    pair: str,
+    block_size: int,
+    prefix: list[int],
+    cue: Sequence[int] = (),
 ) -> tuple[list[int], bool]:
-    """Ids of prefix + text, or prefix + text [sep] pair, at most block_size of them; and whether
-    something was cut. Of a pair the longer side gives first, so that both stay."""
+    """Ids of prefix + text + cue, or prefix + text [sep] pair + cue, at most block_size of them;
+    and whether something was cut. Of a pair the longer side gives first, so that both stay."""
     first = tokenizer.encode(add_leading_space(text, tokenizer))
     second = tokenizer.encode(add_leading_space(pair, tokenizer))
-    room = block_size - len(prefix) - bool(pair)
+    room = block_size - len(prefix) - len(cue) - bool(pair)
     is_cut = len(first) + len(second) > room
     if is_cut:
         for_second = min(len(second), max(room // 2, room - len(first)))
@@ -73,7 +83,7 @@ def encode_text(
     ids = [*prefix, *first]
     if pair:
         ids += [tokenizer.sep, *second]
-    return ids, is_cut
+    return [*ids, *cue], is_cut
 
 
 def encode(
@@ -82,16 +92,21 @@ def encode(
     tokenizer: Tokenizer,
     block_size: int,
     prefix: list[int],
+    cue: Sequence[int] = (),
 ) -> Encoded:
-    """Token ids of every example."""
+    """Token ids of every example. labels: the classes; one alone stands for a number."""
     number_of = {label: number for number, label in enumerate(labels)}
     ids = []
     cut = 0
     for example in examples:
-        found, is_cut = encode_text(tokenizer, example.text, example.pair, block_size, prefix)
+        text, pair, _ = example
+        found, is_cut = encode_text(tokenizer, text, pair, block_size, prefix, cue)
         ids.append(np.array(found, np.int64))
         cut += is_cut
-    numbers = np.array([number_of[example.label] for example in examples], np.int64)
+    if len(labels) == 1:
+        numbers = np.array([float(example.label) for example in examples])
+    else:
+        numbers = np.array([number_of[example.label] for example in examples], np.int64)
     return Encoded(ids, numbers, cut)
 
 
@@ -199,20 +214,26 @@ class Inputs:
 
 
 def drop_tokens(
-    tokens: Tensor, lengths: Tensor, share: float, fill: int, sep: int, width: int
+    tokens: Tensor,
+    lengths: Tensor,
+    share: float,
+    fill: int,
+    sep: int,
+    width: int,
+    cue: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Leave out each token (B, T) with probability `share`, but neither a row's first one, nor the
-    separator of a pair, nor all else of an example: the others close up, padded with `fill` to the
-    longest or to `width`. A classifier then cannot rely on single words (word dropout, Iyyer et
-    al. 2015). Returns the new tokens and lengths (B,)."""
+    separator of a pair, nor the last `cue`, nor all else of an example: the others close up, padded
+    with `fill` to the longest or to `width`. A classifier then cannot rely on single words (word
+    dropout, Iyyer et al. 2015). Returns the new tokens and lengths (B,)."""
     positions = torch.arange(tokens.size(1), device=tokens.device)
     is_real = positions < lengths[:, None]
-    is_sep = tokens == sep
+    is_sign = (tokens == sep) | (positions >= lengths[:, None] - cue)  # no word of a text
     kept = torch.rand(tokens.shape, device=tokens.device) >= share
-    kept |= is_sep
+    kept |= is_sign
     kept[:, 0] = True
     kept &= is_real
-    words_left = (kept & ~is_sep).sum(1, keepdim=True)
+    words_left = (kept & ~is_sign).sum(1, keepdim=True)
     kept |= is_real & (words_left < 2)  # a label of nothing but [bos] teaches nothing
     lengths = kept.sum(1)
     kept_first = torch.sort(~kept, dim=1, stable=True).indices

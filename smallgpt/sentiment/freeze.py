@@ -10,6 +10,7 @@ from tqdm import tqdm
 from model import GPTClassifier
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import Single
+from smallgpt.runs import lora
 from smallgpt.sentiment.batches import Inputs, length_batches
 
 EMBEDDING = "gpt.wte.weight"  # its canonical name
@@ -32,13 +33,16 @@ def trained_blocks(how: str, n_layer: int) -> int:
     return count
 
 
-def freeze(model: GPTClassifier, how: str, rows: int) -> None:
+def freeze(model: GPTClassifier, how: str, rows: int, rank: int = 0) -> None:
     """Freeze what `how` names: none, trunk (all but the head), all_but_last:K (all but the last K
     blocks, the final norm and the head). UserError for too large a K.
 
+    rank: of the adapters that train in place of the other blocks, whose embeddings are then frozen,
+    too; 0 = the blocks train themselves.
+
     New tokens, ids from `rows` on, always train: the model gives the rows below no gradient, and
     AdamW leaves alone what has neither gradient nor decay (`undecayed`)."""
-    if how == "none":
+    if how == "none" and not rank:
         return
     gpt = model.gpt
     count = trained_blocks(how, gpt.config.n_layer)
@@ -51,7 +55,10 @@ def freeze(model: GPTClassifier, how: str, rows: int) -> None:
         parts.append(gpt.norm)
     for part in parts:
         part.requires_grad_(False)
-    gpt.drop.p = 0.0  # dropout would make the states differ from step to step
+    if rank:
+        lora.adapt(gpt.blocks[model.first_block :], rank)
+    if model.first_block:
+        gpt.drop.p = 0.0  # dropout would make the states differ from step to step
     for block in frozen_blocks:
         block.drop.p = 0.0
         block.attn.dropout = 0.0

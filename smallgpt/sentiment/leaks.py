@@ -226,8 +226,8 @@ def _open_text(source: Source, hashes: dict[Path, str]) -> Corpus:
         raise NotSearched("changed since")
 
     def texts() -> Iterator[str]:
-        for turns in read_dialogues(path, "replace"):
-            yield from turns
+        for dialogue in read_dialogues(path, "replace"):
+            yield from dialogue.turns
 
     return Corpus(str(path), hashes[path], texts)
 
@@ -246,9 +246,7 @@ def _open_set(source: Source) -> Corpus:
         raise NotSearched("changed since")
 
     def texts() -> Iterator[str]:
-        for example in reviews.splits["train"]:
-            yield example.text
-            yield example.pair
+        yield from texts_of(reviews.splits["train"])
 
     return Corpus(name_of(source), reviews.fingerprint, texts)
 
@@ -330,6 +328,7 @@ def _is_result(kept: Any) -> bool:
 
 def check(
     tests: list[str],
+    validation: list[str],
     trunk_name: str,
     sources: list[Source],
     cache: Path,
@@ -338,7 +337,8 @@ def check(
 ) -> list[str]:
     """What `search` finds, in words for a report. The main process searches, for all: a collective.
 
-    UserError if anything is found and that is not `allowed`."""
+    UserError if a test text is found and that is not `allowed`. Validation texts are only counted:
+    they may choose the wrong run, but the test stays honest."""
     result = world.by_main(partial(search, tests, sources, cache))
     if result.found and not allowed:
         raise UserError(
@@ -346,7 +346,31 @@ def check(
             "take another trunk, train it without them (`python scripts/data.py text` writes such "
             "a text), or set allow_leaks=true"
         )
-    return [result.note()]
+    notes = [result.note()]
+    read = 0
+    if validation:
+        read = world.by_main(partial(search, validation, sources, cache)).found
+    if read:
+        notes.append(
+            f"{read} of {len(validation):,} validation texts are in what {trunk_name} was trained "
+            "on: the validation scores are too high, and may choose the wrong run"
+        )
+    return notes
+
+
+def chain(sources: list[Source]) -> str:
+    """Every link of what a trunk was trained on, from the first to the last: its corpora, then
+    labelled sets, each after an arrow. sources: the last ones first, as a run records them."""
+    links: list[list[str]] = []
+    is_after_text = False
+    for source in reversed(sources):
+        is_text = source.get("kind") == "text"
+        if is_text and is_after_text:
+            links[-1].insert(0, name_of(source))  # of one pretraining, in its order
+        else:
+            links.append([name_of(source)])
+        is_after_text = is_text
+    return " -> ".join(brief(link) for link in links) or "no source is recorded"
 
 
 # ---- texts to pretrain on
@@ -372,6 +396,23 @@ def training_texts(sets: list[splits.Reviews], to: Path) -> tuple[int, int]:
     return len(kept), len(examples) - len(kept)
 
 
+def held_out_examples(sets: list[splits.Reviews]) -> list[Example]:
+    """The validation and test examples of the sets."""
+    found = []
+    for reviews in sets:
+        for split in ("validation", *splits.tests_of(reviews.splits)):
+            found += reviews.splits[split]
+    return found
+
+
+def texts_of(examples: Iterable[Example]) -> Iterator[str]:
+    """The texts of examples, two of a pair."""
+    for example in examples:
+        yield example.text
+        if example.pair:
+            yield example.pair
+
+
 def _each_text_once(sets: list[splits.Reviews]) -> list[Example]:
     """The training examples of the sets, the last of those with the same text and pair."""
     examples = {}
@@ -383,13 +424,9 @@ def _each_text_once(sets: list[splits.Reviews]) -> list[Example]:
 
 def _without_held_out(examples: list[Example], sets: list[splits.Reviews]) -> list[Example]:
     """Those that are no copy of a held-out text, and share no long run of letters with one."""
-    texts = []
-    keys = set()
-    for reviews in sets:
-        for example in reviews.splits["validation"] + reviews.splits["test"]:
-            texts += [example.text, example.pair]
-            keys.add(example.key)
-    held_out = HeldOut(texts)
+    examples_held_out = held_out_examples(sets)
+    keys = {example.key for example in examples_held_out}
+    held_out = HeldOut(texts_of(examples_held_out))
     kept = []
     for example in examples:
         touches = held_out.touches(example.text) or held_out.touches(example.pair)

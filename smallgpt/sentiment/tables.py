@@ -16,10 +16,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from smallgpt import files
 from smallgpt.console import UserError
+from smallgpt.parquet import ClassNames, class_names, open_parquet
 
 SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "pipe": "|"}
 EAST_ASIAN = ("big5", "shift_jis", "euc-kr", "euc-jp", "gb18030")
@@ -27,6 +28,14 @@ NO_TEXT = {list: "a list", dict: "an object", bytes: "bytes"}  # in JSON and Par
 # The limit of one unpacked file: a small .gz or .zip can hold more than a machine's memory.
 MAX_BYTES = 4 << 30
 csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 131,072 characters
+
+
+class Columns(NamedTuple):
+    """Titles of columns."""
+
+    text: str
+    pair: str = ""  # a second text, "" = there is none
+    label: str = ""
 
 
 @dataclass
@@ -40,6 +49,7 @@ class Table:
     # column -> where it first holds something that is no text, and what
     nested: dict[str, tuple[str, str]] = field(default_factory=dict)
     header_is_a_line: bool = False  # of the file, and perhaps one that was meant as a row
+    guess: Columns | None = None  # which columns are what, where the file lets one guess
 
     def column(self, name: str, fix: str) -> list[str]:
         """The cells of a column, whatever spaces or capitals its header has.
@@ -96,10 +106,14 @@ def read_table(
     header: False = the first line is a row, and the columns are named 1, 2, ...
 
     UserError names the file, the line, what is wrong and the fix."""
+    if files.kind_of(first_bytes(path)) == files.PARQUET:
+        refuse_no_header(path, header)
+        return parquet_table(path)
     name, content = unpack(path)
     kind = files.kind_inside(content)
     if kind == files.PARQUET:
-        return parquet_table(path, content)
+        refuse_no_header(path, header)
+        return parquet_table(path, io.BytesIO(content))
     if kind.family == "archive":  # in a .gz or .zip, or of a kind that is not read here
         raise UserError(f"{path} is {kind.name}: unpack it")
     if kind.family == "binary":
@@ -113,12 +127,19 @@ def read_table(
     if not text.strip():
         raise UserError(f"{path} is empty")
     if is_json(name, text):
+        refuse_no_header(path, header)
         return json_table(path, text, notes)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
         line = line_of(text, text.index("\0"))
         notes.append(f"{path.name}, line {line}: a NUL character, kept as part of the text")
     return delimited_table(path, text, Options(separator, quoting, escape, header), notes)
+
+
+def refuse_no_header(path: Path, header: bool) -> None:
+    """UserError for data.header=false where each value has a name of its own."""
+    if not header:
+        raise UserError(f"{path} names its columns: leave out data.header=false")
 
 
 def line_of(text: str | bytes, position: int) -> int:
@@ -130,13 +151,21 @@ def line_of(text: str | bytes, position: int) -> int:
 # ---- bytes
 
 
+def first_bytes(path: Path) -> bytes:
+    """Those that tell what a file is."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(files.HEAD)
+    except OSError as problem:
+        raise UserError(f"cannot read {path}: {problem.strerror}") from None
+
+
 def unpack(path: Path) -> tuple[str, bytes]:
     """The name and bytes of a file, of what a .gz holds, or of the only file in a .zip.
 
     Packed files are known by their first bytes."""
+    kind = files.kind_of(first_bytes(path))
     try:
-        with open(path, "rb") as file:
-            kind = files.kind_of(file.read(files.HEAD))
         if kind == files.ZIP:
             return unzip(path)
         with gzip.open(path) if kind == files.GZIP else open(path, "rb") as file:
@@ -465,7 +494,21 @@ def titled(path: Path, rows: list[list[str]], header: bool, notes: list[str]) ->
     if not rows:
         raise UserError(f"{path} has no rows")
     numbers = [str(i) for i in range(1, len(rows[0]) + 1)]
-    return Table(path, numbers, rows, notes)
+    return Table(path, numbers, rows, notes, guess=columns_without_header(rows))
+
+
+def columns_without_header(rows: list[list[str]]) -> Columns | None:
+    """One or two texts and a label, which comes first or last: labels repeat, and texts do not."""
+    if len(rows[0]) not in (2, 3):
+        return None
+    n_first = len({row[0] for row in rows})
+    n_last = len({row[-1] for row in rows})
+    numbers = [str(i) for i in range(1, len(rows[0]) + 1)]
+    if n_first <= n_last:
+        label, *texts = numbers
+    else:
+        *texts, label = numbers
+    return Columns(*texts, label=label)
 
 
 # ---- JSON Lines and Parquet
@@ -513,20 +556,32 @@ def json_values(path: Path, text: str) -> Iterator[tuple[str, object]]:
         yield f"line {number}", value
 
 
-def parquet_table(path: Path, content: bytes) -> Table:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} is a Parquet file: pip install pyarrow, which reads it") from None
-    try:
-        records = parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        problem = str(error).partition("\n")[0]
-        raise UserError(f"{path} is a damaged Parquet file ({problem})") from None
-    if not records:
+def parquet_table(path: Path, content: BinaryIO | None = None) -> Table:
+    """The table of a Parquet file, or of its content where it was packed.
+
+    Numbers that have names, as Hugging Face's ClassLabels do, are read as these. Such a column, or
+    else one called label, is that of the texts beside it."""
+    with open_parquet(path, content) as parquet:
+        names = class_names(parquet)
+        labels = list(names) or [name for name in parquet.columns if name == "label"]
+        texts = [name for name in parquet.text_columns if name not in labels]
+        records = ((f"row {i}", named(row, names)) for i, row in enumerate(parquet.rows(), 1))
+        table = objects_table(path, records, [])
+    if not table.rows:
         raise UserError(f"{path} has no rows")
-    return objects_table(path, ((f"row {i}", record) for i, record in enumerate(records, 1)), [])
+    if len(labels) == 1 and len(texts) in (1, 2):
+        table.guess = Columns(*texts, label=labels[0])
+    return table
+
+
+def named(row: dict[str, Any], names: ClassNames) -> dict[str, Any]:
+    """The row with its numbers replaced by their names; -1 is no label."""
+    found = dict(row)
+    for column, known in names.items():
+        number = row.get(column)
+        if isinstance(number, int) and number < len(known):
+            found[column] = known[number] if number >= 0 else None
+    return found
 
 
 def objects_table(path: Path, objects: Iterable[tuple[str, dict]], notes: list[str]) -> Table:
@@ -548,7 +603,7 @@ def objects_table(path: Path, objects: Iterable[tuple[str, dict]], notes: list[s
 
 
 def cell_text(value: object) -> str:
-    if value is None:
+    if value is None or type(value) in NO_TEXT:
         return ""
     if isinstance(value, bool):
         return str(value).lower()

@@ -112,9 +112,10 @@ def _feistel(x: np.ndarray, half_bits: np.ndarray, key: np.ndarray) -> np.ndarra
 class Corpus:
     """Batches of token files.
 
-    `tokens` holds (train, val) of each source, `weights` its passes per epoch. Each source is read
-    as a circle of `n_train // block_size` blocks (at least one). Where it closes, a bos starts the
-    first dialogue, so nothing special happens there.
+    `tokens` holds (train, val) of each source, with ~id for an id that is read and never a target;
+    `weights` its passes per epoch. Each source is read as a circle of `n_train // block_size`
+    blocks (at least one). Where it closes, a bos starts the first dialogue, so nothing special
+    happens there.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Corpus:
         self.n_val_blocks = self._all_val_blocks
         if eval_blocks:
             self.n_val_blocks = min(eval_blocks, self._all_val_blocks)
+        self._check_targets()
 
     def _check_sizes(self) -> None:
         """UserError where there is too little to train on, or nothing to validate with."""
@@ -188,6 +190,18 @@ class Corpus:
                 f"the corpus has {self.n_train_tokens:,} training tokens, shorter than one block "
                 f"of block_size={self.block_size}: use a smaller block_size or more text"
             )
+
+    def _check_targets(self) -> None:
+        """UserError where the validation blocks hold no target, as those of a long prompt do."""
+        for i in range(self.n_val_blocks):
+            start = self._val_start(i)
+            targets = self._val_tokens(start + 1, start + self._row_length)
+            if (targets >= 0).any():
+                return
+        raise UserError(
+            f"the {self.n_val_blocks} validation blocks of {self.block_size} tokens hold no turn "
+            "of the assistant: raise data.eval_blocks or data.val_fraction"
+        )
 
     def _count_dialogues(self) -> int:
         total = 0
@@ -248,11 +262,15 @@ class Corpus:
         rows = np.empty((len(indices), self._row_length), np.int64)
         rows.fill(self.tokenizer.pad)
         for row, i in zip(rows, indices, strict=True):
-            block = i * self._all_val_blocks // self.n_val_blocks  # evenly spaced
-            start = block * self.block_size
+            start = self._val_start(i)
             found = self._val_tokens(start, start + self._row_length)
             row[: len(found)] = found
         return self._inputs_and_targets(rows)
+
+    def _val_start(self, i: int) -> int:
+        """Where in the validation text its i-th evaluated block begins; they are evenly spaced."""
+        block = i * self._all_val_blocks // self.n_val_blocks
+        return block * self.block_size
 
     def _val_tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start..stop of the validation text, fewer at its end."""
@@ -281,9 +299,12 @@ class Corpus:
 
         from model import IGNORE
 
-        inputs = rows[:, :-1].copy()
-        targets = rows[:, 1:]
+        is_only_read = rows < 0
+        ids = np.where(is_only_read, ~rows, rows)
+        inputs = ids[:, :-1].copy()
+        targets = ids[:, 1:]
         is_start = targets == self.tokenizer.bos
         is_padding = targets == self.tokenizer.pad
-        targets = np.where(is_start | is_padding, IGNORE, targets)
+        is_ignored = is_start | is_padding | is_only_read[:, 1:]
+        targets = np.where(is_ignored, IGNORE, targets)
         return torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -9,8 +9,9 @@ a line, a JSON file an array of them, a Parquet file (through pyarrow) one in ea
     {"dialog": ["hi", "hello"]}
     {"text": "each line of a text is an utterance"}
 
-All but Parquet may be gzipped. The first bytes of a file decide how it is read, whatever its name
-is. Line breaks in the turns of JSON become spaces. What is not read is counted in `Counts`.
+Of turns with a role (or a `from`) the role is kept. All but Parquet may be gzipped. The first bytes
+of a file decide how it is read, whatever its name is. Line breaks in the turns of JSON become
+spaces. What is not read is counted in `Counts`.
 """
 
 import contextlib
@@ -24,17 +25,17 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from smallgpt import files
 from smallgpt.console import UserError
+from smallgpt.parquet import open_parquet
 
 HEAD = 1 << 20  # bytes that decide the format ...
 LINES_LOOKED_AT = 100  # ... and lines of them
 BLOCK = 1 << 20  # bytes read at once
 MAX_LINES = 1 << 12  # read beyond BLOCK to finish a dialogue; a longer one is cut
 MAX_VALUE = 1 << 26  # characters of one dialogue in a JSON array
-BATCH_ROWS = 1 << 10  # of a Parquet file, read at once
 
 TEXT, JSON_LINES, JSON, PARQUET = "plain text", "JSON Lines", "JSON", "Parquet"
 UNITS = {TEXT: "line", JSON_LINES: "line", JSON: "dialogue", PARQUET: "row"}  # what is numbered
@@ -42,8 +43,20 @@ NAMED_AS = {".jsonl": JSON_LINES, ".json": JSON, ".parquet": PARQUET}  # any oth
 
 DIALOGUE_KEYS = ("messages", "conversations", "dialog", "dialogue")
 KEYS = (*DIALOGUE_KEYS, "text")
-SYSTEM_ROLES = {"system", "developer"}
+ROLES = {  # as data sets write them -> as they are called here
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
 TOOL_ROLES = {"tool", "function", "function_call", "observation"}
+LossOn = Literal["all", "assistant"]  # whose turns a language model is trained on
 
 CONTROL = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\x1b")  # bytes that no text holds
 
@@ -61,6 +74,21 @@ class Format(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}, gzipped" if self.gzipped else self.kind
+
+
+class Dialogue(NamedTuple):
+    """What is said, turn by turn."""
+
+    turns: list[str]
+    roles: list[str]  # of each turn: system, user, assistant, or what else a file has; "" = unknown
+
+    @property
+    def spoken(self) -> list[str]:
+        """The turns without system prompts, which nobody speaks."""
+        if "system" not in self.roles:
+            return self.turns
+        pairs = zip(self.turns, self.roles, strict=True)
+        return [turn for turn, role in pairs if role != "system"]
 
 
 class Block(NamedTuple):
@@ -81,9 +109,10 @@ class Counts:
     first_skipped: str = ""  # where the first of them is, and why
     ended: int = 0  # dialogues that end before an empty turn
     turns_after: int = 0  # the empty turns, and what came after them
-    system_turns: int = 0  # left out, with those of developers
+    prompts: int = 0  # system prompts; those of developers are among them
     tool_turns: int = 0  # left out
     cut: int = 0  # too long without a blank line
+    only_read: int = 0  # tokens of turns that are not learned
 
     def add(self, other: "Counts") -> None:
         """Count what another block of the same file held."""
@@ -102,7 +131,7 @@ class Counts:
             raise UserError(
                 f"{path}: none of its {self.skipped:,} dialogues can be read, the first at "
                 f"{self.first_skipped}; write a dialogue as "
-                '["hi", "hello"] or {"messages": [{"role": "user", "content": "hi"}, ...]}'
+                '{"messages": [{"role": "user", "content": "hi"}, ...]}'
             )
 
     def notes(self) -> list[str]:
@@ -115,8 +144,6 @@ class Counts:
         if self.ended:
             dropped = f"{self.turns_after:,} turns dropped"
             notes.append(f"dialogues ended before an empty turn: {self.ended:,}, {dropped}")
-        if self.system_turns:
-            notes.append(f"system and developer turns left out: {self.system_turns:,}")
         if self.tool_turns:
             notes.append(
                 f"tool turns left out: {self.tool_turns:,} "
@@ -131,9 +158,12 @@ class Counts:
 
 
 def read_dialogues(
-    path: str | Path, errors: str = "strict", counts: Counts | None = None
-) -> Iterator[list[str]]:
-    """Stream the dialogues of one file, each a list of utterances; `counts` what was dropped.
+    path: str | Path,
+    errors: str = "strict",
+    counts: Counts | None = None,
+    loss_on: LossOn = "all",
+) -> Iterator[Dialogue]:
+    """Stream the dialogues of one file; `counts` what was dropped.
 
     UserError: a file that is missing or no chat; bytes that are not UTF-8, unless `errors` is
     "replace".
@@ -142,7 +172,7 @@ def read_dialogues(
     counts = Counts() if counts is None else counts
     form = sniff(path)
     for block in blocks(path, form):
-        yield from parse(path, form, block, errors, counts)
+        yield from parse(path, form, block, errors, counts, loss_on)
     counts.check(path)
 
 
@@ -346,38 +376,33 @@ def _json_values(path: Path, stream: BinaryIO) -> Iterator[str]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, int]]:
     """(a row as one line of JSON, about how many bytes were read from disk so far)..."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path} is Parquet, which needs pyarrow: pip install pyarrow") from None
-    try:
-        table = parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        columns = [key for key in KEYS if key in names]
+    with open_parquet(path) as table:
+        columns = [key for key in KEYS if key in table.columns]
         if not columns:
             raise UserError(
                 f"{path}: dialogues are read from a column {', '.join(KEYS)}, and its columns are "
-                f"{', '.join(names)}: rename one"
+                f"{', '.join(table.columns)}: rename one"
             )
-        bytes_per_row = path.stat().st_size / max(table.metadata.num_rows, 1)
-        n_rows = 0
-        for batch in table.iter_batches(BATCH_ROWS, columns=columns[:1]):
-            n_rows += batch.num_rows
-            for row in batch.to_pylist():
-                line = json.dumps(row, ensure_ascii=False, default=str)
-                yield line, round(n_rows * bytes_per_row)
-    except pyarrow.ArrowException as problem:
-        raise UserError(f"cannot read {path}: {problem}") from problem
+        bytes_per_row = path.stat().st_size / max(table.n_rows, 1)
+        for n_rows, row in enumerate(table.rows(columns[:1]), 1):
+            line = json.dumps(row, ensure_ascii=False, default=str)
+            yield line, round(n_rows * bytes_per_row)
 
 
 # -- reading the dialogues of a block --------------------------------------------------------------
 
 
 def parse(
-    path: Path, form: Format, block: Block, errors: str, counts: Counts
-) -> Iterator[list[str]]:
-    """The dialogues of one of `blocks`. Utterances are stripped; a line of whitespace is blank."""
+    path: Path,
+    form: Format,
+    block: Block,
+    errors: str,
+    counts: Counts,
+    loss_on: LossOn = "all",
+) -> Iterator[Dialogue]:
+    """The dialogues of one of `blocks`. Utterances are stripped; a line of whitespace is blank.
+
+    loss_on: "assistant" skips the dialogues in which the assistant's turns are not known."""
     text = _decode(path, form, block, errors)
     lines = text.split("\n")  # splitlines() would cut at U+2028 as well
     if form.kind == TEXT:
@@ -385,18 +410,36 @@ def parse(
         for is_dialogue, group in itertools.groupby(map(str.strip, lines), bool):
             if is_dialogue:
                 counts.dialogues += 1
-                yield list(group)
+                yield _without_roles(list(group))
         return
     for number, line in enumerate(lines, block.first):
         if not line.strip():
             continue
         try:
-            turns = _dialogue(line, errors, counts)
+            dialogue = _dialogue(line, errors, counts)
+            if loss_on == "assistant":
+                check_roles(dialogue.roles)
         except (ValueError, RecursionError) as problem:
             counts.skip(f"{UNITS[form.kind]} {number:,}", str(problem))
             continue
         counts.dialogues += 1
-        yield turns
+        counts.prompts += dialogue.roles.count("system")
+        yield dialogue
+
+
+def check_roles(roles: list[str]) -> None:
+    """ValueError where the roles do not tell which turns are the assistant's, or none is."""
+    unknown = [role for role in roles if role not in ROLES.values()]
+    if "" in unknown:
+        raise ValueError("its turns have no roles, which data.loss_on=assistant needs")
+    if unknown:
+        raise ValueError(f"the role {unknown[0]!r} is none of system, user and assistant")
+    if "assistant" not in roles:
+        raise ValueError("the assistant says nothing in it")
+
+
+def _without_roles(turns: list[str]) -> Dialogue:
+    return Dialogue(turns, [""] * len(turns))
 
 
 def _decode(path: Path, form: Format, block: Block, errors: str) -> str:
@@ -414,8 +457,8 @@ def _decode(path: Path, form: Format, block: Block, errors: str) -> str:
         raise UserError(f"{path}, {where}: not UTF-8; {fix}") from None
 
 
-def _dialogue(line: str, errors: str, counts: Counts) -> list[str]:
-    """The utterances of one dialogue in JSON; ValueError says why there are none."""
+def _dialogue(line: str, errors: str, counts: Counts) -> Dialogue:
+    """One dialogue in JSON; ValueError says why it is none."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as problem:
@@ -430,57 +473,61 @@ def _dialogue(line: str, errors: str, counts: Counts) -> list[str]:
     if is_text:
         text = _valid(value, errors)
         utterances = [line.strip() for line in text.split("\n") if line.strip()]
+        found = _without_roles(utterances)
     elif isinstance(value, list):
-        utterances = _utterances(value, errors, counts)
+        found = _turns(value, errors, counts)
     else:
         raise ValueError(f"{_show(value)} is no list of turns")
-    if not utterances:
+    if not found.spoken:
         raise ValueError("nothing is said in it")
-    return utterances
+    return found
 
 
-def _utterances(turns: list, errors: str, counts: Counts) -> list[str]:
-    """What the turns of a dialogue say, up to an empty one; without system and tool turns."""
-    utterances: list[str] = []
-    speaker = ""
+def _turns(turns: list, errors: str, counts: Counts) -> Dialogue:
+    """The turns of a dialogue up to an empty one, without tool turns and empty system prompts."""
+    said: list[str] = []
+    roles: list[str] = []
     after_tool = False
-    n_system = n_tool = n_dropped = 0
+    n_tool = n_dropped = 0
     for i, turn in enumerate(turns):
         role, content = _role_and_content(turn)
-        if role in SYSTEM_ROLES:
-            n_system += 1
-            continue
         if role in TOOL_ROLES:
             n_tool += 1
             after_tool = True
             continue
+        if role == "system" and content is None:
+            continue
         if not isinstance(content, str):
             raise ValueError(f"a turn is {_show(content)}, no text")
         utterance = " ".join(_valid(content, errors).splitlines()).strip()
+        if not utterance and role == "system":
+            continue
         if not utterance:
             n_dropped = len(turns) - i
             break
-        if after_tool and utterances and role == speaker:
-            utterances[-1] += " " + utterance
+        if after_tool and role in roles[-1:]:
+            said[-1] += " " + utterance
         else:
-            utterances.append(utterance)
-        speaker, after_tool = role, False
-    if utterances:
-        counts.system_turns += n_system
+            said.append(utterance)
+            roles.append(role)
+        after_tool = False
+    found = Dialogue(said, roles)
+    if found.spoken:
         counts.tool_turns += n_tool
         counts.turns_after += n_dropped
         counts.ended += n_dropped > 0
-    return utterances
+    return found
 
 
 def _role_and_content(turn: Any) -> tuple[str, Any]:
     if not isinstance(turn, dict):
         return "", turn
-    role = turn.get("role") or turn.get("from") or ""
+    written = turn.get("role") or turn.get("from") or ""
+    role = str(written).strip().lower()
     content = turn.get("content")
     if content is None:
         content = turn.get("value")
-    return str(role).strip().lower(), content
+    return ROLES.get(role, role), content
 
 
 def _valid(text: str, errors: str) -> str:

@@ -3,6 +3,8 @@
 Each file is tokenised once into `<cache>/<key>/{train,val}.bin`, keyed by content, format,
 tokenizer and split, in memory that does not grow with it. formats.py has what is read, batches.py
 what is made of the tokens.
+
+With loss_on=assistant the tokens of the other turns are stored as ~id, a negative number.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from tqdm import tqdm
 
 from smallgpt import files
 from smallgpt.console import UserError
+from smallgpt.parquet import splits_of
 from smallgpt.settings import Count, Free, Share
 from smallgpt.text.batches import Corpus, TokenFile
 from smallgpt.text.claims import is_first, make_together
@@ -36,7 +39,9 @@ from smallgpt.text.formats import (
     TEXT,
     Block,
     Counts,
+    Dialogue,
     Format,
+    LossOn,
     blocks,
     misnamed,
     parse,
@@ -48,14 +53,16 @@ from smallgpt.tokenizer import Tokenizer, TokenizerSettings, named, train
 FORMAT = 1  # of the cached files: raise it when reading, splitting or writing changes
 PER_WORKER = 4 << 20  # bytes of text that are worth starting a process for
 SIDES = ("train", "val")
+DTYPES = ("uint16", "uint32", "int16", "int32")  # of token files; signed where not all are learned
 
 
 @dataclass
 class DataSettings:
-    path: Free[str | list[str]] = ""  # a file, a glob, or [a, b]; "file@0.5" = seen half as often
+    path: Free[str | list[str]] = ""  # file, glob, folder of Parquet, [a, b]; a@0.5: half as often
     val_fraction: Share = 0.01  # share of the dialogues held out for validation
     split_seed: int = 0  # another seed holds out other dialogues
     isolate: bool = False  # no attention across dialogues in a packed block
+    loss_on: LossOn = "all"  # whose turns are learned: assistant needs a corpus with roles
     errors: Literal["strict", "replace"] = "strict"  # bytes that are not UTF-8
     cache: Free[str] = "data/tokens"  # folder of the tokenised files
     eval_blocks: Count = 256  # validation blocks per evaluation; 0 = all
@@ -96,18 +103,19 @@ def prepare(
     `tokenizer` is trained on the training split, named, or given (resuming). UserError: no or
     unreadable files, too few training tokens for one block of `block_size`, an empty validation
     split."""
+    sources, tokenizer = open_sources(data, tokenizer, quiet)
+    split = split_key(data)
+    if data.loss_on != "all":
+        split.append(data.loss_on)
     cache = Path(data.cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    sources = find_sources(data.path, cache, quiet)
-    split = [FORMAT, data.split_seed, data.val_fraction, data.errors]
-    if isinstance(tokenizer, TokenizerSettings):
-        tokenizer = find_tokenizer(tokenizer, data, sources, split, quiet)
     folders = [cache / files.digest(s.key, tokenizer.hash, split) for s in sources]
     found = find_tokens(dict(zip(folders, sources, strict=True)), data, tokenizer, quiet)
     tokens = [found[folder] for folder in folders]
     if not quiet and is_first():
         for source, its_tokens in zip(sources, tokens, strict=True):
-            say_how_it_was_read(source, its_tokens.counts)
+            say_how_it_was_read(source, its_tokens)
+    if any(its_tokens.counts.prompts for its_tokens in tokens):
+        split.append("system")  # version 1 left system prompts out
     return Corpus(
         tokenizer,
         tokens=[[t.train, t.val] for t in tokens],
@@ -115,22 +123,61 @@ def prepare(
         fingerprint=files.digest([[s.key, s.weight] for s in sources], tokenizer.hash, split),
         block_size=block_size,
         eval_blocks=data.eval_blocks,
-        sources=[
-            {
-                "kind": "text",
-                "path": str(source.path.resolve()),
-                "weight": source.weight,
-                "sha256": source.sha256,
-            }
-            for source in sources
-        ],
+        sources=list(map(record_of, sources, tokens)),
     )
 
 
-def say_how_it_was_read(source: Source, counts: Counts) -> None:
+def record_of(source: Source, tokens: TokenFiles) -> dict[str, Any]:
+    """What meta.json holds of a source; `prompts` only where it has system prompts."""
+    record = {
+        "kind": "text",
+        "path": str(source.path.resolve()),
+        "weight": source.weight,
+        "sha256": source.sha256,
+    }
+    if tokens.counts.prompts:
+        record["prompts"] = tokens.counts.prompts
+    return record
+
+
+def open_sources(
+    data: DataSettings, tokenizer: TokenizerSettings | Tokenizer, quiet: bool = False
+) -> tuple[list[Source], Tokenizer]:
+    """The files of `data.path`, and the tokenizer, as in `prepare`."""
+    cache = Path(data.cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    sources = find_sources(data.path, cache, quiet)
+    if data.loss_on == "assistant":
+        refuse_plain_text(sources)
+    if isinstance(tokenizer, TokenizerSettings):
+        tokenizer = find_tokenizer(tokenizer, data, sources, quiet)
+    return sources, tokenizer
+
+
+def split_key(data: DataSettings) -> list:
+    """What decides which dialogues are read, and which of them are held out."""
+    return [FORMAT, data.split_seed, data.val_fraction, data.errors]
+
+
+def refuse_plain_text(sources: list[Source]) -> None:
+    """UserError for a file that cannot say which turns are the assistant's."""
+    for source in sources:
+        if source.form.kind == TEXT:
+            raise UserError(
+                f"data.loss_on=assistant needs roles, and {source.path} is plain text, which has "
+                "none: give JSON Lines or Parquet with messages, or set data.loss_on=all"
+            )
+
+
+def say_how_it_was_read(source: Source, tokens: TokenFiles) -> None:
     if misnamed(source.path, source.form):
         print(f"data.path: {source.path} is read as {source.form}", file=sys.stderr)
-    for note in counts.notes():
+    notes = tokens.counts.notes()
+    if tokens.counts.only_read:
+        n_tokens = len(tokens.train) + len(tokens.val)
+        n_learned = n_tokens - tokens.counts.only_read - tokens.counts.dialogues  # no <|bos|> is
+        notes.append(f"data.loss_on=assistant learns {n_learned:,} of its {n_tokens:,} tokens")
+    for note in notes:
         print(f"{source.path}: {note}", file=sys.stderr)
 
 
@@ -156,7 +203,7 @@ def find_sources(path: Any, cache: Path, quiet: bool = False) -> list[Source]:
         pattern, weight = split_weight(str(entry))
         if not 0 < weight < float("inf"):
             raise UserError(f"data.path: the weight in {str(entry)!r} must be a positive number")
-        for file in expand(pattern):
+        for file in expand(pattern, quiet):
             weights[file] = weight
     records = cache / "sources"
     records.mkdir(exist_ok=True)
@@ -210,28 +257,52 @@ def split_weight(entry: str) -> tuple[str, float]:
         return entry, 1.0
 
 
-def expand(pattern: str) -> list[Path]:
-    """The files that a name or a glob stands for, with absolute paths."""
+def expand(pattern: str, quiet: bool = False) -> list[Path]:
+    """The files that a name, a glob or the folder of a data set stands for; absolute paths."""
     pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        return training_files(Path(os.path.abspath(pattern)), quiet)
     found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     paths = [Path(os.path.abspath(file)) for file in found if os.path.isfile(file)]
     if not paths:
-        raise UserError(
-            f"data.path: no file at {pattern!r} (write FOLDER/* for the files of a folder)"
-        )
+        raise UserError(f"data.path: no file at {pattern!r}")
     return paths
+
+
+def training_files(folder: Path, quiet: bool) -> list[Path]:
+    """The files of the training split of a Hugging Face data set."""
+    splits = splits_of(folder)
+    if not splits:
+        raise UserError(
+            f"data.path: no file at {str(folder)!r}: it is a folder without Parquet files (write "
+            "FOLDER/* for the files of a folder)"
+        )
+    names = [name for name in splits if name.startswith("train")]
+    if len(splits) == 1:
+        names = list(splits)
+    if len(names) != 1:
+        first, *_ = next(iter(splits.values()))
+        raise UserError(
+            f"data.path: {folder} has the splits {', '.join(splits)}, of which it is not clear "
+            f"which to train on: name the files of one, such as {first}"
+        )
+    others = [name for name in splits if name not in names]
+    if others and not quiet and is_first():
+        left_out = ", ".join(others)
+        print(f"data.path: {folder}: reads {names[0]}, leaves out {left_out}", file=sys.stderr)
+    return splits[names[0]]
 
 
 # -- which tokenizer -------------------------------------------------------------------------------
 
 
 def find_tokenizer(
-    wanted: TokenizerSettings, data: DataSettings, sources: list[Source], split: list, quiet: bool
+    wanted: TokenizerSettings, data: DataSettings, sources: list[Source], quiet: bool
 ) -> Tokenizer:
     """The tokenizer of the settings; a trained one is cached, keyed by what it was trained on."""
     if wanted.kind not in ("char", "bpe"):
         return named(wanted.kind)
-    key = files.digest(asdict(wanted), [source.key for source in sources], split)
+    key = files.digest(asdict(wanted), [source.key for source in sources], split_key(data))
     path = Path(data.cache) / f"tokenizer-{key}.json"
 
     def find(path: Path) -> Tokenizer | None:
@@ -249,9 +320,11 @@ def find_tokenizer(
 
 def training_utterances(sources: list[Source], data: DataSettings) -> Iterator[str]:
     for source in sources:
-        for turns in read_dialogues(source.path, data.errors):
-            if not held_out(turns, data):
-                yield from turns
+        for dialogue in read_dialogues(source.path, data.errors):
+            # one prompt, the same in thousands of dialogues, would take the vocabulary for itself
+            spoken = dialogue.spoken
+            if not held_out(spoken, data):
+                yield from spoken
 
 
 # -- token files -----------------------------------------------------------------------------------
@@ -260,7 +333,7 @@ def training_utterances(sources: list[Source], data: DataSettings) -> Iterator[s
 def open_tokens(folder: Path) -> TokenFiles | None:
     """The tokens of a source; None unless they were written to the end and nothing is damaged."""
     meta = files.read_json(folder / "meta.json")
-    if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
+    if not isinstance(meta, dict) or meta.get("dtype") not in DTYPES:
         return None
     dtype = np.dtype(meta["dtype"])
     opened = []
@@ -271,9 +344,12 @@ def open_tokens(folder: Path) -> TokenFiles | None:
         if file.stat().st_size != length * dtype.itemsize:
             return None
         opened.append(TokenFile(file, dtype, length))
+    counts = meta.get("counts", {})
     try:
-        return TokenFiles(*opened, Counts(**meta.get("counts", {})))
-    except TypeError:
+        if counts.pop("system_turns", 0):  # an earlier version left them out
+            return None
+        return TokenFiles(*opened, Counts(**counts))
+    except (TypeError, AttributeError):
         return None
 
 
@@ -298,7 +374,7 @@ def tokenise(
     sizes = {folder: source.path.stat().st_size for folder, source in todo.items()}
     largest_first = sorted(todo, key=sizes.get, reverse=True)  # none is begun late
     size = sum(sizes.values())
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    dtype = dtype_of(tokenizer.vocab_size, data.loss_on)
     n_done = n_made = 0
     with contextlib.ExitStack() as stack:
         crew = stack.enter_context(Crew())
@@ -338,6 +414,13 @@ def tokenise(
     return found
 
 
+def dtype_of(vocab_size: int, loss_on: LossOn) -> np.dtype:
+    """The smallest that holds all tokens; those that are stored as ~id, too."""
+    if loss_on == "all":
+        return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    return np.dtype(np.int16 if vocab_size <= 1 << 15 else np.int32)
+
+
 class Piece(NamedTuple):
     """One block of a file, encoded."""
 
@@ -355,15 +438,24 @@ def encode_block(
     """Runs in the workers."""
     tokenizer = _load(tokenizer_file)
     counts = Counts()
-    train_dialogues, val_dialogues = [], []
-    for turns in parse(source.path, source.form, block, data.errors, counts):
-        side = val_dialogues if held_out(turns, data) else train_dialogues
-        side.append(turns)
-    tokens = (
-        tokenizer.encode_dialogues(train_dialogues).astype(dtype),
-        tokenizer.encode_dialogues(val_dialogues).astype(dtype),
-    )
+    train_tokens: list[int] = []
+    val_tokens: list[int] = []
+    for dialogue in parse(source.path, source.form, block, data.errors, counts, data.loss_on):
+        side = val_tokens if held_out(dialogue.spoken, data) else train_tokens
+        side += signed_ids(tokenizer, dialogue, data.loss_on)
+    tokens = (np.array(train_tokens, dtype), np.array(val_tokens, dtype))
+    counts.only_read = sum(int((side < 0).sum()) for side in tokens)
     return Piece(tokens, block.position, counts)
+
+
+def signed_ids(tokenizer: Tokenizer, dialogue: Dialogue, loss_on: LossOn) -> list[int]:
+    """The ids of a dialogue, as ~id where no loss counts them."""
+    first, *turns = tokenizer.encode_turns(*dialogue)
+    tokens = first
+    for ids, role in zip(turns, dialogue.roles, strict=True):
+        is_learned = loss_on in ("all", role)
+        tokens += ids if is_learned else [~id for id in ids]
+    return tokens
 
 
 def write_tokens(

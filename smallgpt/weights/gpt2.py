@@ -27,17 +27,19 @@ from safetensors import SafetensorError
 from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import shapes_of
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import STAND_INS, Tokenizer, bytes_of, named
+from smallgpt.weights.export_tokenizer import is_exported, read_exported
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)  # of weights that are kept in shards
 
-# GPT-2's form, which small-gpt shares. Both have nn.LayerNorm's default epsilon, 1e-5.
+# GPT-2's form, which small-gpt shares. (Of a GPT-2, config.json may name another epsilon than
+# LayerNorm's 1e-5, and a head of its own.)
 FORM = {
     "pos": "learned",
     "norm": "layernorm",
@@ -50,11 +52,9 @@ FORM = {
 GPT2_FORM = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
     "quantization_config": (None,),
 }
 SIZES = {  # theirs -> ours
@@ -64,7 +64,7 @@ SIZES = {  # theirs -> ours
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
-NAMES = {  # theirs -> ours; first GPT-2's, then small-gpt's
+NAMES = {  # theirs -> ours
     "wte": "wte",
     "wpe": "wpe",
     "ln_1": "norm1",
@@ -74,6 +74,8 @@ NAMES = {  # theirs -> ours; first GPT-2's, then small-gpt's
     "attn.c_proj": "attn.proj",
     "mlp.c_fc": "mlp.fc",
     "mlp.c_proj": "mlp.proj",
+}
+SMALL_GPT_NAMES = {
     "ln1": "norm1",
     "ln2": "norm2",
     "attention.W_q": "attn.q",
@@ -83,6 +85,7 @@ NAMES = {  # theirs -> ours; first GPT-2's, then small-gpt's
     "ffn.dense1": "mlp.fc",
     "ffn.out_net": "mlp.proj",
 }
+ALL_NAMES = NAMES | SMALL_GPT_NAMES
 # _orig_mod.transformer.h.3.mlp.c_fc.bias: block 3, part mlp.c_fc, kind bias
 TENSOR_NAME = re.compile(
     r"(?:_orig_mod\.)?(?:transformer\.)?(?:h\.(?P<block>\d+)\.)?(?P<part>.+)\.(?P<kind>weight|bias)"
@@ -118,6 +121,8 @@ def read_model(folder: Path) -> tuple[GPTConfig, Weights]:
     for file in files:
         tensors |= open_tensors(file).tensors
     weights = from_conv1d(trunk_weights(Weights(tensors)))
+    if "lm_head.weight" in tensors and not config.tie_weights:
+        weights.tensors["lm_head.weight"] = tensors["lm_head.weight"].then(Tensor.float)
     rows, *_ = weights.shapes.get("wte.weight", (0,))
     if rows and rows != config.vocab_size:
         raise UserError(
@@ -158,7 +163,13 @@ def read_config(file: Path) -> GPTConfig:
             f"{file}: n_inner is {config['n_inner']!r}; only a GPT-2 with {width}, four times its "
             "n_embd, can be opened here"
         )
-    return checkpoint.model_config(FORM | sizes, file)
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not epsilon > 0:
+        raise UserError(
+            f"{file}: layer_norm_epsilon is {epsilon!r}, and must be above 0: download it again"
+        )
+    own = {"norm_eps": epsilon, "tie_weights": bool(config.get("tie_word_embeddings", True))}
+    return checkpoint.model_config(FORM | sizes | own, file)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -239,9 +250,10 @@ def trunk_weights(theirs: Weights) -> Weights:
 def our_name(theirs: str) -> str:
     """transformer.h.3.mlp.c_fc.bias -> blocks.3.mlp.fc.bias; empty for a mask or a head."""
     match = TENSOR_NAME.fullmatch(theirs)
-    if not match or match["part"] not in NAMES:
+    part = ALL_NAMES.get(match["part"]) if match else None
+    if part is None:
         return ""
-    name = f"{NAMES[match['part']]}.{match['kind']}"
+    name = f"{part}.{match['kind']}"
     return name if match["block"] is None else f"blocks.{match['block']}.{name}"
 
 
@@ -269,9 +281,7 @@ def third(w: Tensor, number: int) -> Tensor:
 
 def check_shapes(found: dict[str, tuple[int, ...]], config: GPTConfig, file: Path) -> None:
     """UserError unless the shapes, of weights in `file`, are all those of GPT(config)."""
-    with torch.device("meta"):  # names and shapes only: no memory, no random numbers
-        model = GPT(config)
-    expected = shapes_of(model)
+    expected = shapes_of(lazy.hollow(config))
     surplus = sorted(found.keys() - expected.keys())
     for name in [*expected, *surplus]:
         is_now, should_be = found.get(name, "absent"), expected.get(name, "absent")
@@ -295,6 +305,9 @@ def tokenizer_of(folder: str | Path, rows: int = 0) -> Tokenizer:
     a size rounded up) spell nothing. Our own special tokens follow."""
     folder = Path(folder)
     files = tokenizer_files(folder)
+    exported = read_exported_tokenizer(files)
+    if exported:
+        return exported
     if files:
         ids, specials = read_vocabulary(files)
     else:
@@ -311,6 +324,21 @@ def tokenizer_of(folder: str | Path, rows: int = 0) -> Tokenizer:
     if rows > tokens:
         ranks += [b""] * (rows - len(ranks))
     return Tokenizer("gpt2", r50k_pat_str, ranks, specials)
+
+
+def read_exported_tokenizer(files: list[Path]) -> Tokenizer | None:
+    """The tokenizer that scripts/export.py wrote; None where another program did."""
+    if [file.name for file in files] != ["tokenizer.json"]:
+        return None
+    content = read_json(files[0])
+    if not is_exported(content):
+        return None
+    try:
+        return read_exported(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise UserError(
+            f"{files[0]} is damaged ({type(e).__name__} {e}): export the model again"
+        ) from None
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -1,7 +1,9 @@
-"""Opening what was trained before: a run of train.py, a GPT-2, or a checkpoint of small-gpt.
+"""Opening what was trained before: a run of train.py, a folder of transformers (such as a GPT-2, a
+Llama or an export of ours), a GGUF, or a checkpoint of small-gpt.
 
-    open_model      a run -> (Checkpoint, GPT, Tokenizer), to talk to or to ask
-    open_trunk      any of the three -> Trunk, to fine-tune
+    open_model      a run -> (Checkpoint, GPT, Tokenizer)
+    open_talker     what knows the turns of a dialogue -> (name, GPT, Tokenizer), to talk to
+    open_trunk      any of them -> Trunk, to fine-tune
     load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
     digest          a hash of the weights that a trunk has now
 
@@ -14,7 +16,7 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from smallgpt import hardware
 from smallgpt.console import UserError, shell_word
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer
-from smallgpt.weights import gpt2
+from smallgpt.weights import gguf, gpt2, hugging_face, llama
 
+OWN = Path("checkpoints/base")  # the model that the repository holds
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 SMALL_GPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
@@ -54,6 +58,11 @@ class Trunk:
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
 
 
+def own_model() -> str:
+    """The folder of the model that the repository holds; "" where it is not there."""
+    return str(OWN) if OWN.is_dir() else ""
+
+
 def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
     """The best (or the given) checkpoint at path, its model on the CPU, and its tokenizer.
 
@@ -65,7 +74,8 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
             f"python scripts/classify.py {shell_word(path)} TEXT, or as a trunk"
         )
     tokenizer = checkpoint.tokenizer_of(found)
-    model = GPT(checkpoint.model_config(found.meta["model"], found.path))
+    with lazy.SkipInit():
+        model = GPT(checkpoint.model_config(found.meta["model"], found.path))
     checkpoint.load_weights(found, model)
     return found, model, tokenizer
 
@@ -74,22 +84,74 @@ def open_trunk(path: str) -> Trunk:
     """The trunk at path. UserError if there is none.
 
     Path is a run folder (its best checkpoint) or step folder, of pretraining or of a classifier; a
-    folder with GPT-2's files; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a small-gpt .pth."""
+    folder as transformers saves it, of GPT-2, a Llama or another class in forms.py; a GGUF of a
+    Llama; smollm2; gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a small-gpt .pth."""
+    trunk = _open(path)
+    check_memory(trunk)
+    return trunk
+
+
+def _open(path: str) -> Trunk:
     where = Path(path)
+    if is_llama(path):
+        return _open_llama(path)
     if where.is_file():
         return _open_small_gpt(where)
-    is_step = where.name.startswith("step-")  # it has a model.safetensors, too
-    if gpt2.has_files(where) and not is_step:
-        return _open_gpt2(where, path)
+    if is_of_transformers(where):
+        return _published(path, *hugging_face.read(where))
     if where.is_dir():
         return _open_run(path)
     name = path.removeprefix("openai-community/")
     if name in HUB:
-        return _open_gpt2(_download(name), name)
+        return _published(name, *gpt2.read(_download(name)))
+    known = ", ".join([*llama.PACKAGES, *HUB])
     raise UserError(
-        f"there is no trunk {path!r}: give a run folder of train.py, a folder with GPT-2's "
-        f"config.json and model.safetensors, a .pth of small-gpt, or one of {', '.join(HUB)}"
+        f"there is no trunk {path!r}: give a run folder of train.py, a folder with the config.json "
+        f"and model.safetensors of a GPT-2 or a Llama, a .gguf, a .pth of small-gpt, or {known}"
     )
+
+
+def check_memory(trunk: Trunk) -> None:
+    """UserError if the weights alone, in float32, are more than this machine's memory."""
+    sizes = [tensor.like.numel() for tensor in trunk.weights.tensors.values()]
+    need = 4 * sum(sizes)
+    memory = hardware.memory()
+    if memory and need > memory:
+        raise UserError(
+            f"{trunk.name} has {sum(sizes) / 1e9:.1f} billion parameters, which take "
+            f"{need / 2**30:.1f} GB in float32: this machine has {memory / 2**30:.1f} GB; take a "
+            "smaller model"
+        )
+
+
+def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
+    """The name of a model, the model on the CPU, and its tokenizer.
+
+    Path is what `open_model` opens; a Llama: a folder, a GGUF, or smollm2; or an export of ours.
+    Tokens that these have never read are rows of zeros."""
+    where = Path(path)
+    if not (is_llama(path) or is_of_transformers(where)):
+        found, model, tokenizer = open_model(path)
+        return str(found.path), model, tokenizer
+    if hugging_face.is_classifier(where):
+        raise UserError(f"{path} is a classifier: use it as a trunk, trunk={shell_word(path)}")
+    trunk = open_trunk(path)
+    is_ours = trunk.tokenizer.published is None
+    if is_ours and trunk.tokenizer.end >= trunk.rows:
+        raise UserError(
+            f"{path} has not learned to talk in turns, it has no <|sep|> and <|end|>: "
+            f"use it as a trunk, trunk={shell_word(path)}"
+        )
+    rows = max(trunk.rows, trunk.tokenizer.vocab_size)
+    with lazy.SkipInit():
+        model = GPT(replace(trunk.config, vocab_size=rows))
+    load_trunk(model, trunk, std=0.0)
+    return trunk.name, model, trunk.tokenizer
+
+
+def is_of_transformers(folder: Path) -> bool:
+    """Is this a folder as transformers saves it? That of a step has a model.safetensors, too."""
+    return gpt2.has_files(folder) and not folder.name.startswith("step-")
 
 
 @functools.cache
@@ -126,7 +188,7 @@ def _open_run(path: str) -> Trunk:
     tokenizer = checkpoint.tokenizer_of(found)
     tensors = {}
     for name, tensor in checkpoint.open_weights(found).tensors.items():
-        if name != "head.weight":
+        if name not in ("head.weight", "marks.weight"):  # of a classifier alone
             tensors[name.removeprefix("gpt.")] = tensor.then(Tensor.float)
     weights = Weights(tensors)
 
@@ -149,13 +211,33 @@ def _unknown(name: str) -> dict[str, Any]:
     return {"kind": "unknown", "name": f"the text of {name}"}
 
 
-# --- GPT-2 ----------------------------------------------------------------------------------------
+# --- models of others -----------------------------------------------------------------------------
 
 
-def _open_gpt2(folder: Path, name: str) -> Trunk:
-    config, weights, tokenizer = gpt2.read(folder)
+def is_llama(path: str) -> bool:
+    """Is this a GGUF, a folder with a Llama, or the name of one that can be installed?"""
+    where = Path(path)
+    if where.is_file():
+        return gguf.is_gguf(where) or where.suffix == ".gguf"
+    config = where / "config.json"
+    if config.is_file():
+        return gpt2.read_json(config).get("model_type") == "llama"
+    return path in llama.PACKAGES and not where.exists()
+
+
+def _open_llama(path: str) -> Trunk:
+    where = Path(path)
+    if not where.exists():
+        where = llama.of_package(path)
+    read = llama.read_folder if where.is_dir() else llama.read_gguf
+    return _published(path, *read(where))
+
+
+def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
+    """The trunk of files that do not tell what it was trained on."""
     rows = config.vocab_size
-    textless = sum(not tokenizer.decode([i], specials=True) for i in range(rows))
+    known = range(min(rows, tokenizer.vocab_size))  # the rows behind them only round up
+    textless = sum(not tokenizer.decode([i], specials=True) for i in known)
     notes = []
     if textless:
         notes.append(f"{textless} of the {rows:,} rows of {name} stand for no token")

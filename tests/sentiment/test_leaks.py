@@ -54,7 +54,7 @@ def labelled(path: Path, n: int = 60, **changes) -> tuple[Reviews, dict]:
 
 def noted(tests: list[str], sources: list[dict], cache: Path, allowed: bool = True) -> str:
     """The note of a check for a report."""
-    (note,) = leaks.check(tests, "the trunk", sources, cache, ALONE, allowed)
+    (note,) = leaks.check(tests, [], "the trunk", sources, cache, ALONE, allowed)
     return note
 
 
@@ -210,7 +210,7 @@ class SecondRank:
 
 def test_every_rank_stops_and_rank_0_alone_searches(tmp_path, monkeypatch):
     monkeypatch.setattr(leaks, "search", lambda *_: pytest.fail("rank 1 must not search"))
-    arguments = [[ENGLISH], "t", [UNKNOWN], tmp_path]
+    arguments = [[ENGLISH], [], "t", [UNKNOWN], tmp_path]
     with pytest.raises(UserError, match="^3 of 1 test texts"):
         leaks.check(*arguments, SecondRank(3), False)
     found = ["test texts searched for in a.txt: found 3"]
@@ -336,6 +336,29 @@ def test_a_note_names_ten_sources_and_counts_the_rest(tmp_path):
     searched, not_searched = note.split("; NOT searched: ")
     assert searched.count(".txt") == 10 and searched.endswith("0021.txt, 8 more: found 0")
     assert not_searched.count(".txt (gone)") == 10 and not_searched.endswith(", 2 more")
+
+
+def test_a_chain_goes_from_the_first_to_the_last(tmp_path):
+    """Read from the last to the first, or with a corpus of its own arrow for each file, the order
+    of the training could not be told."""
+    first, second = ({"kind": "text", "path": f"/{name}.txt"} for name in "ab")
+    stars = {"kind": "set", "settings": {"set": "csv", "path": "/stars.csv"}}
+    tweets = {"kind": "set", "settings": {"set": "tweets", "path": ""}}
+    recorded = [tweets, stars, first, second, UNKNOWN]  # what was read last comes first
+    wanted = "the text of gpt2 -> /a.txt, /b.txt -> csv in /stars.csv -> tweets"
+    assert leaks.chain(recorded) == wanted
+    assert leaks.chain([]) == "no source is recorded"
+
+
+def test_validation_texts_that_were_read_are_told(tmp_path):
+    """The chain before a task had the task's validation texts with their labels, and looked good
+    for that."""
+    source = corpus(tmp_path / "a.txt", ENGLISH)
+    arguments = ("the trunk", [source], tmp_path / "cache", ALONE, False)
+    _, told = leaks.check([OTHER], [ENGLISH, OTHER], *arguments)
+    assert told.startswith("1 of 2 validation texts are in what the trunk was trained on: ")
+    (note,) = leaks.check([OTHER], [OTHER], *arguments)
+    assert note == f"test texts searched for in {source['path']}: found 0"
 
 
 # ---- what is kept

@@ -17,8 +17,8 @@ from torch import Tensor
 import fine_tuning
 from fine_tuning import assert_same_predictions, predictions, result_of
 from helpers import last_weights, losses
-from scripts.classify import Classifier, ClassifySettings
 from sentiment_train import SentimentSettings
+from smallgpt import load_classifier
 from smallgpt.runs import lazy
 from smallgpt.runs.metrics import read
 
@@ -41,34 +41,58 @@ FEATURES = {
     "frozen_trunk": dict(freeze="trunk"),
     "last_block": dict(freeze="all_but_last:1"),
     "new_tokens": dict(freeze="all_but_last:1", mask=False, trunk="gpt2", lm_weight=0.3),
+    "adapters": dict(lora=2, micro_tokens=200, save_every=2, keep=9),
+    "last_adapters": dict(lora=2, freeze="all_but_last:1"),
+    "marked_pairs": dict(marks=True, data__path="pairs", data__pair_column="Second"),
     # eight examples a micro-batch, with a pipeline and without: the draws are the same
     "token_dropout": dict(token_dropout=0.3, mask=False, micro_tokens=8 * 48),
 }
 LAYOUTS = {
     "fsdp": (
         dict(mesh__shard=4),
-        ["losses", "adversarial", "no_mask", "frozen_trunk", "last_block", "new_tokens"],
+        [
+            "losses",
+            "adversarial",
+            "no_mask",
+            "frozen_trunk",
+            "last_block",
+            "new_tokens",
+            "adapters",
+            "last_adapters",
+            "marked_pairs",
+        ],
     ),
+    "ddp": ({}, ["adapters", "marked_pairs"]),
     "hsdp": (dict(mesh__shard=2, mesh__offload=True), ["losses"]),
-    "tp": (dict(mesh__tp=2), ["losses", "adversarial", "last_block", "new_tokens"]),
+    "tp": (dict(mesh__tp=2), ["losses", "adversarial", "last_block", "new_tokens", "marked_pairs"]),
     "tp_fsdp": (dict(mesh__tp=2, mesh__shard=2), ["losses"]),
     "sequence": (dict(mesh__tp=2, mesh__sequence=True), ["losses"]),
-    "pp": (dict(mesh__pp=2, mesh__schedule="gpipe"), ["losses", "frozen_trunk", "new_tokens"]),
-    "pp_fsdp": (dict(mesh__pp=2, mesh__shard=2), ["losses", "last_block"]),
+    "pp": (
+        dict(mesh__pp=2, mesh__schedule="gpipe"),
+        ["losses", "frozen_trunk", "new_tokens", "marked_pairs"],
+    ),
+    "pp_fsdp": (dict(mesh__pp=2, mesh__shard=2), ["losses", "last_block", "adapters"]),
     "pp_tp": (dict(mesh__pp=2, mesh__tp=2), ["losses", "token_dropout"]),
 }
-# saved by the run of "losses" on the first, resumed on the second
-MOVES = [("fsdp", "pp_tp"), ("pp_tp", "tp_fsdp")]
+# saved by the run of a feature on the first, resumed on the second
+MOVES = [
+    ("losses", "fsdp", "pp_tp"),
+    ("losses", "pp_tp", "tp_fsdp"),
+    ("adapters", "fsdp", "pp_fsdp"),
+    ("adapters", "pp_fsdp", "ddp"),
+]
 CASES = [(layout, feature) for layout, (_, features) in LAYOUTS.items() for feature in features]
 
 
 @pytest.fixture(scope="module")
-def case(gpt2) -> Callable[[str], dict]:
+def case(gpt2, pairs) -> Callable[[str], dict]:
     """case(feature) -> its settings."""
 
     def case(feature: str) -> dict:
         changes = COMMON | FEATURES[feature]
-        return changes | ({"trunk": gpt2} if "trunk" in changes else {})
+        of_pairs = {"data__path": pairs} if "data__path" in changes else {}
+        of_gpt2 = {"trunk": gpt2} if "trunk" in changes else {}
+        return changes | of_pairs | of_gpt2
 
     return case
 
@@ -81,10 +105,11 @@ def cut(tmp_path_factory, fine, case, start_ranks) -> Path:
     for layout, feature in CASES:
         mesh, _ = LAYOUTS[layout]
         jobs.append(fine(out, run=f"{feature}-{layout}", **case(feature), **mesh))
-    for before, after in MOVES:
+    for feature, before, after in MOVES:
         mesh, _ = LAYOUTS[after]
-        saved = out / f"losses-{before}" / "step-00000002"
-        jobs.append(fine(out, run=f"{before}-{after}", resume=saved, **case("losses"), **mesh))
+        saved = out / f"{feature}-{before}" / "step-00000002"
+        name = f"{feature}-{before}-{after}"
+        jobs.append(fine(out, run=name, resume=saved, **case(feature), **mesh))
     (out / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     processes = start_ranks(4, [out / "jobs.json"], script="fine_tuning")
     results = [process.wait(timeout=400) for process in processes]
@@ -133,21 +158,22 @@ def test_a_cut_model_is_fine_tuned_as_a_whole_one(cut, case, fit, feature):
 def test_a_run_goes_on_on_another_layout(cut, case, fit):
     """Weights or optimizer state that were saved in parts would come back in the wrong places, or
     the order of the examples would depend on who reads them."""
-    truth = losses(fit(**case("losses")), "train")
-    saved = cut / "losses-pp" / "step-00000002"
-    moved = [cut / f"{before}-{after}" for before, after in MOVES]
-    moved.append(fit(run="alone", resume=saved, **case("losses")))
-    for folder in moved:
-        found = losses(folder, "train")
-        assert list(found) == [3]
-        assert found[3] == pytest.approx(truth[3], rel=1e-12)
+    truth = {}
+    for feature, before in (("losses", "pp"), ("adapters", "fsdp")):
+        truth[feature] = losses(fit(run=feature, **case(feature)), "train")[3]
+        saved = cut / f"{feature}-{before}" / "step-00000002"
+        alone = fit(run=f"{feature}-alone", resume=saved, **case(feature))
+        assert losses(alone, "train") == {3: pytest.approx(truth[feature], rel=1e-12)}
+    for feature, before, after in MOVES:
+        found = losses(cut / f"{feature}-{before}-{after}", "train")
+        assert found == {3: pytest.approx(truth[feature], rel=1e-12)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for layout, feature in CASES if feature == "losses"])
 def test_the_run_folder_is_like_any_other(cut, layout):
     """One process classifies texts with it at once, as its own report says."""
     folder = cut / f"losses-{layout}"
-    model = Classifier(str(folder), ClassifySettings(device="cpu", dtype="float32"))
+    model = load_classifier(folder, "cpu", "float32")
     rows = predictions(folder)
     found = model.score([row["text"] for row in rows]).exp()[:, model.labels.index("good")]
     assert len(rows) > 20

@@ -170,11 +170,112 @@ def test_a_missing_column_proposes_what_helps(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("".join(f"{text},{label}\n" for text, label in ROWS), encoding="utf-8")
     assert "or data.header=false if the first line is an example" in refused(path)
-    assert "it has: 1, 2. Set data.label_column" in refused(path, header=False)
+    assert "it has: 1, 2. Set data.label_column" in refused(
+        path, header=False, text_column="2", label_column="3"
+    )
+    path.write_text("".join(f"7,x,{text},{label}\n" for text, label in ROWS), encoding="utf-8")
+    assert "no column 'Sentiment'; it has: 1, 2, 3, 4. Set" in refused(path, header=False)
     lines = tmp_path / "x.jsonl"
     lines.write_text('{"a": 1}\n', encoding="utf-8")
     assert "data.header" not in refused(lines)
     assert "data.set=csv reads files with other columns" in refused(path, set="chnsenticorp")
+
+
+def test_a_file_without_a_header_needs_no_more_than_that(tmp_path):
+    """The columns are guessed once, of the training file: a test file that differs is no reason to
+    read its labels elsewhere. What is named is not guessed."""
+    path, test = tmp_path / "x.tsv", tmp_path / "test.tsv"
+    path.write_text("".join(f"{label}\t{text}\n" for text, label in ROWS), encoding="utf-8")
+    test.write_text("b\tsame\na\tsame\n", encoding="utf-8")
+    r = load(ReviewSettings(path=str(path), header=False, test_path=str(test)))
+    assert r.labels == ["a", "b"] and tuple(r.columns) == ("2", "", "1")
+    assert r.splits["test"] == [Example("same", "", "b"), Example("same", "", "a")]
+    assert r.notes[:2] == [
+        "x.tsv: guessed data.text_column=2",
+        "x.tsv: guessed data.label_column=1",
+    ]
+    named = {"header": False, "text_column": "2", "label_column": "1"}
+    again = load(ReviewSettings(path=str(path), **named))
+    assert not [note for note in again.notes if "guessed" in note]
+    message = "text_column=review: without a header columns have numbers, from 1"
+    assert message in refused(path, header=False, text_column="review")
+
+
+FEATURES = {
+    "sentence": {"dtype": "string", "_type": "Value"},
+    "label": {"names": ["bad", "good"], "_type": "ClassLabel"},
+    "idx": {"dtype": "int32", "_type": "Value"},
+}
+
+
+def write_split(path: Path, labels: list[int], features: dict | None = FEATURES) -> None:
+    """A Parquet file as the library `datasets` writes it: its features are in it as JSON."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = range(len(labels))
+    texts = [f"{path.stem}: what is said in {i}" for i in rows]
+    table = pyarrow.table({"sentence": texts, "label": labels, "idx": list(rows)})
+    if features:
+        described = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": described})
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(table, path)
+
+
+def test_the_folder_of_a_hugging_face_data_set(tmp_path):
+    """It opens as it was downloaded: its splits, the names of its labels, its columns."""
+    write_split(tmp_path / "data" / "train-00000-of-00002.parquet", [0, 1] * 10)
+    write_split(tmp_path / "data" / "train-00001-of-00002.parquet", [1, 1, 0])
+    write_split(tmp_path / "data" / "validation-00000-of-00001.parquet", [0, 1])
+    write_split(tmp_path / "data" / "test-00000-of-00001-0123456789abcdef.parquet", [-1, -1])
+    write_split(tmp_path / "data" / "unsupervised-00000-of-00001.parquet", [-1])
+    r = load(ReviewSettings(path=str(tmp_path), test_fraction=0.3))
+    assert r.labels == ["bad", "good"] and tuple(r.columns) == ("sentence", "", "label")
+    assert len(r.splits["train"]) + len(r.splits["test"]) == 23
+    assert [e.label for e in r.splits["validation"]] == ["bad", "good"]
+    assert f"{tmp_path.name}: left out the split test, which has no labels" in r.notes
+    assert f"{tmp_path.name}: left out the split unsupervised" in r.notes
+    train = "train-00000-of-00002.parquet"
+    assert r.notes[:2] == [
+        f"{train}: guessed data.text_column=sentence",
+        f"{train}: guessed data.label_column=label",
+    ]
+    alone = load(ReviewSettings(path=str(tmp_path / "data" / train)))
+    assert alone.labels == ["bad", "good"]
+
+
+def test_a_data_set_without_a_training_split(tmp_path):
+    write_split(tmp_path / "test.parquet", [0, 1])
+    write_split(tmp_path / "other.parquet", [0, 1])
+    message = refused(tmp_path)
+    assert "has no split train with labels (its splits are other, test): name the file" in message
+
+
+def test_the_names_of_labels_in_the_card_of_a_data_set(tmp_path):
+    """Parquet that pandas wrote does not hold them."""
+    write_split(tmp_path / "data" / "train.parquet", [0, 1, 2] * 10, features=None)
+    assert load(ReviewSettings(path=str(tmp_path))).labels == ["0", "1", "2"]
+    card = """---
+license: mit
+dataset_info:
+  features:
+  - name: sentence
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': bad
+          '1': good
+          '2': so so
+---
+# A data set
+"""
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert load(ReviewSettings(path=str(tmp_path))).labels == ["bad", "good", "so so"]
+    (tmp_path / "README.md").write_text("---\n[\n---\n", encoding="utf-8")
+    assert load(ReviewSettings(path=str(tmp_path))).labels == ["0", "1", "2"]
 
 
 def test_a_label_with_quotes_is_refused(tmp_path):

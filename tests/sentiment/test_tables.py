@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from smallgpt import parquet
 from smallgpt.console import UserError
 from smallgpt.sentiment import tables
 from smallgpt.sentiment.tables import Table, read_table
@@ -214,6 +215,29 @@ def test_a_file_without_a_header(tmp_path):
     assert "line 2: 1 cells, the first line has 2" in refused(path, header=False)
     path.write_text(",,\n,,\n", encoding="utf-8")
     refused(path, header=False)
+    path.write_text('{"Text": "a"}\n', encoding="utf-8")
+    assert "names its columns: leave out data.header=false" in refused(path, header=False)
+
+
+@pytest.mark.parametrize(
+    "line, guess",
+    [
+        ("{label}\t{text}", ("2", "", "1")),
+        ("{text}\t{label}", ("1", "", "2")),
+        ("{label}\t{text}\tother {text}", ("2", "3", "1")),
+        ("{text}\tother {text}\t{label}", ("1", "2", "3")),
+        ("{text}", None),
+        ("{label}\t{text}\t7\t{text}", None),
+    ],
+)
+def test_columns_without_a_header_are_guessed(tmp_path, line, guess):
+    """Labels repeat, and texts do not: the label must not be taken for a text."""
+    path = tmp_path / "x.tsv"
+    rows = [line.format(label=i % 2, text=f'text" {i}') for i in range(9)]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    table = read_table(path, header=False)
+    assert table.guess == guess and len(table.rows) == 9
+    assert read_table(path).guess is None
 
 
 @pytest.mark.parametrize("cell", ['\\"hi\\", he said', 'x \\"y\\"', '\\"', 'a, \\"b\\"'])
@@ -375,10 +399,10 @@ PARQUET = {
 def test_parquet(tmp_path, name):
     """By its first bytes, whatever its name; it was "not utf-16-be"."""
     pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    from pyarrow.parquet import write_table
 
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(PARQUET), buffer)
+    write_table(pyarrow.table(PARQUET), buffer)
     path, content = tmp_path / name, buffer.getvalue()
     if name.endswith(".zip"):
         with zipfile.ZipFile(path, "w") as archive:
@@ -398,20 +422,37 @@ def test_parquet(tmp_path, name):
         table.column("tokens", "")
 
 
+def test_parquet_is_read_in_batches(tmp_path, monkeypatch):
+    """A file that holds more than the memory, most of it in other columns, must not be read whole
+    before its first row."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "x.parquet"
+    images = [{"bytes": b"\xff" * 99} for _ in range(10)]
+    write_table(pyarrow.table({"Text": [str(i) for i in range(10)], "image": images}), path)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tables, "unpack", None)
+    table = read_table(path)
+    assert table.rows == [[str(i), ""] for i in range(10)]
+    with pytest.raises(UserError, match="row 1: the column 'image' holds an object; write a text"):
+        table.column("image", "")
+
+
 def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
     path = tmp_path / "x.csv"
     path.write_bytes(b"PAR1\x15" + bytes(range(256)) * 20 + b"PAR1")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pyarrow", None)
-        assert "is a Parquet file: pip install pyarrow" in refused(path)
+        assert "is a Parquet file, which pyarrow reads: pip install pyarrow" in refused(path)
     pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    from pyarrow.parquet import write_table
 
     assert "is a damaged Parquet file (" in refused(path)
-    parquet.write_table(pyarrow.table({"a": ["x"] * 1000}), path)
+    write_table(pyarrow.table({"a": ["x"] * 1000}), path)
     path.write_bytes(path.read_bytes()[:-20])
     assert "is a damaged Parquet file (" in refused(path)
-    parquet.write_table(pyarrow.table({"a": pyarrow.array([], "string")}), path)
+    write_table(pyarrow.table({"a": pyarrow.array([], "string")}), path)
     assert "has no rows" in refused(path)
 
 

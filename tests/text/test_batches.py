@@ -1,12 +1,15 @@
 """Token files -> batches: a pure function of (data, seed, indices)."""
 
 import hashlib
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from model import IGNORE
+from smallgpt.console import UserError
 from smallgpt.text.batches import Corpus, permute
 from smallgpt.text.formats import read_dialogues
 from smallgpt.text.tokens import held_out, prepare
@@ -135,8 +138,70 @@ def test_val_bytes_are_those_of_the_file(settings, ready):
     data = settings(eval_blocks=0)
     made = ready(data)
     _, y = made.val_batch(range(made.n_val_blocks))
-    held = [turns for turns in read_dialogues(data.path[0]) if held_out(turns, data)]
+    dialogues = [dialogue.turns for dialogue in read_dialogues(data.path[0])]
+    held = [turns for turns in dialogues if held_out(turns, data)]
     assert made.val_bytes(y) == sum(len("\n".join(turns).encode()) + 2 for turns in held)
+
+
+def speak(path: Path, n: int, prompt: str = "") -> Path:
+    """n dialogues with roles in JSON Lines, half of them longer; all with a prompt, if one is
+    given."""
+    lines = []
+    for i in range(n):
+        turns = [("user", f"第{i}个问题?"), ("assistant", f"reply {i * i}")]
+        if i % 2:
+            turns += [("human", f"more {i}?"), ("gpt", "好的")]
+        if prompt:
+            turns.insert(0, ("system", prompt))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    path.write_text("\n".join(lines), encoding="utf-8", newline="\n")
+    return path
+
+
+def test_targets_are_the_turns_of_the_assistant_and_what_closes_them(tmp_path, settings, ready):
+    """The rest is read all the same. A loss on other turns teaches the model to ask, not to
+    answer."""
+    data = settings(speak(tmp_path / "a.jsonl", 200, "be kind"), loss_on="assistant", eval_blocks=0)
+    made = ready(data, block_size=32)
+    tokenizer = made.tokenizer
+    x, y = made.train_batch(range(50), 0)
+    is_learned = y != IGNORE
+    assert x.min() >= 0 and (y[:, :-1] == x[:, 1:])[is_learned[:, :-1]].all()
+    read, learned = (set(tokenizer.decode(ids.flatten())) for ids in (x, y[is_learned]))
+    assert set("第个问题?bm") <= read and not set("第个问题?bm") & learned
+
+    learned = []
+    for dialogue in read_dialogues(data.path[0]):
+        if held_out(dialogue.spoken, data):
+            replies = [t for t, r in zip(*dialogue, strict=True) if r == "assistant"]
+            learned.append("<|sep|>".join(replies) + "<|end|>")
+    _, y = made.val_batch(range(made.n_val_blocks))
+    assert tokenizer.decode(y[y != IGNORE], specials=True) == "".join(learned)
+
+
+def test_a_whole_validation_split_without_a_target_is_refused(tmp_path, settings, ready):
+    """Else the mean loss of no target would be divided by zero."""
+    path = speak(tmp_path / "a.jsonl", 40, "be kind " * 100)
+    data = settings(path, loss_on="assistant", eval_blocks=1)
+    with pytest.raises(UserError, match="1 validation blocks of 16 tokens hold no turn of the ass"):
+        ready(data)
+    assert ready(settings(path, loss_on="assistant", eval_blocks=0))
+
+
+def test_batches_of_a_corpus_with_roles_are_those_of_older_runs(tmp_path, settings):
+    """Roles were not kept then. They change nothing while all turns are learned."""
+    path = speak(tmp_path / "a.jsonl", 300)
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8", newline="\n")
+    made = prepare(settings(path), TokenizerSettings(kind="char", min_count=1), 16, quiet=True)
+    assert made.fingerprint == "1de34f44d6c84d8170e5b73b"
+    assert (made.n_train_tokens, made.n_val_tokens) == (7653, 586)
+    hash = hashlib.sha256()
+    for x, y in (made.train_batch(range(500), seed=7), made.val_batch(range(made.n_val_blocks))):
+        hash.update(x.numpy().tobytes() + y.numpy().tobytes())
+    assert hash.hexdigest().startswith("594cd98dcb241ffc")
+    (folder,) = (tmp_path / "cache").glob("*/meta.json")
+    assert folder.parent.name == "cf9bf2173848d452988a33a7"
 
 
 def test_batches_are_those_of_older_runs(tmp_path, settings):

@@ -9,15 +9,26 @@ import sys
 import tarfile
 import tracemalloc
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from smallgpt import parquet
 from smallgpt.console import UserError
 from smallgpt.text import formats
-from smallgpt.text.formats import JSON, JSON_LINES, PARQUET, TEXT, Counts, misnamed, sniff
-from smallgpt.text.formats import read_dialogues as read
+from smallgpt.text.formats import (
+    JSON,
+    JSON_LINES,
+    PARQUET,
+    TEXT,
+    Counts,
+    Dialogue,
+    misnamed,
+    read_dialogues,
+    sniff,
+)
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 
@@ -29,6 +40,12 @@ def json_lines(*values: object) -> bytes:
 def saved(path: Path, content: bytes | str) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def read(path: Path, errors: str = "strict", counts: Counts | None = None) -> Iterator[list[str]]:
+    """What is said in each dialogue of a file, without system prompts."""
+    for dialogue in read_dialogues(path, errors, counts):
+        yield dialogue.spoken
 
 
 def counted(path: Path, errors: str = "strict") -> tuple[list[list[str]], Counts]:
@@ -252,13 +269,56 @@ def test_a_dialogue_ends_before_an_empty_turn(tmp_path):
 
 
 @pytest.mark.parametrize("role", ["system", "System", "SYSTEM", "developer", "Developer "])
-def test_system_and_developer_turns_are_left_out(tmp_path, role):
+def test_system_and_developer_turns_are_prompts(tmp_path, role):
     """Regression: only `system` in lower case was known: prompts were learned as utterances."""
     chat = turns_of((role, "be kind"), ("user", "hi"), ("assistant", "ho"))
     shared = {"conversations": [{"from": role, "value": ""}, {"from": "human", "value": "hi"}]}
-    found, counts = counted(saved(tmp_path / "a.jsonl", json_lines(chat, shared)))
-    assert found == [["hi", "ho"], ["hi"]]
-    assert counts.notes() == ["system and developer turns left out: 2"]
+    counts = Counts()
+    path = saved(tmp_path / "a.jsonl", json_lines(chat, shared))
+    assert list(read_dialogues(path, counts=counts)) == [
+        Dialogue(["be kind", "hi", "ho"], ["system", "user", "assistant"]),
+        Dialogue(["hi"], ["user"]),
+    ]
+    assert counts.prompts == 1 and counts.notes() == []
+
+
+def test_roles_are_kept_whatever_a_data_set_calls_them(tmp_path):
+    """Else the assistant's turns of ShareGPT's `gpt` would not be found."""
+    asked = [("user", "human"), ("human", "Prompter"), ("", "")]
+    answered = [("assistant", "gpt"), ("bot", " Model"), ("narrator", "narrator")]
+    for pairs, expected in ((asked, "user"), (answered, "assistant")):
+        *known, other = pairs
+        lines = json_lines(*[turns_of((a, "1"), (b, "2")) for a, b in [*known, other]])
+        *found, unknown = read_dialogues(saved(tmp_path / "a.jsonl", lines))
+        assert [dialogue.roles for dialogue in found] == [[expected, expected]] * 2
+        assert unknown.roles == list(other)
+    (text,) = read_dialogues(saved(tmp_path / "a.txt", "hi\nho\n"))
+    assert text == Dialogue(["hi", "ho"], ["", ""])
+
+
+WITHOUT_ASSISTANT = {
+    "its turns have no roles, which data.loss_on=assistant needs": ["hi", "ho"],
+    "the role 'narrator' is none of system, user and assistant": turns_of(
+        ("user", "hi"), ("narrator", "ho"), ("assistant", "he")
+    ),
+    "the assistant says nothing in it": turns_of(("system", "be kind"), ("user", "hi")),
+}
+
+
+@pytest.mark.parametrize("why", WITHOUT_ASSISTANT)
+def test_dialogues_without_known_turns_of_the_assistant_are_skipped_if_these_are_learned(
+    tmp_path, why
+):
+    """Else a misspelt role would silently teach nothing."""
+    lines = json_lines(GOOD, WITHOUT_ASSISTANT[why])
+    path = saved(tmp_path / "a.jsonl", lines)
+    assert len(list(read_dialogues(path))) == 2
+    counts = Counts()
+    assert len(list(read_dialogues(path, counts=counts, loss_on="assistant"))) == 1
+    assert counts.notes() == [f"skipped 1 of 2 dialogues, the first at line 2: {why}"]
+    path.write_bytes(lines.partition(b"\n")[2])
+    with pytest.raises(UserError, match=f"none of its 1 dialogues can be read.*{why}; write a"):
+        list(read_dialogues(path, loss_on="assistant"))
 
 
 @pytest.mark.parametrize("role", ["tool", "TOOL", "function", "observation"])
@@ -399,15 +459,15 @@ def test_what_is_no_text_is_named(tmp_path, content, message, gz):
 
 def write_parquet(path: Path, **columns: list) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
+    from pyarrow.parquet import write_table
 
-    parquet.write_table(pyarrow.table(columns), path)
+    write_table(pyarrow.table(columns), path)
     return path
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt"])
 def test_parquet_columns(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(formats, "BATCH_ROWS", 3)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 3)
     monkeypatch.setattr(formats, "BLOCK", 50)
     turns = [{"role": "System", "content": "s"}, {"role": "user", "content": "好\nhi"}]
     null = [{"role": "user", "content": None}]
@@ -431,12 +491,23 @@ def test_parquet_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="from a column messages, .* columns are prompt, reply"):
         list(read(path))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match="cannot read .*a.parquet"):
+    with pytest.raises(UserError, match="a.parquet is a damaged Parquet file .*: download or wri"):
+        list(read(path))
+
+
+def test_parquet_damaged_in_the_middle(tmp_path):
+    """Its end, which is read first, is whole: the damage shows when its rows are read."""
+    texts = [f"what is said {i}" for i in range(10_000)]
+    path = write_parquet(tmp_path / "a.parquet", text=texts)
+    content = bytearray(path.read_bytes())
+    content[100:20_000] = b"\xff" * 19_900
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="a.parquet is a damaged Parquet file"):
         list(read(path))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = saved(tmp_path / "a.parquet", b"PAR1\x15...PAR1")
-    with pytest.raises(UserError, match="a.parquet is Parquet, .*: pip install pyarrow"):
+    with pytest.raises(UserError, match="a.parquet is a Parquet file, .*: pip install pyarrow"):
         list(read(path))

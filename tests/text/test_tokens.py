@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def test_tokens_are_the_dialogues_in_order(settings, ready):
     data = settings()
     made = ready(data)
     for side, stored in ((False, made._train[0]), (True, made._val[0])):
-        wanted = [turns for turns in read_dialogues(data.path[0]) if held_out(turns, data) == side]
+        dialogues = [dialogue.turns for dialogue in read_dialogues(data.path[0])]
+        wanted = [turns for turns in dialogues if held_out(turns, data) == side]
         assert stored[:].tolist() == [
             id for turns in wanted for id in made.tokenizer.encode_dialogue(turns)
         ]
@@ -333,7 +335,7 @@ def test_paths_globs_and_weights(tmp_path, settings, write_chat):
     (tmp_path / "blob").write_text('["hi", "ho"]\n', encoding="utf-8")
     (tmp_path / "chat.jsonl").symlink_to(tmp_path / "blob")
     (link,) = tokens.find_sources(str(tmp_path / "chat.jsonl"), tmp_path / "cache")
-    assert list(read_dialogues(link.path)) == [["hi", "ho"]]
+    assert [dialogue.turns for dialogue in read_dialogues(link.path)] == [["hi", "ho"]]
 
 
 @pytest.mark.parametrize(
@@ -388,6 +390,115 @@ def test_a_file_without_one_good_dialogue_is_refused(tmp_path, settings, ready):
             prepare(settings(path), wanted, 16, quiet=True)
 
 
+def with_roles(path: Path, prompt: str = "") -> Path:
+    """300 dialogues of a user and an assistant in JSON Lines, with a system prompt if one is
+    given."""
+    lines = []
+    for i in range(300):
+        turns = [("user", f"ask {i}"), ("assistant", f"reply {i}")]
+        if prompt:
+            turns.insert(0, ("system", prompt))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_what_is_learned_changes_no_id(tmp_path, settings, ready, capsys):
+    """loss_on=assistant reads the same ids with the same tokenizer, splits alike, and marks those
+    of other turns; the token files of both lie side by side."""
+    path = with_roles(tmp_path / "a.jsonl", "be kind")
+    every, marked = ready(settings(path)), ready(settings(path, loss_on="assistant"), quiet=False)
+    assert every.tokenizer.hash == marked.tokenizer.hash
+    assert every.fingerprint != marked.fingerprint
+    sep, bos, end = every.tokenizer.sep, every.tokenizer.bos, every.tokenizer.end
+    for files in zip(every._train + every._val, marked._train + marked._val, strict=True):
+        ids, signed = (file[:].astype(int) for file in files)
+        assert (np.where(signed < 0, ~signed, signed) == ids).all()
+        learned = every.tokenizer.decode(signed[signed >= 0], specials=True).split("<|bos|>")[1:]
+        assert all(re.fullmatch(r"reply \d+<\|end\|>", text) for text in learned)
+        assert len(learned) == (ids == bos).sum() == (ids == end).sum() == (ids == sep).sum() / 3
+    assert files[1].dtype == np.int16
+    n_learned = sum(len(f"reply {i}") + 1 for i in range(300))
+    n_tokens = marked.n_train_tokens + marked.n_val_tokens
+    said = f"data.loss_on=assistant learns {n_learned:,} of its {n_tokens:,} tokens"
+    assert said in capsys.readouterr().err
+    again = ready(settings(path, loss_on="assistant"))
+    assert again._train == marked._train and again.fingerprint == marked.fingerprint
+
+
+def test_large_vocabularies_have_room_for_the_marks():
+    """A token that does not fit its type would be another one."""
+    for loss_on, size in (("all", 1 << 16), ("assistant", 1 << 15)):
+        small, large = tokens.dtype_of(size, loss_on), tokens.dtype_of(size + 1, loss_on)
+        assert (small.itemsize, large.itemsize) == (2, 4)
+        for dtype, last in ((small, size - 1), (large, size)):
+            stored = [last] if loss_on == "all" else [last, ~last]
+            assert np.array(stored, dtype).tolist() == stored
+
+
+def test_system_prompts_do_not_decide_the_split_or_the_vocabulary(tmp_path, settings, ready):
+    """A dialogue and its copy under another prompt are on the same side."""
+    plain = ready(settings(with_roles(tmp_path / "a.jsonl")))
+    asked = ready(settings(with_roles(tmp_path / "b.jsonl", "ÿ" * 9)))
+    assert plain.tokenizer.hash == asked.tokenizer.hash
+    sides = []
+    for made in (plain, asked):
+        text = made.tokenizer.decode(made._val[0][:], specials=True)
+        sides.append(text.replace(f"<|sep|>{'ÿ' * 9}<|sep|>", ""))
+    assert sides[0] == sides[1] and "ÿ" not in sides[1]
+
+
+def test_token_files_without_the_system_prompts_are_made_again(tmp_path, settings, ready):
+    """An earlier version left the prompts out: its files and its fingerprint are of other text."""
+    data = settings(with_roles(tmp_path / "a.jsonl", "be kind"))
+    made = ready(data)
+    (file,) = Path(data.cache).glob("*/meta.json")
+    meta = json.loads(file.read_text(encoding="utf-8"))
+    assert meta["counts"].pop("prompts") == 300
+    meta["counts"]["system_turns"] = 300
+    file.write_text(json.dumps(meta), encoding="utf-8")
+    assert tokens.open_tokens(file.parent) is None
+    assert ready(data)._train[0][:].tobytes() == made._train[0][:].tobytes()
+    meta["counts"]["system_turns"] = 0  # there were none: the files are what they would be
+    file.write_text(json.dumps(meta), encoding="utf-8")
+    assert tokens.open_tokens(file.parent) is not None
+    assert ready(data).fingerprint != made.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_turns_of_nobody_cannot_be_learned_as_the_assistants(tmp_path, settings, ready, kind):
+    path = tmp_path / f"a.{kind}"
+    line = "hi\nho\n\n" if kind == "txt" else '["hi", "ho"]\n'
+    path.write_text(line * 50, encoding="utf-8")
+    says = {
+        "txt": "needs roles, and .*a.txt is plain text, which has none: give JSON Lines or Parquet",
+        "jsonl": "line 1: its turns have no roles, which data.loss_on=assistant needs; write a",
+    }
+    with pytest.raises(UserError, match=says[kind]):
+        ready(settings(path, loss_on="assistant"))
+
+
+def test_the_folder_of_a_data_set(tmp_path, settings, ready, capsys):
+    """It opens as Hugging Face ships it; its other splits are no text to train on."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    names = ["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"]
+    for name in names:
+        texts = [f"{name} {i}\nyes" for i in range(100)]
+        parquet.write_table(pyarrow.table({"text": texts}), folder / "data" / f"{name}.parquet")
+    made = ready(settings(folder), quiet=False)
+    text = made.tokenizer.decode(made._train[1][:])
+    assert len(made._train) == 2 and "train-00001" in text
+    assert f"data.path: {folder}: reads train, leaves out test" in capsys.readouterr().err
+    (folder / "data" / f"{names[0]}.parquet").rename(folder / "data" / "train_sft.parquet")
+    with pytest.raises(UserError, match="splits test, train, train_sft, of which it is not clear"):
+        ready(settings(folder))
+
+
 def test_an_archive_as_corpus(tmp_path, settings, ready):
     path = tmp_path / "chats.zip"
     path.write_bytes(b"PK\x03\x04 and so on")
@@ -406,6 +517,8 @@ def test_sources_are_recorded(tmp_path, settings, ready, write_chat):
         {"kind": "text", "path": str(b.resolve()), "weight": 0.5, "sha256": sha256[1]},
     ]
     assert json.loads(json.dumps(made.sources)) == made.sources
+    asked = ready(settings(with_roles(tmp_path / "c.jsonl", "be kind")))
+    assert asked.sources[0]["prompts"] == 300, "chat.py reads it"
 
 
 @pytest.mark.parametrize("val_fraction", [0.01, 0.99])

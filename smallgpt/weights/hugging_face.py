@@ -1,0 +1,131 @@
+"""Folders of transformers: those that scripts/export.py writes, and models of others in these
+classes.
+
+    read           a folder -> GPTConfig, weights by the names of model.GPT, Tokenizer
+    read_config    config.json -> the Form and the GPTConfig
+    is_classifier  does its class classify?
+
+A tensor is read when it is asked for. A GPT-2 is read by gpt2.py, a Llama by llama.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model import GPTConfig
+from smallgpt.console import UserError
+from smallgpt.runs import checkpoint
+from smallgpt.runs.lazy import LazyTensor, Weights
+from smallgpt.tokenizer import Tokenizer
+from smallgpt.weights import forms, gpt2, llama
+from smallgpt.weights.forms import Form
+
+
+def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
+    """A folder as transformers saves it, with any head or none. UserError names what is missing,
+    damaged or of another form."""
+    file = folder / "config.json"
+    found = gpt2.read_json(file) if file.is_file() else {}
+    if found.get("model_type", "gpt2") == "gpt2":
+        return gpt2.read(folder)
+    form, config = read_config(file, found)
+    source, files = gpt2.weight_files(folder)
+    tensors: dict[str, LazyTensor] = {}
+    for shard in files:
+        tensors |= gpt2.open_tensors(shard).tensors
+    weights = trunk_weights(tensors, config, form, source)
+    gpt2.check_shapes(weights.shapes, config, source)
+    return config, weights, llama.tokenizer_of_folder(folder, config.vocab_size)
+
+
+def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
+    """config.json as a Form and a GPTConfig. UserError names the field that model.GPT cannot
+    equal."""
+    kind = (found["model_type"], found.get("hidden_act"))
+    form = forms.LLAMA_LIKE.get(kind)
+    if form is None:
+        known = [f"{name} with {activation}" for name, activation in forms.LLAMA_LIKE]
+        name, activation = kind
+        raise UserError(
+            f"{file}: model_type is {name!r} with hidden_act {activation!r}; only gpt2, llama, "
+            f"{', '.join(known)} can be opened here"
+        )
+    for field in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+        if found.get(field):
+            raise UserError(
+                f"{file}: {field} is {found[field]!r}; only a {form.model_type} without can be "
+                "opened here"
+            )
+    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
+    sizes = llama.read_sizes(found, llama.SIZES, file)
+    head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
+    llama.check_head_size(head_size, sizes, file)
+    numbers = {
+        "rope_base": rope_base(file, found),
+        "norm_eps": found.get("rms_norm_eps"),
+    }
+    own = llama.read_numbers(numbers, file)
+    own["tie_weights"] = bool(found.get("tie_word_embeddings", False))
+    settings = form.needs | sizes | own
+    return form, checkpoint.model_config(settings, file)
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the model of a folder is one of texts and labels."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    first, *_ = gpt2.read_json(file).get("architectures") or [""]
+    return str(first).endswith("ForSequenceClassification")
+
+
+def rope_base(file: Path, found: dict[str, Any]) -> float | None:
+    """The base of the rotary frequencies. UserError where they are scaled."""
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise UserError(
+            f"{file}: its rotary positions are scaled ({kind}); only plain ones can be opened here"
+        )
+    return rope.get("rope_theta", found.get("rope_theta"))
+
+
+def trunk_weights(
+    tensors: dict[str, LazyTensor], config: GPTConfig, form: Form, source: Path
+) -> Weights:
+    """The tensors of a trunk, in float32, by our names; heads are left out. UserError where a
+    constant of the form has another value."""
+    rest = {}
+    for name, tensor in tensors.items():
+        part = ".".join(name.split(".")[-3:])  # mlp.act_fn.alpha_p
+        if part not in form.constants:
+            rest[name] = tensor
+        elif not same(tensor, form.constants[part]):
+            raise UserError(
+                f"{source}: its xIELU is no squared ReLU, {name} is not {form.constants[part]}; "
+                "only an Apertus that scripts/export.py has written can be opened here"
+            )
+    weights = llama.trunk_weights(rest, form.names, config.tie_weights)
+    if form.has_gate_like_fc:
+        drop_gates(weights.tensors, source)
+    return weights
+
+
+def same(tensor: LazyTensor, value: Any) -> bool:
+    """Whether a small tensor has this value. The first four digits: it may have been bfloat16."""
+    return torch.allclose(tensor.read().float(), torch.tensor(value), rtol=1e-2)
+
+
+def drop_gates(weights: dict[str, LazyTensor], source: Path) -> None:
+    """relu(gate) * up is relu(up)^2 where both matrices are the same. UserError where they are
+    not."""
+    gates = [name for name in weights if name.endswith(".mlp.gate.weight")]
+    for name in gates:
+        gate = weights.pop(name).read()
+        up = weights[name.replace("gate", "fc")].read()
+        if not gate.equal(up):
+            raise UserError(
+                f"{source}: relu(gate) * up has two matrices in {name}; only a squared ReLU, whose "
+                "matrices are the same, can be opened here"
+            )

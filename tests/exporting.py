@@ -1,0 +1,99 @@
+"""What tests of exports share: random models of every form, tokenizers, and texts on which the
+latter are known to differ."""
+
+import functools
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from helpers import ENV
+from model import GPT, GPTClassifier, GPTConfig
+from smallgpt import tokenizer as tokenizers
+from smallgpt.runs.checkpoint import Checkpoint
+from smallgpt.tokenizer import Tokenizer, TokenizerSettings
+from smallgpt.weights.export import Source
+
+GPT2 = {"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False}
+PIECES = [
+    *["the", " cat", " sat", "it's", " we'll", "'RE", " 12", "3456", "你好", "世界", "é", "ß"],
+    *["\n", "\t", "  ", "   ", "?!", ".", "😀", "👩‍👩‍👧", "\u00a0", "\u200b", "ΑΣ", "İ", "<|sep|>"],
+    *["<|bos|>", "<|end|>", "\ufeff", "\x00", "\x1c", "ﬁ", "e\u0301", "\u2028", "안녕", "ا"],
+]
+
+
+def stress_lines(count: int) -> list[str]:
+    """Texts of pieces that tokenizers are known to differ on."""
+    draw = random.Random(0)
+    return ["".join(draw.choices(PIECES, k=draw.randrange(1, 20))) for _ in range(count)]
+
+
+@functools.cache
+def vocabulary(kind: str) -> Tokenizer:
+    """A tokenizer trained on such texts."""
+    texts = [text for text in stress_lines(300) if "<|" not in text]
+    settings = TokenizerSettings(kind=kind, vocab_size=500, min_count=1)
+    return tokenizers.train(settings, texts)
+
+
+@torch.no_grad()
+def lively(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.copy_(0.25 * torch.randn(p.shape) if p.dim() == 2 else p + 0.3 * torch.randn(p.shape))
+    return model.eval()
+
+
+def source_of(tokenizer: Tokenizer, **shape: object) -> Source:
+    """A language model of this form, of whose run nothing is known."""
+    rows = 64 * -(-tokenizer.vocab_size // 64)
+    sizes = dict(vocab_size=rows, block_size=64, n_layer=2, n_head=4, n_embd=64)
+    config = GPTConfig(**sizes | shape)
+    nothing = Checkpoint(Path("runs/lively/step-00000001"), {"step": 1})
+    return Source(nothing, config, lively(GPT(config)), tokenizer, head=None)
+
+
+def classifier_of(
+    tokenizer: Tokenizer, pool: str = "last", mask: bool = True, **shape: object
+) -> Source:
+    """A classifier of this form with three labels."""
+    source = source_of(tokenizer, **shape)
+    model = lively(GPTClassifier(source.model, 3, pool, mask))
+    head = {
+        "labels": ["bad", "good", "so-so"],
+        "pool": pool,
+        "mask": mask,
+        "block_size": 48,
+        "prefix": [tokenizer.bos],
+        "rows": source.config.vocab_size,
+    }
+    return replace(source, model=model, head=head)
+
+
+def some_ids(vocab: int) -> Tensor:
+    return torch.randint(vocab, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    """To 1e-5 of the largest logit."""
+    assert a.shape == b.shape
+    assert float(b.abs().max()) > 3
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max(), (a - b).abs().max()
+
+
+WITHOUT_TORCH = (
+    "import runpy, sys; sys.modules['torch'] = sys.modules['smallgpt'] = None; "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def run_example(file: Path, *texts: str, stdin: str = "") -> list[str]:
+    """The lines that an example prints, in a process that cannot import torch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(file), *texts]
+    done = subprocess.run(command, env=ENV, input=stdin.encode(), capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().splitlines()
