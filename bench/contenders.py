@@ -209,9 +209,7 @@ def plain_gpt2(s: TrainSettings) -> TrainSettings:
         dropout=s.model.dropout,
         **FORM,
     )
-    own_ideas = ("init", "negatives", "batch_warmup", "length_warmup")
-    plain = {name: getattr(TrainSettings, name) for name in own_ideas}
-    return replace(s, model=model, optim=replace(PLAIN_ADAMW), **plain)
+    return replace(s, model=model, optim=replace(PLAIN_ADAMW), init="random", negatives=0)
 
 
 # ---- nanoGPT

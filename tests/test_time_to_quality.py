@@ -219,10 +219,10 @@ def test_the_cpu_clock_counts_what_a_program_starts(tmp_path):
 @pytest.mark.parametrize("name", ["speedrun_cpu", "speedrun_gpu"])
 def test_plain_gpt2_has_no_idea_of_a_speedrun(name):
     """Regression: it kept init=bigrams, which a tied head refuses, and its sampled loss."""
-    s = settings.load(TrainSettings, [str(ROOT / f"config/{name}.yaml"), "batch_warmup=100"])
+    s = settings.load(TrainSettings, [str(ROOT / f"config/{name}.yaml")])
     plain = plain_gpt2(s)
     assert plain.check() == [] and plain.max_steps == s.max_steps
-    assert (plain.init, plain.negatives, plain.batch_warmup) == ("random", 0, 0)
+    assert (plain.init, plain.negatives) == ("random", 0)
 
 
 def test_real_contenders(chat_file, tmp_path, capsys, monkeypatch):

@@ -26,8 +26,6 @@ from bench.parity import (
 LAYOUTS = [DDP2, FSDP2, HSDP, TP2, TP2_SEQUENCE, TP2_FSDP2, PP2, PP2_TP2, PP2_FSDP2]
 CASES = [(layout, "tied") for layout in LAYOUTS]
 CASES += [(FSDP2, "untied"), (TP2, "untied"), (TP2, "1 K/V head"), (TP2_FSDP2, "GPT-2 form")]
-CASES += [(FSDP2, "growing batch"), (TP2_SEQUENCE, "growing sequences")]
-CASES += [(PP2, "growing sequences")]
 # saved on, resumed on
 MOVES = [
     (ONE, PP2_TP2),
