@@ -27,10 +27,12 @@ PRINTED = {byte: character for character, byte in STAND_INS.items()}
 NEEDLESS_SPACE = {"Regex": r"\A (?![\p{L}&&[^\x{2e80}-\x{10ffff}]])"}
 EDGES = {"Regex": r"\A[\s\x1c-\x1f]+|[\s\x1c-\x1f]+\z"}  # what str.strip() takes away
 
-# A dialogue of turns, and the beginning of the next one where a reply is wanted.
+# A dialogue of turns, and the beginning of the next one where a reply is wanted. A system prompt
+# follows an empty turn, as in `Tokenizer.encode_turns`.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
+    "{{ '<|sep|>' if message['role'] == 'system' else '' }}"
     "{{ message['content'] }}"
     "{{ '<|end|>' if loop.last and not add_generation_prompt else '<|sep|>' }}"
     "{% endfor %}"

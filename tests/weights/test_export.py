@@ -110,6 +110,10 @@ def test_a_dialogue_is_written_as_in_training(hub, tmp_path):
     assert whole == tokenizer.encode_dialogue(turns)
     prompt = theirs.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
     assert prompt == [*tokenizer.encode_dialogue(turns)[:-1], tokenizer.sep]
+    messages.insert(0, {"role": "system", "content": "it"})
+    whole = theirs.apply_chat_template(messages, return_dict=False)
+    roles = [message["role"] for message in messages]
+    assert whole == tokenizer.encode_dialogue(["it", *turns], roles)
     assert theirs("the cat").input_ids == [tokenizer.bos, *tokenizer.encode("the cat")]
 
 
