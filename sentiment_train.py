@@ -75,7 +75,7 @@ from smallgpt.settings import (
     Switch,
 )
 from smallgpt.weights import pretrained
-from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
+from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk, own_model
 
 Selected = Literal["accuracy", "macro_f1", "f1", "matthews", "pearson", "spearman", "loss"]
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
@@ -108,7 +108,9 @@ class SentimentSettings:
     score_test: Free[bool] = True  # false = the test stays unread, as in a search for settings
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
-    trunk: Free[str] = ""  # run folder | smollm2, a Llama's folder, a GGUF | gpt2 | small-gpt .pth
+    trunk: Free[str] = field(  # run folder | smollm2, a Llama's folder, a GGUF | gpt2 | a .pth
+        default_factory=own_model
+    )
     before: Free[Files] = field(default_factory=list)  # YAML files of fine-tunings that come first
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     trunk_blocks: Count = 0  # the lowest blocks of the trunk that are used; 0 = all

@@ -200,7 +200,7 @@ class SmallGPT:
 
 
 def plain_gpt2(s: TrainSettings) -> TrainSettings:
-    """The text, shape and steps of these settings with GPT-2's form and optimizer."""
+    """The text, shape and steps of these settings with GPT-2's form, loss and optimizer."""
     model = GPTConfig(
         block_size=s.model.block_size,
         n_layer=s.model.n_layer,
@@ -209,7 +209,7 @@ def plain_gpt2(s: TrainSettings) -> TrainSettings:
         dropout=s.model.dropout,
         **FORM,
     )
-    return replace(s, model=model, optim=replace(PLAIN_ADAMW))
+    return replace(s, model=model, optim=replace(PLAIN_ADAMW), init="random", negatives=0)
 
 
 # ---- nanoGPT

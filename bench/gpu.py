@@ -93,7 +93,6 @@ DRY = Plan(
         "model.n_embd=32",
         "model.block_size=64",
         "tokenizer.vocab_size=320",
-        "data.val_fraction=0.1",
     ),
     quality=("--device=cpu", "--steps=10"),
     profile=("--mode=eager", "--steps=1"),

@@ -207,6 +207,7 @@ def test_settings_in_a_file(run, model, tmp_path):
     ],
 )
 def test_mistakes(model, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)  # without the model of the repository
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     monkeypatch.setattr(sys, "argv", ["chat.py"])
     sys.argv += [arg.format(empty=tmp_path, model=model) for arg in args]
@@ -228,7 +229,7 @@ def test_a_closed_standard_input_is_a_mistake(model, monkeypatch):
 )
 def test_the_path_of_a_model_arrives_as_typed(path):
     """Regression: "/a/run #7" opened /a/run, and a path with = in it was taken for a setting."""
-    argv = chat.name_checkpoint(["config/x.yaml", path, "sample.seed=1", "--help"])
+    argv = settings.name_checkpoint(["config/x.yaml", path, "sample.seed=1", "--help"])
     assert argv == ["config/x.yaml", f"checkpoint={path}", "sample.seed=1", "--help"]
     assert settings.load(chat.ChatSettings, argv[1:2]).checkpoint == path
 

@@ -12,9 +12,9 @@ import sentiment_train
 from fine_tuning import ALONE, BLOCK, CPU, made, predictions
 from helpers import last_weights, losses, write_csv
 from model import GPT, GPTClassifier, GPTConfig
-from scripts.classify import Classifier, ClassifySettings
 from sentiment_train import SentimentSettings, make_classifier, prepare
-from smallgpt import settings
+from smallgpt import load_classifier, settings
+from smallgpt.inference import Classifier
 from smallgpt.weights.pretrained import open_model, open_trunk
 
 torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def lively(model: GPTClassifier) -> GPTClassifier:
 
 
 def of_run(folder: Path) -> Classifier:
-    return Classifier(str(folder), ClassifySettings(device="cpu", dtype="float32"))
+    return load_classifier(folder, "cpu", "float32")
 
 
 def assert_classified_as_reported(folder: Path) -> None:

@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 
 from bench import time_to_quality as bench
-from bench.contenders import NANOGPT_PHRASES, OUR_PHRASES, Launch, NanoGPT, evaluation_steps
+from bench.contenders import (
+    NANOGPT_PHRASES,
+    OUR_PHRASES,
+    Launch,
+    NanoGPT,
+    evaluation_steps,
+    plain_gpt2,
+)
 from bench.quality_report import at, time_of
 from bench.stopwatch import Program, Stopwatch, Timing
-from helpers import TINY
+from helpers import ROOT, TINY
+from smallgpt import settings
 from smallgpt.console import UserError
+from train import TrainSettings
 
 # what a program prints, and when, as train.py with compilation does
 OUR_LINES = [
@@ -205,6 +214,15 @@ def test_the_cpu_clock_counts_what_a_program_starts(tmp_path):
 
 
 # ---- the real ones, tiny
+
+
+@pytest.mark.parametrize("name", ["speedrun_cpu", "speedrun_gpu"])
+def test_plain_gpt2_has_no_idea_of_a_speedrun(name):
+    """Regression: it kept init=bigrams, which a tied head refuses, and its sampled loss."""
+    s = settings.load(TrainSettings, [str(ROOT / f"config/{name}.yaml")])
+    plain = plain_gpt2(s)
+    assert plain.check() == [] and plain.max_steps == s.max_steps
+    assert (plain.init, plain.negatives) == ("random", 0)
 
 
 def test_real_contenders(chat_file, tmp_path, capsys, monkeypatch):

@@ -633,16 +633,21 @@ def choose_columns(table: Table, s: ReviewSettings, notes: list[str]) -> Columns
 
 def fetch(name: str, to: Path) -> list[Path]:
     """Download the files of a set into a folder, unless they are there, and check their sha256."""
+    return fetch_files(name, SOURCES[name], to)
+
+
+def fetch_files(name: str, files: dict[str, tuple[str, str]], to: Path) -> list[Path]:
+    """The same of any files, {file: (its address, its sha256)}, that belong to `name`."""
     to.mkdir(parents=True, exist_ok=True)
-    for file, (address, digest) in SOURCES[name].items():
+    for file, (address, digest) in files.items():
         target = to / file
         if not target.exists():
             write_atomic(target, download(name, target, address, digest))
         elif sha256(target.read_bytes()) != digest:
             raise UserError(
-                f"{target} is not the file of {name}: move it, or choose another folder with to="
+                f"{target} is not the file of {name}: move it, or choose another folder"
             )
-    return [to / file for file in SOURCES[name]]
+    return [to / file for file in files]
 
 
 def download(name: str, target: Path, address: str, digest: str) -> bytes:

@@ -122,7 +122,7 @@ def check_trunk(job: Job) -> None:
     then = hashes.get("trunk")
     if not then:
         return
-    trunk = job.keys.get("trunk", "")
+    trunk = job.keys.get("trunk", pretrained.own_model())
     now = pretrained.digest(trunk)
     if now not in ("", then):
         raise UserError(
