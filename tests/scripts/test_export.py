@@ -111,7 +111,7 @@ def test_the_example_without_torch_answers_as_classify_does(
     rows = [(first, second, label) for (first, label), (second, _) in pairwise(made(120))]
     pairs = write_csv(tmp_path / "pairs.csv", rows, ("one", "two", "label"))
     columns = dict(data__text_column="one", data__pair_column="two", data__label_column="label")
-    run = fit(trunk=gpt2, pool="mean", mask=False, cue=" so", data__path=pairs, **columns)
+    run = fit(trunk=gpt2, pool="mean", mask=False, data__path=pairs, **columns)
     exported(run, "to=onnx", f"out={tmp_path / 'out'}")
     texts = TEXTS + LONG
     lines = run_example(tmp_path / "out" / "classify.py", *texts)

@@ -10,6 +10,7 @@ import torch
 from exporting import assert_close, classifier_of, run_example, source_of, vocabulary
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings
+from smallgpt.sentiment.batches import encode_text
 from smallgpt.weights import export, export_onnx
 from smallgpt.weights.export import Source
 
@@ -18,7 +19,11 @@ torch.set_num_threads(1)
 ONE_LAYER = {"n_layer": 1}
 CLASSIFIERS = {  # tests/scripts/test_export.py has a GPT-2 that pools the mean without a mask
     "mean": ("mean", True, ONE_LAYER),
-    "last": ("last", True, ONE_LAYER | {"mlp": "swiglu", "n_kv_head": 2, "marks": True}),
+    "last": (
+        "last",
+        True,
+        ONE_LAYER | {"mlp": "swiglu", "n_kv_head": 2, "marks": True, "cue": [5, 6]},
+    ),
 }
 
 
@@ -50,6 +55,13 @@ def test_any_number_of_texts_of_any_length_gets_the_same_scores(onnxruntime, tmp
         (scores,) = session.run(None, inputs)
         expected = source.model(tokens, lengths)
         torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-5, rtol=1e-5)
+    program = runpy.run_path(str(folder / "classify.py"))
+    cue = source.head["cue"]
+    for text, pair in [("the cat", ""), ("é", "你好"), ("the " * 60, "cat " * 60), ("a " * 99, "")]:
+        ids, _ = encode_text(
+            source.tokenizer, text.strip(), pair.strip(), 48, source.head["prefix"], cue
+        )
+        assert program["encode"](f"{text}\t{pair}") == ids
     assert "/smallgpt" not in (folder / "model.onnx").read_bytes().decode("latin-1")
 
 
