@@ -15,6 +15,8 @@ from model import GPT, GPTClassifier, GPTConfig
 from scripts.classify import Classifier, ClassifySettings
 from sentiment_train import SentimentSettings, make_classifier, prepare
 from smallgpt import settings
+from smallgpt.console import UserError
+from smallgpt.weights.export import open_source
 from smallgpt.weights.pretrained import open_model, open_trunk
 
 torch.set_num_threads(1)
@@ -85,6 +87,8 @@ def test_a_run_with_marks(fit, pairs):
     folder = fit(**case)
     assert_classified_as_reported(folder)
     assert last_weights(folder)["marks.weight"].any()
+    with pytest.raises(UserError, match="was trained with marks, which no exported form knows"):
+        open_source(str(folder))
     again = fit(run="again", trunk=folder, max_steps=1)
     assert "marks.weight" not in last_weights(again)
 
@@ -105,6 +109,8 @@ def test_every_text_ends_with_the_cue(fit, asked):
     assert_classified_as_reported(folder)
     meta = json.loads((folder / "step-00000008" / "meta.json").read_text(encoding="utf-8"))
     assert meta["head"]["cue"] == cue
+    with pytest.raises(UserError, match="was trained with cue, which no exported form knows"):
+        open_source(str(folder))
 
 
 @torch.no_grad()

@@ -78,9 +78,20 @@ def open_source(path: str) -> Source:
     head = found.meta.get("head")
     model: GPT | GPTClassifier = GPT(config)
     if head:
+        check_head(head, path)
         model = GPTClassifier(model, len(head["labels"]), head["pool"], head["mask"])
     checkpoint.load_weights(found, model)
     return Source(found, config, model.float().eval(), tokenizer, head)
+
+
+def check_head(head: dict[str, Any], path: str) -> None:
+    """UserError if the classifier reads what an exported one would not be given."""
+    for name in ("cue", "marks"):
+        if head.get(name):
+            raise UserError(
+                f"{path} was trained with {name}, which no exported form knows: use it with "
+                f"scripts/classify.py, or train it again without {name}"
+            )
 
 
 @contextmanager
