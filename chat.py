@@ -1,5 +1,6 @@
 """Talk to a pretrained model.
 
+    python chat.py                                      the model of the repository
     python chat.py checkpoints/quickstart               a run's best checkpoint, or a step folder
     python chat.py smollm2                              SmolLM2-135M-Instruct, after `make smollm2`
     python chat.py config/chat300M.yaml                 the same, with the settings in a file
@@ -22,7 +23,7 @@ from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings, one_line
 from smallgpt.settings import Device
 from smallgpt.weights.precision import set_precision
-from smallgpt.weights.pretrained import open_talker
+from smallgpt.weights.pretrained import open_talker, own_model
 
 HELP = """\
   /reset              forget the conversation (also: flush)
@@ -37,14 +38,16 @@ HELP = """\
 
 @dataclass
 class ChatSettings:
-    checkpoint: str = ""  # run folder (its best checkpoint) | an export | a Llama | smollm2
+    checkpoint: str = field(  # run folder (its best checkpoint) | an export | a Llama | smollm2
+        default_factory=own_model
+    )
     device: Device = "auto"  # auto = a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen
 
 
 def main() -> int:
-    s = settings.load(ChatSettings, name_checkpoint(sys.argv[1:]), doc=__doc__)
+    s = settings.load(ChatSettings, settings.name_checkpoint(sys.argv[1:]), doc=__doc__)
     if not s.checkpoint:
         raise UserError(
             "which model? python chat.py checkpoints/<run>, a folder that train.py has written; or "
@@ -73,19 +76,6 @@ def has_read_prompts(name: str) -> bool:
     if not isinstance(meta, dict):
         return True
     return any(source.get("prompts") for source in meta.get("sources", []))
-
-
-def name_checkpoint(words: list[str]) -> list[str]:
-    """The command line with the folder of a model written as checkpoint=FOLDER."""
-
-    def is_model(word: str) -> bool:
-        is_option = word.startswith("-") or word.endswith((".yaml", ".yml"))
-        return not is_option and not settings.is_setting(word)
-
-    models = [word for word in words if is_model(word)]
-    if len(models) > 1:
-        raise UserError(f"one model at a time, not {' and '.join(models)}")
-    return [f"checkpoint={word}" if is_model(word) else word for word in words]
 
 
 def converse(chat: "Chat", prompt: str) -> int:

@@ -16,6 +16,7 @@ can be changed as key=value, e.g. mask=false.
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -46,7 +47,8 @@ from smallgpt.parallel.strategy import Single, shapes_of
 from smallgpt.parallel.world import World, start
 from smallgpt.runs import checkpoint
 from smallgpt.runs.run import Facts, Run, merge_sources
-from smallgpt.sentiment import freeze, leaks, report, sets, splits
+from smallgpt.runs.tracker import TrackerKind, tracker_problems
+from smallgpt.sentiment import freeze, leaks, regression, report, sets, splits
 from smallgpt.sentiment.adversarial import Adversary, typical_norm
 from smallgpt.sentiment.batches import (
     Buckets,
@@ -73,8 +75,9 @@ from smallgpt.settings import (
     Switch,
 )
 from smallgpt.weights import pretrained
-from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk
+from smallgpt.weights.pretrained import Trunk, load_trunk, open_trunk, own_model
 
+Selected = Literal["accuracy", "macro_f1", "f1", "matthews", "pearson", "spearman", "loss"]
 OPTIM = OptimSettings(lr=3e-4, warmup=50, min_lr=0.0)
 MESH = MeshSettings(shard=1, replicate=0)  # a whole model on each process
 Files = list[str]
@@ -99,11 +102,15 @@ class SentimentSettings:
     save_every: Free[Count] = 0  # steps between checkpoints; 0 = at evaluations
     save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
+    tracker: Free[TrackerKind] = "none"  # a page for the curves, too (docs/usage.md)
     patience: Free[Count] = 0  # stop after so many evaluations without a better one; 0 = never
-    select: Literal["accuracy", "macro_f1", "loss"] = "accuracy"  # on validation: names the best
+    select: Selected = "accuracy"  # what of the set's measures names the best, on validation
+    score_test: Free[bool] = True  # false = the test stays unread, as in a search for settings
     keep: Free[Positive] = 1  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
-    trunk: Free[str] = ""  # run folder | smollm2, a Llama's folder, a GGUF | gpt2 | small-gpt .pth
+    trunk: Free[str] = field(  # run folder | smollm2, a Llama's folder, a GGUF | gpt2 | a .pth
+        default_factory=own_model
+    )
     before: Free[Files] = field(default_factory=list)  # YAML files of fine-tunings that come first
     allow_leaks: Free[bool] = False  # go on with a trunk that has read test texts: worth nothing
     trunk_blocks: Count = 0  # the lowest blocks of the trunk that are used; 0 = all
@@ -129,7 +136,7 @@ class SentimentSettings:
 
     def check(self) -> list[str]:
         """Problems that the types do not show, in plain words."""
-        problems = checkpoint.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run) + tracker_problems(self.tracker)
         if not freeze.is_valid(self.freeze):
             choices = "none, trunk or all_but_last:K, such as all_but_last:2"
             problems.append(f"freeze={self.freeze!r} must be {choices}")
@@ -187,6 +194,23 @@ class Task:
     inputs: dict[str, Inputs]  # by split
     notes: list[str]  # what the report should hold
 
+    @property
+    def report(self):
+        """The module that knows what such a classifier is worth."""
+        return regression if self.data.is_number else report
+
+    def read(self, strategy: Single, split: str, max_tokens: int) -> np.ndarray:
+        """Scores (N, n_classes) of a split; where the label is a number, predictions (N, 1). A
+        collective."""
+        scores = score(strategy, self.inputs[split], max_tokens)
+        mean, deviation = self.head.get("scale", (0.0, 1.0))
+        return mean + deviation * scores
+
+    def evaluate(self, split: str, scores: np.ndarray) -> dict[str, float]:
+        """The set's measures of what `read` gives."""
+        labels = self.inputs[split].data.labels
+        return self.report.evaluate(scores, labels, self.data.measures)
+
     def facts(self, s: SentimentSettings) -> Facts:
         """What a checkpoint must hold for its texts to be read again as they were in training."""
         is_of_pairs = any(example.pair for example in self.data.splits["train"])
@@ -199,6 +223,14 @@ class Task:
 def prepare(s: SentimentSettings, world: World) -> Task:
     """Open the set and the trunk. UserError if there is none, or if they do not fit."""
     data = splits.load(s.data)
+    if s.select not in (*data.measures, "loss"):
+        choices = ", ".join([*data.measures, "loss"])
+        raise UserError(f"select={s.select} is not measured of {s.data.set}: choose of {choices}")
+    if data.is_number and (s.label_smoothing or s.class_weights != "none"):
+        raise UserError(
+            f"label_smoothing and class_weights are of classes, and {s.data.set} has numbers: "
+            "leave them out"
+        )
     if not s.trunk:
         raise UserError(
             "trunk is not set: give a run folder of train.py, smollm2, gpt2, the folder of a Llama "
@@ -221,6 +253,8 @@ def prepare(s: SentimentSettings, world: World) -> Task:
         notes.append(
             f"{name}: {encoded.cut} texts have over {block_size} tokens and lose their middle"
         )
+    if data.is_number:
+        head["scale"] = regression.mean_and_deviation(inputs["train"].data.labels)
     digest = world.by_main(partial(checkpoint.digest, trunk.weights))
     return Task(data, trunk, digest, config, head, inputs, notes)
 
@@ -277,11 +311,18 @@ def search_leaks(
 ) -> list[str]:
     """What the leak check found in the sources of a trunk, in words; UserError if that are test
     texts."""
-    texts: dict[str, list[str]] = {"test": [], "validation": []}
-    for split, of_split in texts.items():
-        for example in data.splits[split]:
-            of_split += [text for text in (example.text, example.pair) if text]
-    return leaks.check(*texts.values(), trunk, sources, cache_of(s), world, s.allow_leaks)
+    tests = texts_of(data, splits.tests_of(data.splits))
+    validation = texts_of(data, ["validation"])
+    return leaks.check(tests, validation, trunk, sources, cache_of(s), world, s.allow_leaks)
+
+
+def texts_of(data: Reviews, names: Iterable[str]) -> list[str]:
+    """All texts of these splits, of a pair both."""
+    texts = []
+    for name in names:
+        for example in data.splits[name]:
+            texts += [text for text in (example.text, example.pair) if text]
+    return texts
 
 
 def cache_of(s: SentimentSettings) -> Path:
@@ -362,7 +403,12 @@ class Objective:
         self.sep = task.trunk.tokenizer.sep  # the token between the texts of a pair
         self.cue = len(task.head["cue"])  # tokens
         self.buckets = Buckets(train.data.lengths, s.batch_size, s.seed)
-        self.labels = torch.from_numpy(train.data.labels).to(train.device)
+        labels = train.data.labels
+        self.scale = task.head.get("scale")
+        if self.scale:
+            mean, deviation = self.scale
+            labels = ((labels - mean) / deviation).astype(np.float32)
+        self.labels = torch.from_numpy(labels).to(train.device)
         dtype = next(strategy.model.parameters()).dtype
         self.class_weights = class_weights(s, self.labels, len(task.data.labels), dtype)
         self.adversary = Adversary(strategy.model.gpt.wte, norm)
@@ -372,7 +418,7 @@ class Objective:
         divided."""
         rows = self.buckets.of(step)
         self.n_examples = len(rows)
-        self.per_example = 1 / self.class_weights[self.labels[rows]].sum()  # of all ranks, weighted
+        self.per_example = 1 / self.weight_of(rows)  # of all ranks
         n_targets = int((self.buckets.lengths[rows] - 1).sum())
         self.per_target = self.s.lm_weight / max(1, n_targets)
         self.losses: list[Tensor] = []  # scalars, of the plain passes
@@ -395,19 +441,26 @@ class Objective:
         targets = self.train.targets(rows) if self.s.lm_weight else None
         return MicroBatch((x, lengths, targets, reads), self.labels[rows], weight)
 
+    def weight_of(self, rows: np.ndarray) -> Tensor | int:
+        """How much these examples count together."""
+        return len(rows) if self.scale else self.class_weights[self.labels[rows]].sum()
+
+    def summed_loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+        """Of scores (B, n_classes) the cross-entropy in nats; where the label is a number, squared
+        errors of scores (B, 1), in variances."""
+        scores = scores.to(self.class_weights.dtype)
+        if self.scale:
+            return F.mse_loss(scores[:, 0], labels.to(scores.dtype), reduction="sum")
+        smoothing = self.s.label_smoothing
+        weights = self.class_weights
+        return F.cross_entropy(scores, labels, weights, reduction="sum", label_smoothing=smoothing)
+
     def loss_of(self, run_model, batch: MicroBatch) -> Tensor:
         """This micro-batch's share of the mean loss over the step's examples, in nats."""
         with self.adversary.perturbing() if batch.perturbed else nullcontext():
             output = run_model(*batch.inputs)
         scores, lm_nats = output if self.s.lm_weight else (output, 0.0)
-        nats = F.cross_entropy(
-            scores.to(self.class_weights.dtype),
-            batch.labels,
-            self.class_weights,
-            reduction="sum",
-            label_smoothing=self.s.label_smoothing,
-        )
-        loss = batch.weight * self.per_example * nats
+        loss = batch.weight * self.per_example * self.summed_loss(scores, batch.labels)
         if not batch.perturbed:
             is_hit = scores.argmax(1) == batch.labels
             self.losses.append(loss.detach())
@@ -475,9 +528,8 @@ def finetune(s: SentimentSettings, world: World) -> int:
 
         for step in run.steps(max_steps, s.save_every or eval_every):
             if run.due(eval_every):
-                validation = task.inputs["validation"]
-                scores = score(strategy, validation, s.micro_tokens)
-                run.evaluated(report.evaluate(scores, validation.data.labels))
+                scores = task.read(strategy, "validation", s.micro_tokens)
+                run.evaluated(task.evaluate("validation", scores))
             if step >= max_steps or run.out_of_patience(s.patience):
                 break
 
@@ -495,15 +547,21 @@ def finetune(s: SentimentSettings, world: World) -> int:
                 objective.n_examples,
                 "examples",
                 loss=loss,
-                accuracy=hits / objective.n_examples,
+                **({} if objective.scale else {"accuracy": hits / objective.n_examples}),
                 lr=factor * s.optim.lr,  # of the head, which trains on the last stage
                 grad_norm=norm,
             )
         if run.status == 0:
             run.load_best()
-            scores = score(strategy, task.inputs["test"], s.micro_tokens)
-            if world.main:
-                write_report(s, run, task, scores, {"trainable": trainable, "device": computed})
+            facts = {"trainable": trainable, "device": computed}
+            if s.score_test:
+                scores = {}
+                for split in splits.tests_of(task.inputs):
+                    scores[split] = task.read(strategy, split, s.micro_tokens)
+                if world.main:
+                    write_report(s, run, task, scores, facts)
+            elif world.main:
+                report.write_result(run.folder, result_of(s, run, task, facts))
         return run.status
 
 
@@ -580,13 +638,36 @@ def cache_states(
 
 
 def write_report(
-    s: SentimentSettings, run: Run, task: Task, scores: np.ndarray, facts: dict[str, Any]
+    s: SentimentSettings,
+    run: Run,
+    task: Task,
+    scores: dict[str, np.ndarray],
+    facts: dict[str, Any],
 ) -> None:
-    """The report of the test split's scores (N, n_classes), in the run's folder and on the
+    """The report of the test splits' scores (N, n_classes), in the run's folder and on the
     console. facts: what else it says of the run."""
     data = task.data
-    labels = task.inputs["test"].data.labels
+    tests = {split: task.evaluate(split, found) for split, found in scores.items()}
     result = {
+        **result_of(s, run, task, facts),
+        "test": tests.pop("test"),
+        "further_tests": tests,
+        "baselines": task.report.baselines(data, cache_of(s)),
+    }
+    labels = task.inputs["test"].data.labels
+    examples = data.splits["test"]
+    text = task.report.write(run.folder, examples, scores["test"], labels, data.labels, result)
+    run.say(f"\n{text}")
+    run.say(
+        f"the report, its pictures and predictions.csv are in {run.folder}; "
+        f"to use it: python scripts/classify.py {console.shell_word(run.folder)} TEXT"
+    )
+
+
+def result_of(s: SentimentSettings, run: Run, task: Task, facts: dict[str, Any]) -> dict[str, Any]:
+    """What a finished run has found, without the test. facts: what else is said of it."""
+    data = task.data
+    return {
         "set": s.data.set,
         "trunk": describe_trunk(s, task),
         "mask": s.mask,
@@ -595,21 +676,14 @@ def write_report(
         "seed": s.seed,
         "step": run.best,
         "select": s.select,
+        "measures": data.measures,
         "validation": run.history[run.best],
-        "test": report.evaluate(scores, labels),
-        "baselines": report.baselines(data, cache_of(s)),
         "examples": {name: len(part) for name, part in data.splits.items()},
         **facts,
         "seconds": round(run.seconds, 1),
         "notes": task.notes,
         "hashes": {"data": data.fingerprint, "trunk": task.digest},
     }
-    text = report.write(run.folder, data.splits["test"], scores, labels, data.labels, result)
-    run.say(f"\n{text}")
-    run.say(
-        f"the report, its pictures and predictions.csv are in {run.folder}; "
-        f"to use it: python scripts/classify.py {console.shell_word(run.folder)} TEXT"
-    )
 
 
 def describe_trunk(s: SentimentSettings, task: Task) -> str:

@@ -36,6 +36,7 @@ from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.metrics import flops_per_token
 from smallgpt.runs.run import Facts, Run, merge_sources
+from smallgpt.runs.tracker import TrackerKind, tracker_problems
 from smallgpt.sampling import SampleSettings, replies
 from smallgpt.settings import Count, Device, Free, Positive, Precision, Switch
 from smallgpt.text.batches import Corpus
@@ -64,6 +65,7 @@ class TrainSettings:
     save_every: Free[Positive] = 100  # steps between checkpoints
     save: Free[Literal["sync", "async"]] = "sync"  # async = written while training goes on
     log_every: Free[Positive] = 10  # steps between records of the training loss
+    tracker: Free[TrackerKind] = "none"  # a page for the curves, too (docs/usage.md)
     keep: Free[Positive] = 2  # newest checkpoints kept, besides the best
     resume: Free[str] = "auto"  # auto = go on | never | PATH of a run or step folder to go on from
     init: Literal["random", "bigrams"] = "random"  # bigrams = knows which token follows which
@@ -77,7 +79,7 @@ class TrainSettings:
 
     def check(self) -> list[str]:
         """Problems that the types do not show, in plain words."""
-        problems = checkpoint.name_problems(self.run)
+        problems = checkpoint.name_problems(self.run) + tracker_problems(self.tracker)
         if self.init == "bigrams" and self.init_from:
             problems.append("init=bigrams and init_from exclude each other: leave one of them out")
         if self.init == "bigrams" and self.model.tie_weights:

@@ -11,7 +11,8 @@ before it; `--` ends the settings, and everything after it is text. Without text
 of standard input are read, one a line: UTF-8, or UTF-16 with its mark, gzipped or not.
 
 Answers come in the order of the texts: label, probability, text, with tabs between. An empty line
-is answered by an empty label. A model of pairs reads two texts with a tab between; how many texts
+is answered by an empty label. A model that foretells a number (STS-B) gives it in the place of the
+label. A model of pairs reads two texts with a tab between; how many texts
 were half a pair is said at the end.
 """
 
@@ -21,30 +22,25 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
-from model import GPT, GPTClassifier
-from smallgpt import console, files, hardware, settings
+from smallgpt import console, files, hardware, load_classifier, settings
 from smallgpt.console import UserError
-from smallgpt.runs import checkpoint
-from smallgpt.sentiment.batches import collate, encode_text, length_batches
+from smallgpt.inference import Prediction, Scorer
 from smallgpt.settings import Device
 from smallgpt.text import formats
-from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.pretrained import open_talker
 
 CHUNK = 2048  # texts read, sorted by length and answered together
-BATCH = 16384  # at most so many tokens per forward pass
 
 
 @dataclass
@@ -82,13 +78,7 @@ class ClassifySettings:
 
 class Answer(NamedTuple):
     text: str
-    probabilities: Tensor | None  # (labels,); None for an empty text
-
-
-class Batch(NamedTuple):
-    indices: Sequence[int]  # of its rows among all
-    idx: Tensor  # (B, T), padded on the right
-    lengths: Tensor  # (B,)
+    found: Prediction
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -100,15 +90,17 @@ def main() -> None:
     if not texts:
         texts, is_typed = open_texts(s.file)
     with redirect_stdout(sys.stderr):  # what opening a checkpoint says is no answer
-        model = Cloze(path, s) if s.cloze else Classifier(path, s)
+        model = Cloze(path, s) if s.cloze else load_classifier(path, s.device, s.dtype)
     if is_typed:
         print("one text a line, a tab between the two of a pair; Ctrl-D ends", file=sys.stderr)
 
     n_broken = 0
     n_half = 0
     show = to_json if s.json else to_line
+    if model.is_number:
+        show = number_to_json if s.json else number_to_line
     chunk = 1 if is_typed else CHUNK
-    for answer in answers(texts, model.score, chunk):
+    for answer in answers(texts, model, chunk):
         print(show(answer, model.labels))
         n_broken += "\ufffd" in answer.text
         n_half += model.is_of_pairs and is_half_a_pair(answer.text)
@@ -176,24 +168,40 @@ def is_half_a_pair(text: str) -> bool:
 
 def to_line(answer: Answer, labels: list[str]) -> str:
     """Label, probability and text in one line."""
-    if answer.probabilities is None:
+    found = answer.found
+    if not found.label:
         return "\t\t"
-    best = int(answer.probabilities.argmax())
-    probability = float(answer.probabilities[best])
     text = " ".join(answer.text.splitlines())
-    return f"{labels[best]}\t{probability:.4f}\t{text}"
+    return f"{found.label}\t{found.probability:.4f}\t{text}"
 
 
 def to_json(answer: Answer, labels: list[str]) -> str:
-    """An object with the text, the label, and the probabilities by label."""
-    record = {"text": answer.text, "label": None, "probabilities": None}
-    if answer.probabilities is not None:
-        best = int(answer.probabilities.argmax())
-        values = answer.probabilities.tolist()
-        rounded = [round(value, 6) for value in values]
-        record["label"] = labels[best]
-        record["probabilities"] = dict(zip(labels, rounded, strict=True))
+    """An object with the text, the label, and the probabilities by label; null for no text."""
+    found = answer.found
+    rounded = {label: round(value, 6) for label, value in found.probabilities.items()}
+    record = {
+        "text": answer.text,
+        "label": found.label or None,
+        "probabilities": rounded or None,
+    }
     return json.dumps(record, ensure_ascii=False)
+
+
+def number_to_line(answer: Answer, labels: list[str]) -> str:
+    """The number and the text in one line, in the columns of `to_line`."""
+    number = answer.found.number
+    if number is None:
+        return "\t\t"
+    text = " ".join(answer.text.splitlines())
+    return f"{number:.4f}\t\t{text}"
+
+
+def number_to_json(answer: Answer, labels: list[str]) -> str:
+    """An object with the text and the number under its name."""
+    number = answer.found.number
+    if number is not None:
+        number = round(number, 6)
+    return json.dumps({"text": answer.text, labels[0]: number}, ensure_ascii=False)
 
 
 # --- reading texts --------------------------------------------------------------------------------
@@ -255,76 +263,6 @@ def decode(raw: io.BufferedReader, name: str) -> io.TextIOWrapper:
 # --- scoring texts --------------------------------------------------------------------------------
 
 
-class Scorer:
-    """What a classifier and a cloze share."""
-
-    labels: list[str]
-    is_of_pairs = False
-
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, s: ClassifySettings):
-        self.device = hardware.choose_device(s.device)
-        self.dtype, _ = hardware.choose_dtype(s.dtype, self.device)
-        self.model = model.to(self.device).eval()
-        self.tokenizer = tokenizer
-
-    def batches(self, rows: list[list[int]], width: int = 0) -> Iterator[Batch]:
-        """All rows of ids, from short to long, padded to the longest of a batch or to `width`."""
-        lengths = [len(row) for row in rows]
-        for indices in length_batches(lengths, BATCH, width, self.device):
-            ids = [rows[i] for i in indices]
-            idx, real = collate(ids, self.tokenizer.pad, width)
-            yield Batch(indices, idx.to(self.device), real.to(self.device))
-
-
-class Classifier(Scorer):
-    """A fine-tuned checkpoint. It scores texts as sentiment_train.py scores the test split."""
-
-    def __init__(self, path: str, s: ClassifySettings):
-        found = checkpoint.required(path)
-        head = found.meta.get("head")
-        if not head:
-            raise UserError(
-                f"{path} is a language model without a classification head: fine-tune it first "
-                f"(python sentiment_train.py trunk={path}), or ask it for words with cloze."
-            )
-        self.labels = head["labels"]
-        self.prefix: list[int] = head["prefix"]
-        self.cue: list[int] = head.get("cue", [])  # older versions had none
-        self.block_size: int = head["block_size"]
-        self.width = 0 if head["mask"] else self.block_size  # without a mask, padding is read
-        self.is_of_pairs = found.meta.get("pairs", True)  # older versions did not record it
-        tokenizer = checkpoint.tokenizer_of(found)
-        config = checkpoint.model_config(found.meta["model"], path)
-        trunk = GPT(config)
-        n_labels = len(self.labels)
-        marks = head.get("marks", False)
-        model = GPTClassifier(trunk, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
-        checkpoint.load_weights(found, model)
-        super().__init__(model, tokenizer, s)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, or of two with a tab between."""
-        second = ""
-        if self.is_of_pairs:
-            text, _, second = text.partition("\t")
-        text = text.strip()
-        second = second.strip()
-        ids, _ = encode_text(self.tokenizer, text, second, self.block_size, self.prefix, self.cue)
-        return ids
-
-    @torch.inference_mode()
-    def score(self, texts: list[str]) -> Tensor:
-        """Log-probabilities (N, labels)."""
-        rows = [self.encode(text) for text in texts]
-        result = torch.empty(len(rows), len(self.labels))
-        for batch in self.batches(rows, self.width):
-            with hardware.autocast(self.device, self.dtype):
-                scores = self.model(batch.idx, batch.lengths)
-            log_probs = scores.float().log_softmax(-1)
-            result[batch.indices] = log_probs.cpu()
-        return result
-
-
 class Cloze(Scorer):
     """A language model. It scores texts by how likely it finds each label's words in the template.
 
@@ -334,7 +272,7 @@ class Cloze(Scorer):
 
     def __init__(self, path: str, s: ClassifySettings):
         _, model, tokenizer = open_talker(path)
-        super().__init__(model, tokenizer, s)
+        super().__init__(model, tokenizer, s.device, s.dtype)
         self.words = s.label_words
         self.labels = list(self.words)
 
@@ -350,7 +288,7 @@ class Cloze(Scorer):
             for word in words:
                 self.prior[word] = self.likelihood([""], word)
 
-    def score(self, texts: list[str]) -> Tensor:
+    def score(self, texts: Sequence[str]) -> Tensor:
         """Log-probabilities (N, labels)."""
         scores = []
         for words in self.words.values():
@@ -359,12 +297,12 @@ class Cloze(Scorer):
             scores.append(best)
         return torch.stack(scores, 1).log_softmax(-1)
 
-    def gain(self, texts: list[str], word: str) -> Tensor:
+    def gain(self, texts: Sequence[str], word: str) -> Tensor:
         """How much likelier each text (N,) makes the word."""
         return self.likelihood(texts, word) - self.prior[word]
 
     @torch.inference_mode()
-    def likelihood(self, texts: list[str], word: str) -> Tensor:
+    def likelihood(self, texts: Sequence[str], word: str) -> Tensor:
         """Log-likelihood (N,) of the word and what follows it, given what comes before it."""
         end = self.tokenizer.encode(self.space + word + self.after)
         rows = [self.fill_in(text, end) for text in texts]
@@ -403,18 +341,10 @@ class Cloze(Scorer):
         return found.squeeze(2)
 
 
-def answers(
-    texts: Iterable[str],
-    score: Callable[[list[str]], Tensor],
-    chunk: int = CHUNK,
-) -> Iterator[Answer]:
+def answers(texts: Iterable[str], model: Scorer, chunk: int = CHUNK) -> Iterator[Answer]:
     """An answer to each text, in order."""
     for some in chunks(texts, chunk):
-        full = [text for text in some if text.strip()]
-        log_probs = iter(score(full) if full else [])
-        for text in some:
-            probabilities = next(log_probs).exp() if text.strip() else None
-            yield Answer(text, probabilities)
+        yield from map(Answer, some, model(some))
 
 
 def chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:

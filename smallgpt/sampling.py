@@ -135,6 +135,7 @@ class Dialogue:
         self.cached = 0  # so many of the first ids have their keys and values in the cache
         self.reply_begin = 0  # where the text of the last reply begins in ids
         self.reply_tokens = 0  # of the last reply
+        self.is_complete = False  # did the model end its last reply itself?
 
     def set_system(self, text: str | None) -> None:
         """Give the dialogue another system prompt, before all that was said. Empty: none; None: the
@@ -198,6 +199,7 @@ class Dialogue:
         self.ids += before
         self.reply_begin = len(self.ids)
         self.reply_tokens = 0
+        self.is_complete = False
 
     def end_reply(self) -> None:
         """Close the model's turn, however it ended: the history stays a well-formed dialogue."""
@@ -222,6 +224,7 @@ class Dialogue:
         so_far = self.ids[self.reply_begin :]
         token = pick(logits, so_far, self.settings, self.generator)
         if token in self.template.ends:
+            self.is_complete = True
             return None
         self.ids.append(token)
         self.reply_tokens += 1
@@ -271,16 +274,17 @@ class Conversation(Dialogue):
 
         The turn is closed however it ends: by the model, at max_tokens, at the end of the block, or
         because the caller stopped listening (Ctrl-C): the history stays a well-formed dialogue."""
+        yield from filter(None, self.pieces())
+
+    def pieces(self) -> Iterator[str]:
+        """`reply` with a piece for each token, "" where it completes no character: the caller may
+        stop at any token."""
         self.begin_reply()
         stream = self.tokenizer.stream()
         try:
             for token in self.next_tokens():
-                piece = self.shown(stream.push(token))
-                if piece:
-                    yield piece
-            piece = self.shown(stream.flush())
-            if piece:
-                yield piece
+                yield self.shown(stream.push(token))
+            yield self.shown(stream.flush())
         finally:
             self.end_reply()
 

@@ -209,6 +209,19 @@ def is_setting(word: str) -> bool:
     return bool(equals) and "/" not in key and "\\" not in key
 
 
+def name_checkpoint(words: list[str]) -> list[str]:
+    """The command line with the folder of a model written as checkpoint=FOLDER."""
+
+    def is_model(word: str) -> bool:
+        is_option = word.startswith("-") or word.endswith((".yaml", ".yml"))
+        return not is_option and not is_setting(word)
+
+    models = [word for word in words if is_model(word)]
+    if len(models) > 1:
+        raise UserError(f"one model at a time, not {' and '.join(models)}")
+    return [f"checkpoint={word}" if is_model(word) else word for word in words]
+
+
 def write(settings: Any, path: str | Path) -> None:
     """Write the settings to `path` as YAML that `load` reads back unchanged, in UTF-8."""
     values = asdict(settings)

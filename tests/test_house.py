@@ -71,6 +71,8 @@ RANKS = [
     {"smallgpt.runs"},
     {"smallgpt.weights"},
     {"smallgpt.sentiment"},
+    {"smallgpt.inference"},
+    {"smallgpt.server"},
 ]
 
 

@@ -655,9 +655,9 @@ def verdicts(
     what it is. Returns the list of those still to come."""
     evaluate, left = report.evaluate, list(values)
 
-    def scripted(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def scripted(scores: np.ndarray, labels: np.ndarray, measures: tuple) -> dict[str, float]:
         if len(labels) > 40:  # the test
-            return evaluate(scores, labels)
+            return evaluate(scores, labels, measures)
         return dict(zip(("accuracy", "macro_f1", "loss"), left.pop(0), strict=True))
 
     monkeypatch.setattr(report, "evaluate", scripted)
@@ -739,6 +739,23 @@ def test_the_labels_of_the_test_change_nothing_but_its_scores(fit, tmp_path):
     assert x["step"] == y["step"] and x["validation"] | {"time": 0} == y["validation"] | {"time": 0}
     assert x["test"]["accuracy"] == pytest.approx(1 - y["test"]["accuracy"])
     assert [p["prediction"] for p in predictions(a)] == [p["prediction"] for p in predictions(b)]
+
+
+def test_a_sealed_test_is_neither_scored_nor_shown(fit, monkeypatch):
+    """A search for settings would see the test that its best settings are to be judged by."""
+    read = []
+    score = sentiment_train.score
+    monkeypatch.setattr(sentiment_train, "score", lambda *a: read.append(a[1]) or score(*a))
+    folder = fit(score_test=False)
+    result = result_of(folder)
+    assert "test" not in result and "baselines" not in result
+    assert result["validation"]["accuracy"] > 0.5 and result["hashes"]["data"]
+    assert not (folder / "report.md").exists() and not (folder / "predictions.csv").exists()
+    n_validation = result["examples"]["validation"]
+    assert read and {len(inputs.data.ids) for inputs in read} == {n_validation}
+    assert n_validation != result["examples"]["test"], "or the line above says nothing"
+
+    assert "test" in result_of(fit(score_test=True)), "the same run, opened later"
 
 
 def test_a_run_that_begins_from_anothers_checkpoint_keeps_its_own(fit, monkeypatch):

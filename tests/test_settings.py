@@ -385,18 +385,21 @@ def test_what_may_change_when_a_run_is_resumed(script):
         "resume",
         "save",
         "timeout",
+        "tracker",
+        "recompute",
         *(f"optim.{name}" for name in optim.split()),
     }
     if script == "train":
         from train import TrainSettings as Schema
 
         sample = "temperature top_k top_p repetition_penalty max_tokens seed"
-        free |= {"micro_batch", "recompute", "init_from", "prompts", "data.path", "data.cache"}
+        free |= {"micro_batch", "init_from", "prompts", "data.path", "data.cache"}
         free |= {f"sample.{name}" for name in sample.split()}
     else:
         from sentiment_train import SentimentSettings as Schema
 
         free |= {"epochs", "micro_tokens", "patience", "trunk", "allow_leaks", "cache_gb"}
+        free |= {"before", "score_test"}
         mesh = "shard replicate tp sequence pp schedule virtual offload reduce"
         free |= {"data.path", "data.test_path", *(f"mesh.{name}" for name in mesh.split())}
     s = Schema()

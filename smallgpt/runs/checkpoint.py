@@ -419,8 +419,9 @@ def publish(temporary: Path, final: Path, meta: dict) -> None:
     usual_mode = (temporary / "meta.json").stat().st_mode
     for file in files:
         file.chmod(usual_mode)  # safetensors lets only their owner read them
-    for file in [*files, temporary / "meta.json", temporary / "state", temporary]:
-        flush(file)
+    folders = [path for path in temporary.rglob("*") if path.is_dir()]
+    for path in [*files, temporary / "meta.json", *folders, temporary]:
+        flush(path)
     aside = final.with_name(f".{final.name}{ASIDE}")
     if final.exists():  # it was damaged, or training has gone back behind it
         os.replace(final, aside)
@@ -505,6 +506,11 @@ def load_optimizers(checkpoint: Checkpoint, strategy: Single, optimizers: list[O
     from smallgpt.runs import state  # half a second of imports
 
     folder = checkpoint.path / "state"
+    if not folder.is_dir():
+        raise UserError(
+            f"{checkpoint.path} was published without the optimizers' state: begin another run "
+            f"with init_from={checkpoint.run} and a run= of its own"
+        )
     with reading(folder):
         saved = state.saved_tensors(folder)
     keys_of: dict[str, list[str]] = {}  # parameter name -> its state names

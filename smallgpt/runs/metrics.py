@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard, a tracker."""
 
 import functools
 import json
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,29 @@ from smallgpt.parallel.world import World
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from smallgpt.runs.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How people read a number of an evaluation."""
+
+    title: str
+    is_share: bool = True  # in percent
+
+    def show(self, value: float) -> str:
+        return f"{value:.2%}" if self.is_share else f"{value:.4f}"
+
+
+MEASURES = {  # of a fine-tuning, as they stand in its records
+    "accuracy": Measure("accuracy"),
+    "macro_f1": Measure("macro F1"),
+    "f1": Measure("F1"),
+    "matthews": Measure("Matthews", is_share=False),
+    "pearson": Measure("Pearson", is_share=False),
+    "spearman": Measure("Spearman", is_share=False),
+}
+
 
 class Metrics:
     """Writes on the main process only; on the others every method does nothing.
@@ -26,9 +50,17 @@ class Metrics:
     `metrics.jsonl` is append-only: a resumed run repeats the steps after its checkpoint, and the
     last line of a step counts (`read` gives those). TensorBoard is told to forget them."""
 
-    def __init__(self, run: Path, world: World, step: int, max_steps: int):
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        step: int,
+        max_steps: int,
+        tracker: "Tracker | None" = None,
+    ):
         self.main = world.main
         self.max_steps = max_steps
+        self.tracker = tracker
         if not self.main:
             return
         self.run = run
@@ -64,16 +96,23 @@ class Metrics:
         self.bar.update()
 
     def log(self, record: dict) -> None:
-        """Add a record, which has a step and a split, to metrics.jsonl and TensorBoard; show it."""
+        """Add a record, which has a step and a split, to metrics.jsonl, TensorBoard and the
+        tracker; show it."""
         if not self.main:
             return
         record = {**record, "time": time.time()}
         self.file.write(json_line(record))
         self.file.flush()
         say(self.line(record))
+        step, split = record["step"], record["split"]
+        numbers = {}
         for key, value in record.items():
             if isinstance(value, int | float) and key not in ("step", "time"):
-                self.board.add_scalar(f"{key}/{record['split']}", value, record["step"])
+                numbers[f"{key}/{split}"] = value
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(numbers, step, split)
 
     def line(self, record: dict) -> str:
         """A record as one line for people."""
@@ -83,10 +122,9 @@ class Metrics:
         ]
         if "bits_per_byte" in record:
             parts.append(f"{record['bits_per_byte']:.4f} bits/byte")
-        if "accuracy" in record:
-            parts.append(f"accuracy {record['accuracy']:.2%}")
-        if "macro_f1" in record:
-            parts.append(f"macro F1 {record['macro_f1']:.2%}")
+        for key, measure in MEASURES.items():
+            if key in record:
+                parts.append(f"{measure.title} {measure.show(record[key])}")
         if "lr" in record:
             parts += self._progress(record)
         return " | ".join(parts)
@@ -134,6 +172,8 @@ class Metrics:
             self.file.close()
             if "board" in vars(self):
                 self.board.close()
+            if self.tracker:
+                self.tracker.close()
 
 
 def say(text: str) -> None:

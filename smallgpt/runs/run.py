@@ -39,6 +39,7 @@ from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import StopRequest, World
 from smallgpt.runs import checkpoint, metrics
 from smallgpt.runs.checkpoint import Checkpoint
+from smallgpt.runs.tracker import Tracker, TrackerKind
 from smallgpt.tokenizer import Tokenizer
 
 RESTART_WAIT = 60  # seconds that a restart waits for what it replaces to end
@@ -52,6 +53,7 @@ class RunSettings(Protocol):
     resume: str
     save: Literal["sync", "async"]
     log_every: int
+    tracker: TrackerKind
     keep: int
 
 
@@ -188,7 +190,10 @@ class Run:
         Checkpoints are saved between them. After SIGTERM, SIGINT or SIGHUP to any rank all save
         and stop here, together; then `status` is not 0."""
         self.max_steps = max_steps
-        self.metrics = metrics.Metrics(self.folder, self.world, self.step, max_steps)
+        tracker = None
+        if self.s.tracker != "none" and self.world.main and self.step < max_steps:
+            tracker = Tracker(self.s.tracker, self.folder, settings.flat(self.s))
+        self.metrics = metrics.Metrics(self.folder, self.world, self.step, max_steps, tracker)
         self.stack.callback(self.metrics.close)
         self.restart_clock()
         with self.metrics.bar_shown(), StopRequest() as stop:

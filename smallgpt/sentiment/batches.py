@@ -31,7 +31,7 @@ class Encoded:
     """Examples of one split as the model reads them."""
 
     ids: list[np.ndarray]  # int64, each as long as its text
-    labels: np.ndarray  # int64 (N,)
+    labels: np.ndarray  # int64 (N,), of classes; float64 where the label is a number
     cut: int  # texts that lost their middle
 
     @functools.cached_property
@@ -94,7 +94,7 @@ def encode(
     prefix: list[int],
     cue: Sequence[int] = (),
 ) -> Encoded:
-    """Token ids of every example."""
+    """Token ids of every example. labels: the classes; one alone stands for a number."""
     number_of = {label: number for number, label in enumerate(labels)}
     ids = []
     cut = 0
@@ -103,7 +103,10 @@ def encode(
         found, is_cut = encode_text(tokenizer, text, pair, block_size, prefix, cue)
         ids.append(np.array(found, np.int64))
         cut += is_cut
-    numbers = np.array([number_of[example.label] for example in examples], np.int64)
+    if len(labels) == 1:
+        numbers = np.array([float(example.label) for example in examples])
+    else:
+        numbers = np.array([number_of[example.label] for example in examples], np.int64)
     return Encoded(ids, numbers, cut)
 
 

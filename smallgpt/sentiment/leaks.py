@@ -246,9 +246,7 @@ def _open_set(source: Source) -> Corpus:
         raise NotSearched("changed since")
 
     def texts() -> Iterator[str]:
-        for example in reviews.splits["train"]:
-            yield example.text
-            yield example.pair
+        yield from texts_of(reviews.splits["train"])
 
     return Corpus(name_of(source), reviews.fingerprint, texts)
 
@@ -398,6 +396,23 @@ def training_texts(sets: list[splits.Reviews], to: Path) -> tuple[int, int]:
     return len(kept), len(examples) - len(kept)
 
 
+def held_out_examples(sets: list[splits.Reviews]) -> list[Example]:
+    """The validation and test examples of the sets."""
+    found = []
+    for reviews in sets:
+        for split in ("validation", *splits.tests_of(reviews.splits)):
+            found += reviews.splits[split]
+    return found
+
+
+def texts_of(examples: Iterable[Example]) -> Iterator[str]:
+    """The texts of examples, two of a pair."""
+    for example in examples:
+        yield example.text
+        if example.pair:
+            yield example.pair
+
+
 def _each_text_once(sets: list[splits.Reviews]) -> list[Example]:
     """The training examples of the sets, the last of those with the same text and pair."""
     examples = {}
@@ -409,13 +424,9 @@ def _each_text_once(sets: list[splits.Reviews]) -> list[Example]:
 
 def _without_held_out(examples: list[Example], sets: list[splits.Reviews]) -> list[Example]:
     """Those that are no copy of a held-out text, and share no long run of letters with one."""
-    texts = []
-    keys = set()
-    for reviews in sets:
-        for example in reviews.splits["validation"] + reviews.splits["test"]:
-            texts += [example.text, example.pair]
-            keys.add(example.key)
-    held_out = HeldOut(texts)
+    examples_held_out = held_out_examples(sets)
+    keys = {example.key for example in examples_held_out}
+    held_out = HeldOut(texts_of(examples_held_out))
     kept = []
     for example in examples:
         touches = held_out.touches(example.text) or held_out.touches(example.pair)

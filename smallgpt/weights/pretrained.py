@@ -32,6 +32,7 @@ from smallgpt.runs.lazy import Weights
 from smallgpt.tokenizer import BYTES, CHAR_PATTERN, Tokenizer
 from smallgpt.weights import gguf, gpt2, hugging_face, llama
 
+OWN = Path("checkpoints/base")  # the model that the repository holds
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
 SMALL_GPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
@@ -55,6 +56,11 @@ class Trunk:
     name: str  # for reports
     sources: list[dict[str, Any]]  # what it was trained on, as far as is known
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
+
+
+def own_model() -> str:
+    """The folder of the model that the repository holds; "" where it is not there."""
+    return str(OWN) if OWN.is_dir() else ""
 
 
 def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:

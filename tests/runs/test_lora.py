@@ -13,9 +13,8 @@ from torch.nn.utils import parametrize
 import sentiment_train
 from fine_tuning import ALONE, CPU, predictions, result_of
 from helpers import last_weights, losses, same_weights
-from scripts.classify import Classifier, ClassifySettings
 from sentiment_train import SentimentSettings, make_classifier, prepare
-from smallgpt import settings
+from smallgpt import load_classifier, settings
 from smallgpt.optim import lr_factor
 from smallgpt.runs import lora
 from smallgpt.runs.metrics import read
@@ -140,7 +139,7 @@ def test_resume_is_exact(fit, tmp_path):
 def test_what_is_saved_is_an_ordinary_classifier(fit):
     """scripts/classify.py gives the report's probabilities, and the run can be a trunk."""
     folder = fit(lora=RANK)
-    model = Classifier(str(folder), ClassifySettings(device="cpu", dtype="float32"))
+    model = load_classifier(folder, "cpu", "float32")
     rows = predictions(folder)
     found = model.score([row["text"] for row in rows]).exp()[:, model.labels.index("good")]
     assert found.tolist() == pytest.approx([float(row["p_good"]) for row in rows], abs=2e-4)

@@ -20,7 +20,13 @@ ONE = World(0, 1, torch.device("cpu"))
 
 def settings_of(out_dir: Path) -> SimpleNamespace:
     return SimpleNamespace(
-        run="r", out_dir=str(out_dir), resume="auto", save="sync", log_every=1, keep=1
+        run="r",
+        out_dir=str(out_dir),
+        resume="auto",
+        save="sync",
+        log_every=1,
+        tracker="none",
+        keep=1,
     )
 
 

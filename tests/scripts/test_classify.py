@@ -19,8 +19,9 @@ import torch
 
 from helpers import mistake, wait_for
 from scripts import classify
-from smallgpt import console
+from smallgpt import console, load_classifier
 from smallgpt.console import UserError
+from smallgpt.inference import Scorer
 from smallgpt.weights.pretrained import open_model
 
 BLOCK = 24
@@ -129,7 +130,7 @@ def ask(classified, models) -> Callable[..., Said]:
 
 @pytest.fixture(scope="module")
 def masked(models) -> Callable[[list[str]], torch.Tensor]:
-    return classify.Classifier(str(models["masked"]), EXACT).score
+    return load_classifier(models["masked"], "cpu", "float32").score
 
 
 def wired(argv: list[str], stdin: str, stdout: str, stderr: str) -> None:
@@ -192,21 +193,27 @@ def test_answers_do_not_depend_on_the_company(masked):
 def test_the_order_is_kept_over_chunks_and_empty_lines():
     seen = []
 
-    def score(texts: list[str]) -> torch.Tensor:
-        seen.append(texts)
-        return torch.tensor([[float(text), 0.0] for text in texts]).log()
+    class Numbers(Scorer):
+        labels = ["a", "b"]
+
+        def __init__(self):
+            pass
+
+        def score(self, texts: list[str]) -> torch.Tensor:
+            seen.append(texts)
+            return torch.tensor([[float(text), 0.0] for text in texts]).log()
 
     texts = ["1", "", "  \t ", "2", "\u3000", "", "", "", "3"]
-    found = list(classify.answers(texts, score, chunk=3))
+    found = list(classify.answers(texts, Numbers(), chunk=3))
     assert [text for text, _ in found] == texts
-    first = [None if p is None else round(float(p[0])) for _, p in found]
-    assert first == [1, None, None, 2, *[None] * 4, 3]
+    numbers = [round(p.probability) if p.label else None for _, p in found]
+    assert numbers == [1, None, None, 2, *[None] * 4, 3]
     assert seen == [["1"], ["2"], ["3"]], "a chunk without a text asks for nothing"
 
 
 def test_a_pair_is_two_texts_with_a_tab_between(models):
     """For a model of pairs; else a tab is a part of the text, as it was in training."""
-    score = classify.Classifier(str(models["pairs"]), EXACT).score
+    score = load_classifier(models["pairs"], "cpu", "float32").score
     pair, joined, left, lone = score(
         ["red room\tblue", "red room blue", "red room\t ", "red room"]
     ).exp()

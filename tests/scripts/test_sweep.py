@@ -4,7 +4,6 @@ Most sweeps here start a stand-in for sentiment_train.py, tests/stand_in.py; the
 """
 
 import csv
-import fcntl
 import json
 import logging
 import math
@@ -24,19 +23,22 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from helpers import ENV, ROOT, mistake, wait_for
+from helpers import ENV, ROOT, Started, mistake, wait_for
 from scripts import sweep as program
 from smallgpt import settings
 from smallgpt.console import UserError
+from smallgpt.sweeps import compare, jobs
 
-DRAW = program.draw
+DRAW = compare.draw
 
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch) -> Path:
     """The folder of the data of a sweep of stand-ins; a file `slow` in it makes them wait."""
-    monkeypatch.setattr(program, "SCRIPT", ROOT / "tests" / "stand_in.py")
-    monkeypatch.setattr(program, "draw", lambda *args: None)  # half a second each; see `figures`
+    monkeypatch.setattr(jobs, "SCRIPTS", {"sentiment_train": ROOT / "tests" / "stand_in.py"})
+    monkeypatch.setattr(jobs, "POLL", 0.01)
+    monkeypatch.setattr(jobs, "LOOK", 0.1)
+    monkeypatch.setattr(compare, "draw", lambda *args: None)  # half a second; see `figures`
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
 
@@ -44,7 +46,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def figures(stand_in, monkeypatch) -> None:
     """The figure is drawn."""
-    monkeypatch.setattr(program, "draw", DRAW)
+    monkeypatch.setattr(compare, "draw", DRAW)
 
 
 @pytest.fixture
@@ -87,6 +89,12 @@ def result(run: Path) -> dict:
 def rows(folder: Path) -> list[dict]:
     with open(folder / "table.csv", encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def said(process: Started) -> str:
+    """What it has written so far."""
+    file = process.files[0]
+    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def alive(pid: int) -> bool:
@@ -157,11 +165,11 @@ def test_the_interval_is_that_of_the_paired_t_test():
     for n in (2, 3, 10):
         a, b = draw.normal(size=(2, n))
         low, high = ttest_rel(a, b).confidence_interval(0.95)
-        mean, half = program.compare(
+        mean, half = compare.compare(
             pd.Series(a), pd.Series(b[::-1], index=range(n)[::-1])
         )  # paired by seed
         assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-9)
-    mean, half = program.compare(pd.Series({0: 0.9, 2: 0.5}), pd.Series({0: 0.8, 1: 0.1}))
+    mean, half = compare.compare(pd.Series({0: 0.9, 2: 0.5}), pd.Series({0: 0.8, 1: 0.1}))
     assert mean == pytest.approx(0.1) and math.isnan(half), (
         "one pair has no interval; the others are no pairs"
     )
@@ -171,8 +179,8 @@ def test_differences_that_are_all_the_same_are_compared_quietly():
     """Regression: scipy warns of them, and a tiny test set has them often."""
     a, b = pd.Series([0.5, 0.75, 1.0]), pd.Series([0.25, 0.5, 0.75])
     with warnings.catch_warnings(action="error"):
-        assert program.compare(a, b) == (0.25, 0.0)
-        assert program.compare(a, a) == (0.0, 0.0)
+        assert compare.compare(a, b) == (0.25, 0.0)
+        assert compare.compare(a, a) == (0.0, 0.0)
 
 
 def test_one_seed_has_no_spread(sweep):
@@ -205,7 +213,7 @@ def test_a_learning_curve(sweep, figures, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "largest, says", [(0.687, "largest class: 68.7 %, off the scale"), (0.86, "largest class")]
+    "largest, says", [(0.687, "largest class: 68.70%, off the scale"), (0.86, "largest class")]
 )
 def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(
     tmp_path, monkeypatch, largest, says
@@ -215,9 +223,9 @@ def test_a_largest_class_far_below_the_cells_does_not_squeeze_them(
     monkeypatch.setattr("smallgpt.plots.save", lambda fig, file: drawn.append(fig))
     both = pd.Series([0.88, 0.89])
 
-    def row(mask: str, largest: float) -> program.Row:
+    def row(mask: str, largest: float) -> compare.Row:
         baselines = {"largest class": largest, "TF-IDF + linear SVM": 0.89}
-        return program.Row({"mask": mask}, both, both, 60, 9, baselines)
+        return compare.Row({"mask": mask}, {"accuracy": both}, 60, 9, baselines=baselines)
 
     DRAW([row("true", largest)], tmp_path / "f.png")
     (ax,) = drawn[0].axes
@@ -319,8 +327,8 @@ def test_runs_share_the_machine(sweep, stand_in, monkeypatch):
         grid={"mask": ["true", "false"]},
         seeds=[1],
     )
-    todo = program.plan(s, folder)
-    processes = [program.launch(run, slot, 2) for slot, run in enumerate(todo)]
+    todo = program.plan(s, folder, program.common_settings(s))
+    processes = [jobs.launch(run, slot, 2) for slot, run in enumerate(todo)]
     wait_for(lambda: all((run.folder / "ready").exists() for run in todo), "both runs")
     for process in processes:
         process.kill()
@@ -370,16 +378,13 @@ def test_a_kill_in_the_middle(start, sweep, stand_in, tmp_path):
     assert process.wait().status == -signal.SIGKILL
     (left,) = starts(interrupted)
     assert alive(left["pid"])
-    with pytest.raises(
-        UserError, match="another process, perhaps of a sweep that .* still trains .*mask-false"
-    ):
-        sweep(*argv)
+    second = start("stand_in", argv)
+    wait_for(lambda: "waiting" in said(second), "a second sweep")
     assert len(starts(interrupted)) == 1
 
-    os.kill(left["pid"], signal.SIGTERM)
-    wait_for(lambda: not alive(left["pid"]), "its end")
     (stand_in / "slow").unlink()
-    sweep(*argv)
+    os.kill(left["pid"], signal.SIGTERM)
+    assert second.wait().status == 0
     assert len(starts(done)) == 1 and len(starts(interrupted)) == 2
     assert not result(done)["resumed"] and result(interrupted)["resumed"]
 
@@ -404,23 +409,21 @@ def test_a_damaged_record_is_as_none(sweep, content):
     assert len(starts(folder / "mask-true_seed-0")) == 1
 
 
-def test_an_error_stops_the_other_runs_and_each_saves(sweep, stand_in, tmp_path, monkeypatch):
-    """A run that another process holds ends the sweep: the run beside it must not be left alone."""
-    first, locked, third = (tmp_path / "s" / f"lm_weight-{i}_seed-0" for i in (1, 2, 3))
-    locked.mkdir(parents=True)
+def test_an_error_stops_the_runs_and_each_saves(sweep, stand_in, tmp_path, monkeypatch):
+    """An error of the sweep itself, such as a full disk, must not leave its runs alone."""
+    first, third = (tmp_path / "s" / f"lm_weight-{i}_seed-0" for i in (1, 3))
     (stand_in / "slow").touch()
-    launch = program.launch
+    launch = jobs.launch
 
-    def wait_and_launch(run, *args):
-        if run.folder == locked:
+    def wait_and_launch(job, *args):
+        if job.cell["lm_weight"] == "2":
             wait_for((first / "ready").exists, "the first run")
-        return launch(run, *args)
+            raise OSError("No space left on device")
+        return launch(job, *args)
 
-    monkeypatch.setattr(program, "launch", wait_and_launch)
-    with open(locked / "log.txt", "w", encoding="utf-8") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process.* still trains .*lm_weight-2_seed-0"):
-            sweep("grid.lm_weight=[1,2,3]", "seeds=[0]", "workers=2")
+    monkeypatch.setattr(jobs, "launch", wait_and_launch)
+    with pytest.raises(OSError, match="No space left"):
+        sweep("grid.lm_weight=[1,2,3]", "seeds=[0]", "workers=2")
     assert (first / "step-00000001").exists() and not alive(starts(first)[0]["pid"])
     assert not starts(third)
 
@@ -430,12 +433,12 @@ def test_the_first_row_is_that_of_the_first_combination(sweep):
     folder = sweep("grid.mask=[true,false]", "seeds=[0,1]")
     (folder / "mask-true_seed-0" / "result.json").unlink()
     runs = [
-        program.Run({"mask": mask}, seed, folder / f"mask-{mask}_seed-{seed}", {})
+        jobs.Job("sentiment_train", {"mask": mask}, seed, folder / f"mask-{mask}_seed-{seed}", {})
         for seed in (0, 1)
         for mask in ("true", "false")
     ]
-    table = program.table(runs)
-    assert [(row.cell["mask"], len(row.accuracy)) for row in table] == [("true", 1), ("false", 2)]
+    table = compare.rows_of(runs)
+    assert [(row.cell["mask"], len(row.main)) for row in table] == [("true", 1), ("false", 2)]
     assert math.isnan(table[0].difference) and table[1].difference == pytest.approx(-0.055)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 import fine_tuning
 from fine_tuning import assert_same_predictions, predictions, result_of
 from helpers import last_weights, losses
-from scripts.classify import Classifier, ClassifySettings
 from sentiment_train import SentimentSettings
+from smallgpt import load_classifier
 from smallgpt.runs import lazy
 from smallgpt.runs.metrics import read
 
@@ -173,7 +173,7 @@ def test_a_run_goes_on_on_another_layout(cut, case, fit):
 def test_the_run_folder_is_like_any_other(cut, layout):
     """One process classifies texts with it at once, as its own report says."""
     folder = cut / f"losses-{layout}"
-    model = Classifier(str(folder), ClassifySettings(device="cpu", dtype="float32"))
+    model = load_classifier(folder, "cpu", "float32")
     rows = predictions(folder)
     found = model.score([row["text"] for row in rows]).exp()[:, model.labels.index("good")]
     assert len(rows) > 20

@@ -28,9 +28,8 @@ from llama_files import (
     write_json,
 )
 from model import GPT
-from scripts import classify
 from sentiment_train import SentimentSettings, finetune
-from smallgpt import hardware
+from smallgpt import hardware, load_classifier
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings
 from smallgpt.sentiment import report
@@ -277,7 +276,7 @@ def test_a_fine_tuned_llama_needs_its_file_no_more_and_says_what_was_not_searche
     assert again.tokenizer.published == Published(ROWS, SYSTEM)
     meta = json.loads((folder / "step-00000002" / "meta.json").read_text(encoding="utf-8"))
     assert meta["head"]["prefix"] == [again.tokenizer.bos]
-    scorer = classify.Classifier(str(folder), classify.ClassifySettings(device="cpu"))
+    scorer = load_classifier(folder, "cpu")
     assert scorer.score(["the room was great"]).shape == (1, 2)
 
 
