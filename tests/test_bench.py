@@ -50,7 +50,7 @@ def test_every_part_runs_to_its_end(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "config/speedrun_gpu.yaml" in text and "| ours |" in text
-    assert text.count("| contender |") == 2 and "| matrix products |" in text
+    assert text.count("| contender |") == 3 and "| matrix products |" in text
 
 
 def test_without_a_corpus_there_is_no_time_to_quality(tmp_path):

@@ -298,9 +298,10 @@ def test_many_files_need_few_descriptors(tmp_path, settings, ready, write_chat):
     for i in range(60):
         write_chat(folder / f"{i}.txt", 20, seed=i)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    probe = os.open(os.devnull, os.O_RDONLY)
-    os.close(probe)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (probe + 20, hard))
+    spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]  # numbers may have gaps
+    for descriptor in spare:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, hard))
     try:
         made = ready(settings(folder / "*"))
         x, _ = made.train_batch(range(made.blocks_per_epoch), 0)
