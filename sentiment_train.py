@@ -16,7 +16,6 @@ can be changed as key=value, e.g. mask=false.
 """
 
 import math
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -311,18 +310,11 @@ def search_leaks(
 ) -> list[str]:
     """What the leak check found in the sources of a trunk, in words; UserError if that are test
     texts."""
-    tests = texts_of(data, splits.tests_of(data.splits))
-    validation = texts_of(data, ["validation"])
+    tests = []
+    for split in splits.tests_of(data.splits):
+        tests += leaks.texts_of(data.splits[split])
+    validation = list(leaks.texts_of(data.splits["validation"]))
     return leaks.check(tests, validation, trunk, sources, cache_of(s), world, s.allow_leaks)
-
-
-def texts_of(data: Reviews, names: Iterable[str]) -> list[str]:
-    """All texts of these splits, of a pair both."""
-    texts = []
-    for name in names:
-        for example in data.splits[name]:
-            texts += [text for text in (example.text, example.pair) if text]
-    return texts
 
 
 def cache_of(s: SentimentSettings) -> Path:
