@@ -16,14 +16,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from smallgpt import console, files, hardware, settings
+from smallgpt import console, files, settings
 from smallgpt.console import UserError
+from smallgpt.inference import Precision, open_conversation
 from smallgpt.sampling import Conversation, SampleSettings, one_line
 from smallgpt.settings import Device
-from smallgpt.weights.precision import set_precision
-from smallgpt.weights.pretrained import open_talker, own_model
+from smallgpt.weights.pretrained import own_model
 
 HELP = """\
   /reset              forget the conversation (also: flush)
@@ -42,7 +41,7 @@ class ChatSettings:
         default_factory=own_model
     )
     device: Device = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of the weights
+    dtype: Precision = "auto"  # precision of the weights
     sample: SampleSettings = field(default_factory=SampleSettings)  # how tokens are chosen
 
 
@@ -54,17 +53,12 @@ def main() -> int:
             "python chat.py smollm2"
         )
     stdin = console.open_stdin()
-    device = hardware.choose_device(s.device)
-    name, model, tokenizer = open_talker(s.checkpoint)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    precision = set_precision(model, s.dtype, device)
-    talk = Conversation(model.eval(), tokenizer, s.sample)
+    name, talk, description = open_conversation(s.checkpoint, s.sample, s.device, s.dtype)
     is_piped = not stdin.isatty()
     chat = Chat(talk, is_piped, has_read_prompts(name))
     if is_piped:
         return converse(chat, prompt="")
-    print(f"{name}: {millions:.1f}M parameters on {device.type}, {precision}.", end=" ")
-    print("/help lists the commands.")
+    print(f"{description}. /help lists the commands.")
     line_editing()
     return converse(chat, prompt="> ")
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
@@ -37,6 +37,8 @@ from smallgpt.text.formats import Counts, Dialogue, read_dialogues, sniff
 from smallgpt.text.tokens import DataSettings, Source, expand, held_out, open_sources
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings
 
+Chat = TypeVar("Chat")  # settings of a command for a chat
+Labelled = TypeVar("Labelled")  # and for a labelled set
 CHATS = {  # name -> (dataset, file) on the Hugging Face hub
     "lccc": ("silver/lccc", "lccc_base_train.jsonl.gz"),
     "lccc_large": ("silver/lccc", "lccc_large.jsonl.gz"),
@@ -126,15 +128,26 @@ def stats_command(argv: list[str]) -> None:
     dropped.
 
     `stats set=SET --help` lists the keys of a labelled set."""
-    if any(word.startswith("set=") for word in argv):
-        print_set(settings.load(ReviewSettings, argv, doc=stats_command.__doc__))
+    s = load_either(ChatStatsSettings, ReviewSettings, argv, stats_command.__doc__)
+    if isinstance(s, ReviewSettings):
+        print_set(s)
         return
-    s = settings.load(ChatStatsSettings, argv, doc=stats_command.__doc__)
-    if not s.path:
-        raise UserError("give path=FILE of a chat, or set=SET path=PATH of a labelled set")
     print(f"{'dialogues':>12} {'utterances':>12} {'bytes':>14}  file")
     for path in chat_files(s.path):
         print_chat(path, s.errors)
+
+
+def load_either(
+    chat: type[Chat], labelled: type[Labelled], argv: list[str], doc: str
+) -> Chat | Labelled:
+    """The settings for a labelled set, where set= names one, or for a chat. UserError without the
+    path of a chat."""
+    if any(word.startswith("set=") for word in argv):
+        return settings.load(labelled, argv, doc=doc)
+    s = settings.load(chat, argv, doc=doc)
+    if not s.path:
+        raise UserError("give path=FILE of a chat, or set=SET path=PATH of a labelled set")
+    return s
 
 
 def chat_files(path: str) -> list[Path]:
@@ -208,12 +221,10 @@ def show_command(argv: list[str]) -> None:
     Of a chat that is: the ids of each turn, and a + where they count in the loss. Of a set: the
     columns that were chosen, the labels and, with trunk=, the ids. `show set=SET --help` lists the
     keys of a labelled set."""
-    if any(word.startswith("set=") for word in argv):
-        show_set(settings.load(SetShowSettings, argv, doc=show_command.__doc__))
+    s = load_either(ChatShowSettings, SetShowSettings, argv, show_command.__doc__)
+    if isinstance(s, SetShowSettings):
+        show_set(s)
         return
-    s = settings.load(ChatShowSettings, argv, doc=show_command.__doc__)
-    if not s.path:
-        raise UserError("give path=FILE of a chat, or set=SET path=PATH of a labelled set")
     wanted = tokenizer_of_run(s.run) if s.run else s.tokenizer
     sources, tokenizer = open_sources(s, wanted)
     for source in sources:

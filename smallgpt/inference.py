@@ -135,14 +135,22 @@ def load_chat(
     given = asdict(sample)
     words = [f"{key}={value}" for key, value in given.items()]
     checked = settings.load(SampleSettings, words)
-    name, model, tokenizer = open_talker(str(path))
+    name, talk, description = open_conversation(str(path), checked, device, dtype)
+    return Chat(talk, short_name(name), description)
+
+
+def open_conversation(
+    path: str, sample: SampleSettings, device: Device, dtype: Precision
+) -> tuple[str, Conversation, str]:
+    """Where the model at path lies, a new conversation with it, and the two things one asks first:
+    its size, and what it runs on. UserError if there is no model."""
+    place = hardware.choose_device(device)
+    name, model, tokenizer = open_talker(path)
     sizes = [p.numel() for p in model.parameters()]
     millions = sum(sizes) / 1e6
-    place = hardware.choose_device(device)
     precision = set_precision(model, dtype, place)
-    talk = Conversation(model.eval(), tokenizer, checked)
-    description = f"{name}: {millions:.1f}M parameters on {place.type}, {precision}"
-    return Chat(talk, short_name(name), description)
+    talk = Conversation(model.eval(), tokenizer, sample)
+    return name, talk, f"{name}: {millions:.1f}M parameters on {place.type}, {precision}"
 
 
 def short_name(name: str) -> str:

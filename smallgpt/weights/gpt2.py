@@ -2,6 +2,7 @@
 
     read            a folder, as transformers saves it -> GPTConfig, weights, Tokenizer
     read_config     config.json -> GPTConfig
+    open_shards     the files of a model -> tensors by their names there
     open_tensors    model.safetensors or pytorch_model.bin -> tensors by the names of the file
     trunk_weights   those tensors by the names of model.GPT, heads and masks left out
     check_shapes    are these the weights of that model? Also asked of runs and of small-gpt
@@ -14,6 +15,7 @@ Nothing is unpickled: what torch.save wrote is read with weights_only=True.
 import json
 import re
 import zipfile
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -117,9 +119,7 @@ def read_model(folder: Path) -> tuple[GPTConfig, Weights]:
     source, files = weight_files(folder)
     config_file = folder / "config.json"
     config = read_config(config_file)
-    tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        tensors |= open_tensors(file).tensors
+    tensors = open_shards(files)
     weights = from_conv1d(trunk_weights(Weights(tensors)))
     if "lm_head.weight" in tensors and not config.tie_weights:
         weights.tensors["lm_head.weight"] = tensors["lm_head.weight"].then(Tensor.float)
@@ -136,18 +136,24 @@ def read_model(folder: Path) -> tuple[GPTConfig, Weights]:
 # --- config.json ----------------------------------------------------------------------------------
 
 
+def check_fields(config: dict[str, Any], form: Mapping[str, tuple], file: Path, kind: str) -> None:
+    """UserError where a field of config.json has no value of those that a form accepts. A field
+    that is missing has the first one."""
+    for field, accepted in form.items():
+        value = config.get(field, accepted[0])
+        if value not in accepted:
+            raise UserError(
+                f"{file}: {field} is {value!r}; only a {kind} with {accepted[0]!r} can be opened "
+                "here"
+            )
+
+
 def read_config(file: Path) -> GPTConfig:
     """config.json as a GPTConfig. UserError names the field that model.GPT cannot equal."""
     if not file.is_file():
         raise UserError(f"{file} is missing: put the one there that was saved with the weights")
     config = read_json(file)
-    for field, accepted in GPT2_FORM.items():
-        value = config.get(field, accepted[0])
-        if value not in accepted:
-            raise UserError(
-                f"{file}: {field} is {value!r}; only a GPT-2 with {accepted[0]!r} can be opened "
-                "here"
-            )
+    check_fields(config, GPT2_FORM, file, "GPT-2")
     sizes = {}
     for theirs, ours in SIZES.items():
         value = config.get(theirs)
@@ -207,6 +213,14 @@ def shards(index: Path) -> list[Path]:
             "lists: download what is missing"
         )
     return [index.parent / name for name in names]
+
+
+def open_shards(files: Iterable[Path]) -> dict[str, LazyTensor]:
+    """The tensors of all files of a model, by their names there."""
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        tensors |= open_tensors(file).tensors
+    return tensors
 
 
 def open_tensors(file: Path) -> Weights:

@@ -31,9 +31,7 @@ def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
         return gpt2.read(folder)
     form, config = read_config(file, found)
     source, files = gpt2.weight_files(folder)
-    tensors: dict[str, LazyTensor] = {}
-    for shard in files:
-        tensors |= gpt2.open_tensors(shard).tensors
+    tensors = gpt2.open_shards(files)
     weights = trunk_weights(tensors, config, form, source)
     gpt2.check_shapes(weights.shapes, config, source)
     return config, weights, llama.tokenizer_of_folder(folder, config.vocab_size)

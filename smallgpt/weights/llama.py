@@ -91,9 +91,7 @@ def read_folder(folder: Path) -> Opened:
     config_file = folder / "config.json"
     source, files = gpt2.weight_files(folder)
     config = read_config(config_file)
-    tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        tensors |= gpt2.open_tensors(file).tensors
+    tensors = gpt2.open_shards(files)
     weights = trunk_weights(tensors, names.HUGGING_FACE, config.tie_weights)
     gpt2.check_shapes(weights.shapes, config, source)
     return config, weights, tokenizer_of_folder(folder, config.vocab_size)
@@ -102,13 +100,7 @@ def read_folder(folder: Path) -> Opened:
 def read_config(file: Path) -> GPTConfig:
     """config.json as a GPTConfig. UserError names the field that model.GPT cannot equal."""
     found = gpt2.read_json(file)
-    for field, accepted in CONFIG_FORM.items():
-        value = found.get(field, accepted[0])
-        if value not in accepted:
-            raise UserError(
-                f"{file}: {field} is {value!r}; only a Llama with {accepted[0]!r} can be opened "
-                "here"
-            )
+    gpt2.check_fields(found, CONFIG_FORM, file, "Llama")
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
     sizes = read_sizes(found, SIZES, file)
     head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
