@@ -669,13 +669,20 @@ class GPTClassifier(nn.Module):
         x = self.gpt.embed(tokens, context)
         if self.marks is None:
             return x
+        return x + self.marks(self.is_shared(tokens, lengths).long())
+
+    def is_shared(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T): has the other text of the pair this token, too? In `a b [sep] b c` that are the
+        two b. tokens (B, T), of which lengths (B,) are real."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
-        is_real = positions < lengths[:, None]
-        is_second = (tokens == self.sep).cumsum(1) > 0  # (B, T): does it lie behind the separator?
-        is_same = tokens[:, :, None] == tokens[:, None, :]  # (B, T, T)
-        is_other = is_second[:, :, None] != is_second[:, None, :]
-        is_shared = (is_same & is_other & is_real[:, None, :]).any(2)  # (B, T)
-        return x + self.marks(is_shared.long())
+        is_real = positions < lengths[:, None]  # (B, T)
+        is_second = (tokens == self.sep).cumsum(1) > 0  # (B, T): behind the separator, or it
+        one = tokens[:, :, None]
+        other = tokens[:, None, :]
+        is_same = one == other  # (B, T, T)
+        is_across = is_second[:, :, None] != is_second[:, None, :]
+        is_match = is_same & is_across & is_real[:, None, :]
+        return is_match.any(2)
 
     def score_states(
         self, first: int, x: Tensor, context: Context, lengths: Tensor, targets: Tensor | None
