@@ -5,7 +5,6 @@ The head gives one score a text, trained to foretell the number less the mean of
 deviations; here predictions are numbers of the set again.
 """
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,14 @@ from smallgpt.sentiment.report import (
     Scores,
     draw_curves,
     excerpt,
+    join,
     kept_baselines,
     provenance,
     score_table,
     texts_of,
     tfidf,
     write_result,
+    write_sheet,
 )
 from smallgpt.sentiment.sets import Example
 from smallgpt.sentiment.splits import Reviews
@@ -102,8 +103,7 @@ def write(
         provenance(result),
         largest_errors(examples, predicted, numbers),
     ]
-    paragraphs = ["\n".join(lines) for lines in sections]
-    text = "\n\n".join(paragraphs) + "\n"
+    text = join(sections)
     write_atomic(run / "report.md", text)
     draw(run, predicted, numbers, result)
     write_result(run, result)
@@ -112,12 +112,10 @@ def write(
 
 def write_predictions(file: Path, examples: list[Example], predicted: np.ndarray) -> None:
     """A row for each test example."""
-    # utf-8-sig begins with a mark by which spreadsheets know the encoding
-    with open(file, "w", encoding="utf-8-sig", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(["text", "pair", "label", "prediction"])
-        for example, number in zip(examples, predicted, strict=True):
-            table.writerow([*example, f"{number:.4f}"])
+    rows = []
+    for example, number in zip(examples, predicted, strict=True):
+        rows.append([*example, f"{number:.4f}"])
+    write_sheet(file, ["text", "pair", "label", "prediction"], rows)
 
 
 def largest_errors(

@@ -257,16 +257,23 @@ def write_predictions(file: Path, outcome: Outcome) -> None:
     """A row for each test example."""
     header = ["text", "pair", "label", "prediction", "probability"]
     header += [f"p_{name}" for name in outcome.names]
-    # utf-8-sig begins with a mark by which spreadsheets know the encoding
+    rows = []
+    for i, example in enumerate(outcome.examples):
+        predicted = outcome.predicted[i]
+        probabilities = [f"{p:.4f}" for p in outcome.probability[i]]
+        row = [*example, outcome.names[predicted]]  # text, pair, label, prediction
+        row.append(probabilities[predicted])
+        rows.append(row + probabilities)
+    write_sheet(file, header, rows)
+
+
+def write_sheet(file: Path, header: list[str], rows: list[list[str]]) -> None:
+    """A CSV for spreadsheets."""
+    # utf-8-sig begins with a mark by which they know the encoding
     with open(file, "w", encoding="utf-8-sig", newline="") as stream:
         table = csv.writer(stream)
         table.writerow(header)
-        for i, example in enumerate(outcome.examples):
-            predicted = outcome.predicted[i]
-            probabilities = [f"{p:.4f}" for p in outcome.probability[i]]
-            row = [*example, outcome.names[predicted]]  # text, pair, label, prediction
-            row.append(probabilities[predicted])
-            table.writerow(row + probabilities)
+        table.writerows(rows)
 
 
 # ---- report.md
@@ -284,6 +291,12 @@ def markdown(run_name: str, outcome: Outcome, result: Result) -> str:
         confusion_table(outcome),
         surest_errors(outcome),
     ]
+    return join(sections)
+
+
+def join(sections: list[list[str]]) -> str:
+    """A text of sections, each a list of lines, with an empty line between; empty ones are left
+    out."""
     paragraphs = ["\n".join(lines) for lines in sections if lines]
     return "\n\n".join(paragraphs) + "\n"
 
