@@ -255,7 +255,7 @@ class Classifier(Scorer):
         config = checkpoint.model_config(found.meta["model"], path)
         trunk = GPT(config)
         n_labels = len(self.labels)
-        marks = head.get("marks", False)
+        marks = int(head.get("marks", 0))  # older versions had none, or True
         model = GPTClassifier(trunk, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
         checkpoint.load_weights(found, model)
         super().__init__(model, tokenizer, device, dtype)

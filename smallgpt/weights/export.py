@@ -83,7 +83,7 @@ def open_source(path: str) -> Source:
                 f"{path} foretells a number: only classifiers of labels can be exported"
             )
         n_labels = len(head["labels"])
-        marks = head.get("marks", False)  # older versions had none
+        marks = int(head.get("marks", 0))  # older versions had none, or True
         model = GPTClassifier(model, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
     checkpoint.load_weights(found, model)
     return Source(found, config, model.float().eval(), tokenizer, head)

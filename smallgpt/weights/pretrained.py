@@ -56,6 +56,7 @@ class Trunk:
     name: str  # for reports
     sources: list[dict[str, Any]]  # what it was trained on, as far as is known
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
+    marks: Tensor | None = None  # of a classifier of pairs: see GPTClassifier
 
 
 def own_model() -> str:
@@ -188,8 +189,9 @@ def _open_run(path: str) -> Trunk:
     tokenizer = checkpoint.tokenizer_of(found)
     tensors = {}
     for name, tensor in checkpoint.open_weights(found).tensors.items():
-        if name not in ("head.weight", "marks.weight"):  # of a classifier alone
+        if name != "head.weight":
             tensors[name.removeprefix("gpt.")] = tensor.then(Tensor.float)
+    marks = tensors.pop("marks.weight", None)  # of a classifier alone
     weights = Weights(tensors)
 
     rows = weights.shapes["wte.weight"][0]
@@ -203,6 +205,7 @@ def _open_run(path: str) -> Trunk:
         rows=head.get("rows", rows),  # a classifier's trunk may have had fewer
         name=str(found.path),
         sources=found.meta.get("sources", [_unknown(path)]),
+        marks=marks and marks.read(),
     )
 
 
