@@ -109,7 +109,6 @@ def test_a_run_with_marks(fit, pairs):
     assert "marks.weight" not in last_weights(again)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("marks, rows", [(1, [0, 1]), (3, [0, 1, 2, 2])])
 def test_marks_of_a_task_before_are_gone_on_with(fit, asked, pairs, marks, rows):
     """The blocks have learned to read them: a chain would unlearn at each link."""
