@@ -4,6 +4,9 @@
 Face's GPT-2 with the same weights) and modern parts, each by its own field (equal to Hugging
 Face's Qwen3). Imports torch only.
 
+It reads from top to bottom: the parts of a block, the GPT, the classifier. The last two sections
+are about memory and time: they compute the loss without ever holding all logits.
+
 Shapes: B batch, T positions, C = n_embd, H heads, K key/value heads, D = C / H head size,
 V vocabulary.
 """
@@ -82,37 +85,7 @@ class GPTConfig:
         return problems
 
 
-class KVCache:
-    """Keys and values k, v (n_layer, B, K, length, D) of what was read so far.
-
-    It holds no position: the caller names where a piece of text starts, in all rows or in each,
-    and taking back a turn is a smaller number."""
-
-    def __init__(
-        self, c: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
-    ):
-        shape = (c.n_layer, batch, c.kv_heads, length, c.head_size)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-
-    def write(
-        self, layer: int, at: Tensor, end: int, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of the positions `at`, (T,) in all rows or (B, T) in each, of
-        which the last is end - 1; return those of 0..end."""
-        return put(self.k[layer], at, end, k), put(self.v[layer], at, end, v)
-
-
-def put(cache: Tensor, at: Tensor, end: int, new: Tensor) -> Tensor:
-    """Store `new` (B, K, T, D) in one layer's cache (B, K, length, D), as KVCache.write does."""
-    if at.dim() == 1:
-        start = end - new.size(2)
-        cache[:, :, start:end] = new
-    else:
-        by_position = cache.transpose(1, 2)  # (B, length, K, D)
-        rows = torch.arange(at.size(0), device=at.device)[:, None]
-        by_position[rows, at] = new.transpose(1, 2).to(cache.dtype)
-    return cache[:, :, :end]
+# --- norms and rotary positions -------------------------------------------------------------------
 
 
 class RMSNorm(nn.RMSNorm):
@@ -161,6 +134,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     quarter_turn = torch.cat((-second, first), dim=-1)
     turned = x * cos + quarter_turn * sin
     return turned.to(x.dtype)
+
+
+# --- a block --------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values k, v (n_layer, B, K, length, D) of what was read so far.
+
+    It holds no position: the caller names where a piece of text starts, in all rows or in each,
+    and taking back a turn is a smaller number."""
+
+    def __init__(
+        self, c: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
+    ):
+        shape = (c.n_layer, batch, c.kv_heads, length, c.head_size)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def write(
+        self, layer: int, at: Tensor, end: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, D) of the positions `at`, (T,) in all rows or (B, T) in each, of
+        which the last is end - 1; return those of 0..end."""
+        return put(self.k[layer], at, end, k), put(self.v[layer], at, end, v)
+
+
+def put(cache: Tensor, at: Tensor, end: int, new: Tensor) -> Tensor:
+    """Store `new` (B, K, T, D) in one layer's cache (B, K, length, D), as KVCache.write does."""
+    if at.dim() == 1:
+        start = end - new.size(2)
+        cache[:, :, start:end] = new
+    else:
+        by_position = cache.transpose(1, 2)  # (B, length, K, D)
+        rows = torch.arange(at.size(0), device=at.device)[:, None]
+        by_position[rows, at] = new.transpose(1, 2).to(cache.dtype)
+    return cache[:, :, :end]
 
 
 @dataclass
@@ -279,117 +288,7 @@ class Block(nn.Module):
         return x + self.drop(changed)
 
 
-def cross_entropy_slice(
-    logits: Tensor,
-    targets: Tensor,
-    accumulate: torch.dtype,
-    with_gradient: bool,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy of logits (N, V), plus bias (V,), in the precision `accumulate`, and its
-    gradient (N, V) in that of the logits where it is wanted."""
-    dtype = logits.dtype
-    logits = logits.to(accumulate)
-    if bias is not None:
-        logits = logits + bias
-    valid = (targets != IGNORE)[:, None]  # (N, 1)
-    index = targets.clamp(min=0)[:, None]
-    log_z = logits.logsumexp(dim=-1, keepdim=True)
-    loss = ((log_z - logits.gather(1, index)) * valid).sum()
-    if not with_gradient:
-        return loss, None
-    is_target = torch.arange(logits.size(1), device=logits.device) == index  # (N, V)
-    probabilities = (logits - log_z).exp()
-    gradient = (probabilities - is_target.to(accumulate)) * valid
-    return loss, gradient.to(dtype)
-
-
-def most_classes(n_targets: int, n_classes: int, negatives: int) -> int:
-    """How many of n_classes the loss of so many targets reads at most: all, or, where it samples,
-    those of the targets and so many others."""
-    if not negatives:
-        return n_classes
-    return min(n_classes, n_targets + negatives)
-
-
-def sample_classes(
-    targets: Tensor, n_classes: int, negatives: int, fixed: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of n_classes those that are targets (N,) here, and so many others drawn at random, which
-    stand for all others: S classes in all.
-
-    Returns the classes (S,); the place of each target among them (N,), IGNORE where there is none;
-    and what is to be added to their logits (S,): log of the number of classes that one stands for.
-    So the sum of all exponentials is estimated without bias (sampled softmax, Jean et al. 2015).
-    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled.
-
-    fixed: S is the most that there can be, and those too many count nothing. So its size does not
-    depend on the targets, and nobody waits for a GPU that has them."""
-    device = targets.device
-    is_valid = targets != IGNORE
-    index = torch.where(is_valid, targets, n_classes)
-    is_target = torch.zeros(n_classes + 1, dtype=torch.bool, device=device)
-    is_target = is_target.index_fill_(0, index, True)[:n_classes]
-    keys = torch.rand(n_classes, device=device)
-    order = torch.where(is_target, -1.0, keys).argsort(stable=True)  # the targets' come first
-    n_present = is_target.sum()
-    n_absent = n_classes - n_present
-    n_drawn = n_absent.clamp(max=negatives)
-    n_read = n_present + n_drawn
-
-    size = most_classes(len(targets), n_classes, negatives) if fixed else int(n_read)
-    classes = order[:size]
-    number = torch.arange(n_classes, device=device)
-    place = torch.empty_like(order)
-    place[order] = number
-    places = torch.where(is_valid, place[targets.clamp(min=0)], IGNORE)
-    number = number[:size]
-    log_others = (n_absent / n_drawn).log()  # that a drawn one stands for
-    bias = torch.where(number < n_present, 0.0, log_others)
-    return classes, places, bias.masked_fill(number >= n_read, -math.inf)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of h @ weight.T + bias against targets, a slice of rows at a time.
-
-    The logits of a slice become their own gradient while they are in the cache, and of a large
-    (N, V) only a slice ever exists (the idea of Liger-Kernel). h (N, C), weight (V, C),
-    targets (N,), bias (V,), which has no gradient; returns a float32 (or float64) scalar."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        h: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        dtype: torch.dtype,
-        slice_loss,
-        bias: Tensor | None = None,
-    ):
-        with_gradient = any(ctx.needs_input_grad)
-        entries = 2**22 if h.device.type == "cpu" else 2**25  # logits that exist at a time
-        rows = max(64, entries // weight.size(0))
-        accumulate = torch.float64 if h.dtype == torch.float64 else torch.float32
-        w = weight.to(dtype)
-        total = torch.zeros((), device=h.device, dtype=accumulate)
-        grad_h = torch.empty_like(h)
-        grad_w = torch.zeros_like(weight, dtype=accumulate)
-        slices = zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True)
-        with torch.autocast(h.device.type, enabled=False):
-            for x, target, grad_x in slices:
-                logits = x @ w.T
-                loss, grad_logits = slice_loss(logits, target, accumulate, with_gradient, bias)
-                total += loss
-                if with_gradient:
-                    grad_x.copy_(grad_logits @ w)
-                    grad_w += grad_logits.T @ x
-        ctx.save_for_backward(grad_h, grad_w)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None, None
+# --- the model ------------------------------------------------------------------------------------
 
 
 class GPT(nn.Module):
@@ -590,6 +489,9 @@ class GPT(nn.Module):
         return "on"
 
 
+# --- a classifier ---------------------------------------------------------------------------------
+
+
 # What a classifier is given of texts: their tokens (B, T); the hidden states (B, T, C) that its
 # frozen blocks made of them; or, all blocks being frozen, what is pooled of the last ones (B, C).
 Reads = Literal["tokens", "states", "pooled"]
@@ -728,3 +630,122 @@ class GPTClassifier(nn.Module):
         if self.first_block == gpt.config.n_layer:
             return self.pool_states(0, x, context, lengths)
         return gpt.run_blocks(x, context, 0, self.first_block)
+
+
+# --- the loss, a slice at a time ------------------------------------------------------------------
+
+
+def cross_entropy_slice(
+    logits: Tensor,
+    targets: Tensor,
+    accumulate: torch.dtype,
+    with_gradient: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy of logits (N, V), plus bias (V,), in the precision `accumulate`, and its
+    gradient (N, V) in that of the logits where it is wanted."""
+    dtype = logits.dtype
+    logits = logits.to(accumulate)
+    if bias is not None:
+        logits = logits + bias
+    valid = (targets != IGNORE)[:, None]  # (N, 1)
+    index = targets.clamp(min=0)[:, None]
+    log_z = logits.logsumexp(dim=-1, keepdim=True)
+    loss = ((log_z - logits.gather(1, index)) * valid).sum()
+    if not with_gradient:
+        return loss, None
+    is_target = torch.arange(logits.size(1), device=logits.device) == index  # (N, V)
+    probabilities = (logits - log_z).exp()
+    gradient = (probabilities - is_target.to(accumulate)) * valid
+    return loss, gradient.to(dtype)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of h @ weight.T + bias against targets, a slice of rows at a time.
+
+    The logits of a slice become their own gradient while they are in the cache, and of a large
+    (N, V) only a slice ever exists (the idea of Liger-Kernel). h (N, C), weight (V, C),
+    targets (N,), bias (V,), which has no gradient; returns a float32 (or float64) scalar."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        h: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        slice_loss,
+        bias: Tensor | None = None,
+    ):
+        with_gradient = any(ctx.needs_input_grad)
+        entries = 2**22 if h.device.type == "cpu" else 2**25  # logits that exist at a time
+        rows = max(64, entries // weight.size(0))
+        accumulate = torch.float64 if h.dtype == torch.float64 else torch.float32
+        w = weight.to(dtype)
+        total = torch.zeros((), device=h.device, dtype=accumulate)
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(weight, dtype=accumulate)
+        slices = zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True)
+        with torch.autocast(h.device.type, enabled=False):
+            for x, target, grad_x in slices:
+                logits = x @ w.T
+                loss, grad_logits = slice_loss(logits, target, accumulate, with_gradient, bias)
+                total += loss
+                if with_gradient:
+                    grad_x.copy_(grad_logits @ w)
+                    grad_w += grad_logits.T @ x
+        ctx.save_for_backward(grad_h, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, grad_w * grad, None, None, None, None
+
+
+# --- a loss that reads a sample of the vocabulary -------------------------------------------------
+
+
+def most_classes(n_targets: int, n_classes: int, negatives: int) -> int:
+    """How many of n_classes the loss of so many targets reads at most: all, or, where it samples,
+    those of the targets and so many others."""
+    if not negatives:
+        return n_classes
+    return min(n_classes, n_targets + negatives)
+
+
+def sample_classes(
+    targets: Tensor, n_classes: int, negatives: int, fixed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n_classes those that are targets (N,) here, and so many others drawn at random, which
+    stand for all others: S classes in all.
+
+    Returns the classes (S,); the place of each target among them (N,), IGNORE where there is none;
+    and what is to be added to their logits (S,): log of the number of classes that one stands for.
+    So the sum of all exponentials is estimated without bias (sampled softmax, Jean et al. 2015).
+    The targets of thousands of tokens hold the frequent classes; only rare ones are sampled.
+
+    fixed: S is the most that there can be, and those too many count nothing. So its size does not
+    depend on the targets, and nobody waits for a GPU that has them."""
+    device = targets.device
+    is_valid = targets != IGNORE
+    index = torch.where(is_valid, targets, n_classes)
+    is_target = torch.zeros(n_classes + 1, dtype=torch.bool, device=device)
+    is_target = is_target.index_fill_(0, index, True)[:n_classes]
+    keys = torch.rand(n_classes, device=device)
+    order = torch.where(is_target, -1.0, keys).argsort(stable=True)  # the targets' come first
+    n_present = is_target.sum()
+    n_absent = n_classes - n_present
+    n_drawn = n_absent.clamp(max=negatives)
+    n_read = n_present + n_drawn
+
+    size = most_classes(len(targets), n_classes, negatives) if fixed else int(n_read)
+    classes = order[:size]
+    number = torch.arange(n_classes, device=device)
+    place = torch.empty_like(order)
+    place[order] = number
+    places = torch.where(is_valid, place[targets.clamp(min=0)], IGNORE)
+    number = number[:size]
+    log_others = (n_absent / n_drawn).log()  # that a drawn one stands for
+    bias = torch.where(number < n_present, 0.0, log_others)
+    return classes, places, bias.masked_fill(number >= n_read, -math.inf)
