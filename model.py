@@ -58,7 +58,8 @@ class GPTConfig:
         if self.mlp_width:
             return self.mlp_width
         if self.mlp == "swiglu":
-            return 64 * math.ceil(self.n_embd / 24)
+            eight_thirds = 8 * self.n_embd / 3
+            return 64 * math.ceil(eight_thirds / 64)
         return 4 * self.n_embd
 
     def check(self) -> list[str]:
@@ -89,8 +90,10 @@ class GPTConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the precision of its input: the fused kernel wants the weight in the same precision, and
-    has sums in float32 itself. A GPU's autocast would make it all float32."""
+    """x / rms(x) * weight (Zhang and Sennrich 2019), in the precision of x.
+
+    PyTorch's fused kernel wants the weight in the precision of x, and has its sums in float32
+    anyway. A GPU's autocast would turn all of x into float32 first, which takes time."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -99,7 +102,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """The same: FSDP gives it a bf16 weight beside a float32 stream."""
+    """(x - mean(x)) / std(x) * weight + bias (Ba et al. 2016), in the precision of x.
+
+    The weight need not be in it: with FSDP it is bf16 beside a float32 stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -140,10 +145,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values k, v (n_layer, B, K, length, D) of what was read so far.
+    """Keys and values of what was read so far: a new token then costs its own attention only.
 
-    It holds no position: the caller names where a piece of text starts, in all rows or in each,
-    and taking back a turn is a smaller number."""
+    k, v (n_layer, B, K, length, D). It holds no position: the caller names where a piece of text
+    starts, in all rows or in each, and taking back a turn is a smaller number."""
 
     def __init__(
         self, c: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
@@ -153,22 +158,24 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def write(
-        self, layer: int, at: Tensor, end: int, k: Tensor, v: Tensor
+        self, layer: int, positions: Tensor, end: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of the positions `at`, (T,) in all rows or (B, T) in each, of
-        which the last is end - 1; return those of 0..end."""
-        return put(self.k[layer], at, end, k), put(self.v[layer], at, end, v)
+        """Store a layer's k, v (B, K, T, D) of these positions, (T,) in all rows or (B, T) in each,
+        of which the last is end - 1; return those of 0..end."""
+        keys = store(self.k[layer], positions, end, k)
+        values = store(self.v[layer], positions, end, v)
+        return keys, values
 
 
-def put(cache: Tensor, at: Tensor, end: int, new: Tensor) -> Tensor:
-    """Store `new` (B, K, T, D) in one layer's cache (B, K, length, D), as KVCache.write does."""
-    if at.dim() == 1:
+def store(cache: Tensor, positions: Tensor, end: int, new: Tensor) -> Tensor:
+    """Put `new` (B, K, T, D) into one layer's cache (B, K, length, D), as KVCache.write does."""
+    if positions.dim() == 1:
         start = end - new.size(2)
         cache[:, :, start:end] = new
     else:
-        by_position = cache.transpose(1, 2)  # (B, length, K, D)
-        rows = torch.arange(at.size(0), device=at.device)[:, None]
-        by_position[rows, at] = new.transpose(1, 2).to(cache.dtype)
+        by_position = cache.transpose(1, 2)  # (B, length, K, D), a view
+        rows = torch.arange(positions.size(0), device=positions.device)
+        by_position[rows[:, None], positions] = new.transpose(1, 2).to(cache.dtype)
     return cache[:, :, :end]
 
 
@@ -178,14 +185,16 @@ class Context:
 
     positions: Tensor  # (T,), or (B, T) where texts are packed or rows start apart
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines (1 or B, 1, T, D) of the positions
-    mask: Tensor | None  # (B or 1, 1, T, keys), True = may look; None = plain causal
+    mask: Tensor | None  # (1 or B, 1, T, keys), True = may look; None = plain causal
     cache: KVCache | None = None
     end: int = 0  # the last position of this pass is end - 1
 
 
 class Attention(nn.Module):
-    """Causal self-attention through PyTorch's fused kernels (Vaswani et al. 2017), with optional
-    rotary positions, QK-norm and grouped-query attention."""
+    """Causal self-attention, softmax(q k^T / sqrt(D)) v in each head (Vaswani et al. 2017).
+
+    Optional are rotary positions, QK-norm (Henry et al. 2020), and grouped queries (Ainslie et al.
+    2023): H / K heads share their keys and values."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -194,15 +203,19 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         C = config.n_embd
         kv_size = config.kv_heads * config.head_size
-        # three matrices, not one: each is a whole for tensor parallel and for Muon's update
+        # three matrices, not one: Muon updates each by itself, tensor parallelism cuts each
         self.q = nn.Linear(C, C, bias=config.bias)
         self.k = nn.Linear(C, kv_size, bias=config.bias)
         self.v = nn.Linear(C, kv_size, bias=config.bias)
         self.proj = nn.Linear(C, C, bias=config.bias)
-        eps = config.norm_eps or 1e-6
-        self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
-        self.attend = F.scaled_dot_product_attention  # tensor parallel draws its dropout by rank
+        self.q_norm = None
+        self.k_norm = None
+        if config.qk_norm:
+            eps = config.norm_eps or 1e-6
+            self.q_norm = RMSNorm(self.head_size, eps=eps)
+            self.k_norm = RMSNorm(self.head_size, eps=eps)
+        # tensor parallelism puts another in its place, whose dropout differs by rank
+        self.attend = F.scaled_dot_product_attention
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
@@ -221,21 +234,23 @@ class Attention(nn.Module):
             k = rotate(k, *context.rotary)
         if context.cache is not None:
             k, v = context.cache.write(layer, context.positions, context.end, k, v)
+        is_causal = context.mask is None and x.size(1) > 1  # a single query may look at all keys
         y = self.attend(
             q,
             k,
             v,
             attn_mask=context.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=bool(context.mask is None and x.size(1) > 1),  # a SymBool in torch.export
+            is_causal=bool(is_causal),  # torch.export makes a SymBool of it
             enable_gqa=self.grouped,
-        )
+        )  # (B, H, T, D)
         joined = y.transpose(1, 2).flatten(2)  # (B, T, C)
         return self.proj(joined)
 
 
 class MLP(nn.Module):
-    """With GELU (tanh form, as GPT-2), squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020)."""
+    """Two matrices with GELU (tanh form, as GPT-2) or squared ReLU (So et al. 2021) between them;
+    or three as SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -263,7 +278,8 @@ class MLP(nn.Module):
 def take_position(x: Tensor, at: Tensor) -> Tensor:
     """Of each row of x (B, T, C) the position named by at (B,), as (B, 1, C)."""
     rows = torch.arange(x.size(0), device=x.device)
-    return x[rows, at][:, None]
+    taken = x[rows, at]  # (B, C)
+    return taken[:, None]
 
 
 class Block(nn.Module):
@@ -278,8 +294,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, context: Context, layer: int, at: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). at (B,): only this position of each row is wanted, (B, 1, C);
-        the MLP, two thirds of the block, then reads no other."""
+        """x (B, T, C) -> (B, T, C).
+
+        at (B,): only this position of each row is wanted, (B, 1, C). The MLP, two thirds of the
+        work, then reads no other."""
         attended = self.attn(self.norm1(x), context, layer)
         x = x + self.drop(attended)
         if at is not None:
