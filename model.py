@@ -12,6 +12,7 @@ V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -309,30 +310,48 @@ class Block(nn.Module):
 # --- the model ------------------------------------------------------------------------------------
 
 
+def positions_in_texts(segments: Tensor) -> Tensor:
+    """Positions (B, T) that count from the beginning of each text, given the numbers (B, T) of the
+    texts packed into a row: of 7 7 7 8 8 they are 0 1 2 0 1."""
+    positions = torch.arange(segments.size(1), device=segments.device)
+    changes = segments[:, 1:] != segments[:, :-1]
+    begins = F.pad(changes, (1, 0), value=True)
+    latest_begin, _ = torch.where(begins, positions, 0).cummax(dim=1)
+    return positions - latest_begin
+
+
+def detach_where(frozen: Tensor, x: Tensor) -> Tensor:
+    """The same x (..., C), but no gradient flows into the rows of it that are frozen (...)."""
+    return torch.where(frozen[..., None], x.detach(), x)
+
+
 class GPT(nn.Module):
-    """Token ids in, logits or the language-model loss out."""
+    """Token ids in, logits or the language-model loss out (Radford et al. 2019)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.vocab_size > 0, "GPTConfig.vocab_size must be set before the model is built"
         self.config = config
-        self.slice_loss = cross_entropy_slice
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        learned = config.pos == "learned"
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        C = config.n_embd
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.wpe = None
+        if config.pos == "learned":
+            self.wpe = nn.Embedding(config.block_size, C)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
+        self.tie()
+        self.init_weights()
+        # how it trains, which is not part of what it is
         self.recompute = 0  # every n-th block keeps no activations; 0 = all keep them
         self.negatives = 0  # classes that the loss samples in training; 0 = it reads all
         self.first_trained_row = 0  # token embeddings below it are frozen
-        self.tie()
-        self.init_weights()
+        self.slice_loss = cross_entropy_slice  # or the same, compiled
 
     def tie(self) -> None:
-        """Make one matrix of token embedding and LM head again, where the config wants it: moving
-        the model to another kind of device makes two."""
+        """Make one matrix of token embedding and LM head again, where the config wants it (Press
+        and Wolf 2017): moving the model to another kind of device makes two."""
         if self.config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
@@ -351,12 +370,28 @@ class GPT(nn.Module):
             else:
                 nn.init.ones_(p)
 
-    def new_cache(self, batch: int = 1, length: int = 0) -> KVCache:
-        """An empty cache of `length` positions (0 = block_size), beside the weights and in their
-        precision."""
-        weight = self.wte.weight
-        length = length or self.config.block_size
-        return KVCache(self.config, batch, length, weight.dtype, weight.device)
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) of tokens (B, T); or, given targets (B, T), their summed loss.
+
+        segments as in `context`."""
+        h = self.trunk(tokens, segments)
+        return self.lm_head(h) if targets is None else self.loss(h, targets)
+
+    def trunk(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int | Tensor = 0,
+    ) -> Tensor:
+        """Hidden states (B, T, C) after the final norm, of tokens (B, T) at positions
+        start..start+T; segments, cache and start as in `context`."""
+        context = self.context(tokens.size(1), tokens.device, segments, cache, start)
+        x = self.embed(tokens, context)
+        x = self.run_blocks(x, context)
+        return self.norm(x)
 
     def context(
         self,
@@ -371,39 +406,37 @@ class GPT(nn.Module):
         segments (B, T): numbers of the texts packed into a row; a position sees only its own text
         and counts from its beginning. cache: keys and values of positions 0..start, to which
         those of this pass are added. start (B,): each row has its own."""
+        offsets = torch.arange(length, device=device)
         if isinstance(start, Tensor):
+            positions = start[:, None] + offsets  # (B, T)
             end = int(start.max()) + length
-            positions = start[:, None] + torch.arange(length, device=device)  # (B, T)
         else:
+            positions = start + offsets  # (T,)
             end = start + length
-            positions = torch.arange(start, end, device=device)
         assert end <= self.config.block_size, (
             f"{end} tokens exceed block_size={self.config.block_size}"
         )
         mask = None
         if segments is not None:
-            changes = segments[:, 1:] != segments[:, :-1]
-            begins = F.pad(changes, (1, 0), value=True)
-            latest, _ = torch.where(begins, positions, 0).cummax(dim=1)
-            positions = positions - latest  # from the beginning of its text, (B, T)
-            same_text = segments[:, :, None] == segments[:, None, :]
-            mask = same_text.tril()[:, None]
+            positions = positions_in_texts(segments)  # (B, T)
+            is_same_text = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+            mask = is_same_text.tril()[:, None]
         elif cache is not None and end > length and positions.numel() > 1:
             keys = torch.arange(end, device=device)
-            mask = (keys <= positions[..., None]).view(-1, 1, length, end)
-        turns = None
+            is_before = keys <= positions[..., None]  # (T, end) or (B, T, end)
+            mask = is_before.view(-1, 1, length, end)
+        angles = None
         if self.config.pos == "rope":
-            per_head = positions.view(-1, 1, length)  # one row of angles serves all heads
-            turns = rotary(per_head, self.config.head_size, self.config.rope_base)
-        return Context(positions, turns, mask, cache, end)
+            for_all_heads = positions.view(-1, 1, length)  # (1 or B, 1, T)
+            angles = rotary(for_all_heads, self.config.head_size, self.config.rope_base)
+        return Context(positions, angles, mask, cache, end)
 
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
         x = self.wte(tokens)
         if self.first_trained_row:
-            is_trained = tokens >= self.first_trained_row
-            x = torch.where(is_trained[..., None], x, x.detach())
-        if self.config.pos == "learned":
+            x = detach_where(tokens < self.first_trained_row, x)
+        if self.wpe is not None:
             x = x + self.wpe(context.positions)
         return self.drop(x)
 
@@ -421,60 +454,46 @@ class GPT(nn.Module):
         last = self.config.n_layer - 1
         for layer in range(self.config.n_layer)[first:end]:
             block = self.blocks[layer]
-            args = (x, context, layer, at if layer == last else None)
+            wanted = at if layer == last else None
             if self.recompute and layer % self.recompute == 0 and torch.is_grad_enabled():
                 # backward runs the block again (Chen et al. 2016): a third more work, less memory
-                x = checkpoint(block, *args, use_reentrant=False)
+                x = checkpoint(block, x, context, layer, wanted, use_reentrant=False)
             else:
-                x = block(*args)
+                x = block(x, context, layer, wanted)
         return x
 
-    def trunk(
-        self,
-        tokens: Tensor,
-        segments: Tensor | None = None,
-        cache: KVCache | None = None,
-        start: int | Tensor = 0,
-    ) -> Tensor:
-        """Hidden states (B, T, C) after the final norm, of tokens (B, T) at positions
-        start..start+T; segments and cache as in `context`."""
-        context = self.context(tokens.size(1), tokens.device, segments, cache, start)
-        return self.norm(self.run_blocks(self.embed(tokens, context), context))
+    def loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """SUM of the token losses in nats of targets (B, T), IGNORE where there is none, given the
+        hidden states h (B, T, C): the cross-entropy of lm_head(h), whose logits never all exist.
+
+        The caller divides once by the valid targets of the whole step, so that padding, packing,
+        accumulation and the number of processes cannot bias the mean. In training, with
+        `negatives`, it is an estimate."""
+        weight = self.head_weight()
+        V = weight.size(0)
+        if self.first_trained_row and self.config.tie_weights:
+            rows = torch.arange(V, device=h.device)
+            weight = detach_where(rows < self.first_trained_row, weight)
+        h = h.flatten(0, 1)
+        targets = targets.flatten()
+        bias = None
+        if self.negatives and self.training:
+            fixed = h.device.type != "cpu"
+            classes, targets, bias = sample_classes(targets, V, self.negatives, fixed)
+            weight = weight[classes]
+        return LinearCrossEntropy.apply(h, weight, targets, self.slice_loss, bias)
 
     def head_weight(self) -> Tensor:
         """The matrix (V, C) of the LM head, whole. A parallel layout may gather it here."""
         weight = self.lm_head.weight
         return weight if torch.is_grad_enabled() else weight.detach()
 
-    def loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        """SUM of the token losses in nats of targets (B, T), IGNORE where there is none, given the
-        hidden states h (B, T, C).
-
-        The caller divides once by the valid targets of the whole step, so that padding, packing,
-        accumulation and the number of processes cannot bias the mean. In training, with
-        `negatives`, it is an estimate."""
-        weight = self.head_weight()
-        if self.first_trained_row and self.config.tie_weights:
-            rows = torch.arange(weight.size(0), device=h.device)
-            is_trained = rows >= self.first_trained_row
-            weight = torch.where(is_trained[:, None], weight, weight.detach())
-        device = h.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        h, targets = h.flatten(0, 1), targets.flatten()
-        bias = None
-        if self.negatives and self.training:
-            fixed = device != "cpu"
-            classes, targets, bias = sample_classes(targets, weight.size(0), self.negatives, fixed)
-            weight = weight[classes]
-        return LinearCrossEntropy.apply(h, weight, targets, dtype, self.slice_loss, bias)
-
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, segments: Tensor | None = None
-    ) -> Tensor:
-        """Logits (B, T, V); or, given targets (B, T), their summed loss."""
-        return self.forward_stage(None, 0, self.config.n_layer, tokens, targets, segments)
+    def new_cache(self, batch: int = 1, length: int = 0) -> KVCache:
+        """An empty cache of `length` positions (0 = block_size), beside the weights and in their
+        precision."""
+        weight = self.wte.weight
+        length = length or self.config.block_size
+        return KVCache(self.config, batch, length, weight.dtype, weight.device)
 
     def forward_stage(
         self,
@@ -485,7 +504,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """The part of `forward` that lies in blocks first..end, a stage of a pipeline; the first
+        """The part of `forward` that lies in blocks first..end, a stage of a pipeline: the first
         one embeds, the last one gives what `forward` does, the others hidden states.
 
         x (B, T, C): those that go into block `first`; None for the first stage."""
@@ -560,36 +579,19 @@ class GPTClassifier(nn.Module):
         Given targets (B, T), also the summed language-model loss. `reads` names what x is."""
         if reads == "pooled":
             return self.head(x)
+        context = self.gpt.context(x.size(1), x.device)
         if reads == "states":
-            context = self.gpt.context(x.size(1), x.device)
             return self.score_states(self.first_block, x, context, lengths, targets)
-        return self.forward_stage(None, 0, self.gpt.config.n_layer, x, lengths, targets)
-
-    def forward_stage(
-        self,
-        x: Tensor | None,
-        first: int,
-        end: int,
-        tokens: Tensor,
-        lengths: Tensor,
-        targets: Tensor | None = None,
-        reads: Reads = "tokens",
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The part of `forward` that lies in blocks first..end, as in GPT. It reads tokens."""
-        assert reads == "tokens", "a stage of a pipeline has no cached states"
-        context = self.gpt.context(tokens.size(1), tokens.device)
-        if first == 0:
-            x = self.embed(tokens, lengths, context)
-        if end < self.gpt.config.n_layer:
-            return self.gpt.run_blocks(x, context, first, end)
-        return self.score_states(first, x, context, lengths, targets)
+        x = self.embed(x, lengths, context)
+        return self.score_states(0, x, context, lengths, targets)
 
     def embed(self, tokens: Tensor, lengths: Tensor, context: Context) -> Tensor:
         """What goes into the first block, (B, T, C), of tokens (B, T)."""
         x = self.gpt.embed(tokens, context)
         if self.marks is None:
             return x
-        return x + self.marks(self.is_shared(tokens, lengths).long())
+        is_shared = self.is_shared(tokens, lengths)
+        return x + self.marks(is_shared.long())
 
     def is_shared(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """(B, T): has the other text of the pair this token, too? In `a b [sep] b c` that are the
@@ -610,72 +612,65 @@ class GPTClassifier(nn.Module):
         """The scores of hidden states x (B, T, C) that go into block `first`, and the loss of
         their targets where there are any."""
         if targets is None:
-            pooled = self.pool_states(first, x, context, lengths)
+            pooled = self.run_and_pool(first, x, context, lengths)
             return self.head(pooled)
         h = self.gpt.norm(self.gpt.run_blocks(x, context, first))
-        scores = self.head(self.pooled(h, lengths))
+        scores = self.head(self.pool_states(h, lengths))
         return scores, self.gpt.loss(h, targets)
 
-    def pool_states(self, first: int, x: Tensor, context: Context, lengths: Tensor) -> Tensor:
+    def run_and_pool(self, first: int, x: Tensor, context: Context, lengths: Tensor) -> Tensor:
         """What the head reads, (B, C), of hidden states x (B, T, C) that go into block `first`."""
         if self.pool == "last" and self.mask:  # the last block's MLP then reads one position
             h = self.gpt.run_blocks(x, context, first, at=lengths - 1)
             return self.gpt.norm(h)[:, 0]
-        h = self.gpt.run_blocks(x, context, first)
-        return self.pooled(self.gpt.norm(h), lengths)
+        h = self.gpt.norm(self.gpt.run_blocks(x, context, first))
+        return self.pool_states(h, lengths)
 
-    def pooled(self, h: Tensor, lengths: Tensor) -> Tensor:
+    def pool_states(self, h: Tensor, lengths: Tensor) -> Tensor:
         """The last of hidden states h (B, T, C), or their mean, (B, C). With the mask, what is
         padded changes neither."""
         B, T, _ = h.shape
         positions = torch.arange(T, device=h.device)
         end = lengths[:, None] if self.mask else T
         if self.pool == "last":
-            read = positions == end - 1
+            is_read = positions == end - 1
         else:
-            read = positions < end
-        read = read.expand(B, T)
-        total = (h * read[..., None]).sum(1)
-        return total / read.sum(1, keepdim=True)
+            is_read = positions < end
+        is_read = is_read.expand(B, T)
+        total = (h * is_read[..., None]).sum(1)
+        return total / is_read.sum(1, keepdim=True)
 
     def run_frozen(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """What the frozen part makes of tokens (B, T), the same at every step: the hidden states
         (B, T, C) that go into the first trained block; or the pooled one (B, C) if no block
         trains. `forward` takes either, with reads="states" or "pooled"."""
-        gpt = self.gpt
-        context = gpt.context(tokens.size(1), tokens.device)
+        context = self.gpt.context(tokens.size(1), tokens.device)
         x = self.embed(tokens, lengths, context)
-        if self.first_block == gpt.config.n_layer:
-            return self.pool_states(0, x, context, lengths)
-        return gpt.run_blocks(x, context, 0, self.first_block)
+        if self.first_block == self.gpt.config.n_layer:
+            return self.run_and_pool(0, x, context, lengths)
+        return self.gpt.run_blocks(x, context, 0, self.first_block)
+
+    def forward_stage(
+        self,
+        x: Tensor | None,
+        first: int,
+        end: int,
+        tokens: Tensor,
+        lengths: Tensor,
+        targets: Tensor | None = None,
+        reads: Reads = "tokens",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The part of `forward` that lies in blocks first..end, as in GPT. It reads tokens."""
+        assert reads == "tokens", "a stage of a pipeline has no cached states"
+        context = self.gpt.context(tokens.size(1), tokens.device)
+        if first == 0:
+            x = self.embed(tokens, lengths, context)
+        if end < self.gpt.config.n_layer:
+            return self.gpt.run_blocks(x, context, first, end)
+        return self.score_states(first, x, context, lengths, targets)
 
 
 # --- the loss, a slice at a time ------------------------------------------------------------------
-
-
-def cross_entropy_slice(
-    logits: Tensor,
-    targets: Tensor,
-    accumulate: torch.dtype,
-    with_gradient: bool,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy of logits (N, V), plus bias (V,), in the precision `accumulate`, and its
-    gradient (N, V) in that of the logits where it is wanted."""
-    dtype = logits.dtype
-    logits = logits.to(accumulate)
-    if bias is not None:
-        logits = logits + bias
-    valid = (targets != IGNORE)[:, None]  # (N, 1)
-    index = targets.clamp(min=0)[:, None]
-    log_z = logits.logsumexp(dim=-1, keepdim=True)
-    loss = ((log_z - logits.gather(1, index)) * valid).sum()
-    if not with_gradient:
-        return loss, None
-    is_target = torch.arange(logits.size(1), device=logits.device) == index  # (N, V)
-    probabilities = (logits - log_z).exp()
-    gradient = (probabilities - is_target.to(accumulate)) * valid
-    return loss, gradient.to(dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -683,7 +678,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The logits of a slice become their own gradient while they are in the cache, and of a large
     (N, V) only a slice ever exists (the idea of Liger-Kernel). h (N, C), weight (V, C),
-    targets (N,), bias (V,), which has no gradient; returns a float32 (or float64) scalar."""
+    targets (N,), bias (V,), which has no gradient; slice_loss is cross_entropy_slice or the same
+    compiled. Returns a float32 (or float64) scalar."""
 
     @staticmethod
     def forward(
@@ -691,20 +687,24 @@ class LinearCrossEntropy(torch.autograd.Function):
         h: Tensor,
         weight: Tensor,
         targets: Tensor,
-        dtype: torch.dtype,
-        slice_loss,
+        slice_loss: Callable,
         bias: Tensor | None = None,
-    ):
+    ) -> Tensor:
+        device = h.device.type
         with_gradient = any(ctx.needs_input_grad)
-        entries = 2**22 if h.device.type == "cpu" else 2**25  # logits that exist at a time
-        rows = max(64, entries // weight.size(0))
+        dtype = weight.dtype  # of the matrix products
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         accumulate = torch.float64 if h.dtype == torch.float64 else torch.float32
+        logits_at_a_time = 2**22 if device == "cpu" else 2**25
+        rows = max(64, logits_at_a_time // weight.size(0))
+
         w = weight.to(dtype)
         total = torch.zeros((), device=h.device, dtype=accumulate)
         grad_h = torch.empty_like(h)
         grad_w = torch.zeros_like(weight, dtype=accumulate)
         slices = zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True)
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             for x, target, grad_x in slices:
                 logits = x @ w.T
                 loss, grad_logits = slice_loss(logits, target, accumulate, with_gradient, bias)
@@ -716,9 +716,38 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None, None
+        return grad_h * grad, grad_w * grad, None, None, None
+
+
+def cross_entropy_slice(
+    logits: Tensor,
+    targets: Tensor,
+    accumulate: torch.dtype,
+    with_gradient: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy of logits (N, V), plus bias (V,), in the precision `accumulate`, and its
+    gradient (N, V) in that of the logits where it is wanted.
+
+    -log softmax(logits)[target] = log Z - logits[target], where Z is the sum of all exp(logits).
+    Its gradient: the probabilities, less 1 at the target."""
+    dtype = logits.dtype
+    logits = logits.to(accumulate)
+    if bias is not None:
+        logits = logits + bias
+    valid = (targets != IGNORE)[:, None]  # (N, 1)
+    index = targets.clamp(min=0)[:, None]  # (N, 1)
+    log_z = logits.logsumexp(dim=-1, keepdim=True)  # (N, 1)
+    losses = log_z - logits.gather(1, index)
+    loss = (losses * valid).sum()
+    if not with_gradient:
+        return loss, None
+    is_target = torch.arange(logits.size(1), device=logits.device) == index  # (N, V)
+    probabilities = (logits - log_z).exp()
+    gradient = (probabilities - is_target.to(accumulate)) * valid
+    return loss, gradient.to(dtype)
 
 
 # --- a loss that reads a sample of the vocabulary -------------------------------------------------
@@ -747,23 +776,29 @@ def sample_classes(
     depend on the targets, and nobody waits for a GPU that has them."""
     device = targets.device
     is_valid = targets != IGNORE
-    index = torch.where(is_valid, targets, n_classes)
+    index = torch.where(is_valid, targets, n_classes)  # IGNORE: one class more, cut off below
     is_target = torch.zeros(n_classes + 1, dtype=torch.bool, device=device)
-    is_target = is_target.index_fill_(0, index, True)[:n_classes]
-    keys = torch.rand(n_classes, device=device)
-    order = torch.where(is_target, -1.0, keys).argsort(stable=True)  # the targets' come first
+    is_target.index_fill_(0, index, True)
+    is_target = is_target[:n_classes]
     n_present = is_target.sum()
     n_absent = n_classes - n_present
     n_drawn = n_absent.clamp(max=negatives)
     n_read = n_present + n_drawn
 
+    # all classes in the order of their draw: those of the targets first, then the others shuffled
+    keys = torch.rand(n_classes, device=device)
+    keys = torch.where(is_target, -1.0, keys)
+    order = keys.argsort(stable=True)
     size = most_classes(len(targets), n_classes, negatives) if fixed else int(n_read)
     classes = order[:size]
-    number = torch.arange(n_classes, device=device)
-    place = torch.empty_like(order)
-    place[order] = number
-    places = torch.where(is_valid, place[targets.clamp(min=0)], IGNORE)
-    number = number[:size]
+
+    ranks = torch.arange(n_classes, device=device)
+    rank_of_class = torch.empty_like(order)
+    rank_of_class[order] = ranks
+    places = torch.where(is_valid, rank_of_class[targets.clamp(min=0)], IGNORE)
+
+    ranks = ranks[:size]
     log_others = (n_absent / n_drawn).log()  # that a drawn one stands for
-    bias = torch.where(number < n_present, 0.0, log_others)
-    return classes, places, bias.masked_fill(number >= n_read, -math.inf)
+    bias = torch.where(ranks < n_present, 0.0, log_others)
+    bias = bias.masked_fill(ranks >= n_read, -math.inf)
+    return classes, places, bias
