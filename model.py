@@ -117,8 +117,10 @@ class LayerNorm(nn.LayerNorm):
 
 def make_norm(c: GPTConfig) -> nn.Module:
     if c.norm == "rmsnorm":
-        return RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6)
-    return LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias)
+        eps = c.norm_eps or 1e-6
+        return RMSNorm(c.n_embd, eps=eps)
+    eps = c.norm_eps or 1e-5
+    return LayerNorm(c.n_embd, eps=eps, bias=c.bias)
 
 
 def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -151,15 +153,19 @@ class KVCache:
     k, v (n_layer, B, K, length, D). It holds no position: the caller names where a piece of text
     starts, in all rows or in each, and taking back a turn is a smaller number."""
 
-    def __init__(
-        self, c: GPTConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, c: GPTConfig, batch: int, length: int, weight: Tensor):
+        """It lies beside `weight` and has its precision."""
         shape = (c.n_layer, batch, c.kv_heads, length, c.head_size)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = weight.new_zeros(shape)
+        self.v = weight.new_zeros(shape)
 
     def write(
-        self, layer: int, positions: Tensor, end: int, k: Tensor, v: Tensor
+        self,
+        layer: int,
+        positions: Tensor,
+        end: int,
+        k: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's k, v (B, K, T, D) of these positions, (T,) in all rows or (B, T) in each,
         of which the last is end - 1; return those of 0..end."""
@@ -175,8 +181,9 @@ def store(cache: Tensor, positions: Tensor, end: int, new: Tensor) -> Tensor:
         cache[:, :, start:end] = new
     else:
         by_position = cache.transpose(1, 2)  # (B, length, K, D), a view
-        rows = torch.arange(positions.size(0), device=positions.device)
-        by_position[rows[:, None], positions] = new.transpose(1, 2).to(cache.dtype)
+        rows = torch.arange(len(positions), device=positions.device)
+        new = new.transpose(1, 2)  # (B, T, K, D)
+        by_position[rows[:, None], positions] = new.to(cache.dtype)
     return cache[:, :, :end]
 
 
@@ -294,7 +301,13 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, context: Context, layer: int, at: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        context: Context,
+        layer: int,
+        at: Tensor | None = None,
+    ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         at (B,): only this position of each row is wanted, (B, 1, C). The MLP, two thirds of the
@@ -360,9 +373,10 @@ class GPT(nn.Module):
         """GPT-2's: embeddings, lm_head and linear weights normal(0, 0.02), but those that write
         into the residual stream (attn.proj, mlp.proj) normal(0, 0.02 / sqrt(2 n_layer)); biases 0;
         norms 1."""
+        additions = 2 * self.config.n_layer  # of attention and MLP to the residual stream
         for name, p in self.named_parameters():
             if name.endswith("proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(p, std=0.02 / math.sqrt(additions))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
@@ -388,46 +402,50 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) after the final norm, of tokens (B, T) at positions
         start..start+T; segments, cache and start as in `context`."""
-        context = self.context(tokens.size(1), tokens.device, segments, cache, start)
+        context = self.context(tokens, segments, cache, start)
         x = self.embed(tokens, context)
         x = self.run_blocks(x, context)
         return self.norm(x)
 
     def context(
         self,
-        length: int,
-        device: torch.device,
+        tokens: Tensor,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
         start: int | Tensor = 0,
     ) -> Context:
-        """What the blocks share in a pass over positions start..start+length.
+        """What the blocks share in a pass over tokens (B, T), or over their states (B, T, C), at
+        positions start..start+T.
 
         segments (B, T): numbers of the texts packed into a row; a position sees only its own text
         and counts from its beginning. cache: keys and values of positions 0..start, to which
         those of this pass are added. start (B,): each row has its own."""
-        offsets = torch.arange(length, device=device)
+        T = tokens.size(1)
+        offsets = torch.arange(T, device=tokens.device)
         if isinstance(start, Tensor):
             positions = start[:, None] + offsets  # (B, T)
-            end = int(start.max()) + length
+            end = int(start.max()) + T
         else:
             positions = start + offsets  # (T,)
-            end = start + length
+            end = start + T
         assert end <= self.config.block_size, (
             f"{end} tokens exceed block_size={self.config.block_size}"
         )
         mask = None
         if segments is not None:
             positions = positions_in_texts(segments)  # (B, T)
-            is_same_text = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+            queries = segments[:, :, None]
+            keys = segments[:, None, :]
+            is_same_text = queries == keys  # (B, T, T)
             mask = is_same_text.tril()[:, None]
-        elif cache is not None and end > length and positions.numel() > 1:
-            keys = torch.arange(end, device=device)
-            is_before = keys <= positions[..., None]  # (T, end) or (B, T, end)
-            mask = is_before.view(-1, 1, length, end)
+        elif cache is not None and end > T and positions.numel() > 1:
+            # there are more keys than queries: a kernel's own causal mask does not know the start
+            keys = torch.arange(end, device=tokens.device)
+            is_seen = keys <= positions[..., None]  # (T, end) or (B, T, end)
+            mask = is_seen.view(-1, 1, T, end)
         angles = None
         if self.config.pos == "rope":
-            for_all_heads = positions.view(-1, 1, length)  # (1 or B, 1, T)
+            for_all_heads = positions.view(-1, 1, T)  # (1 or B, 1, T)
             angles = rotary(for_all_heads, self.config.head_size, self.config.rope_base)
         return Context(positions, angles, mask, cache, end)
 
@@ -491,9 +509,8 @@ class GPT(nn.Module):
     def new_cache(self, batch: int = 1, length: int = 0) -> KVCache:
         """An empty cache of `length` positions (0 = block_size), beside the weights and in their
         precision."""
-        weight = self.wte.weight
         length = length or self.config.block_size
-        return KVCache(self.config, batch, length, weight.dtype, weight.device)
+        return KVCache(self.config, batch, length, self.wte.weight)
 
     def forward_stage(
         self,
@@ -508,7 +525,7 @@ class GPT(nn.Module):
         one embeds, the last one gives what `forward` does, the others hidden states.
 
         x (B, T, C): those that go into block `first`; None for the first stage."""
-        context = self.context(tokens.size(1), tokens.device, segments)
+        context = self.context(tokens, segments)
         if first == 0:
             x = self.embed(tokens, context)
         x = self.run_blocks(x, context, first, end)
@@ -579,7 +596,7 @@ class GPTClassifier(nn.Module):
         Given targets (B, T), also the summed language-model loss. `reads` names what x is."""
         if reads == "pooled":
             return self.head(x)
-        context = self.gpt.context(x.size(1), x.device)
+        context = self.gpt.context(x)
         if reads == "states":
             return self.score_states(self.first_block, x, context, lengths, targets)
         x = self.embed(x, lengths, context)
@@ -607,23 +624,30 @@ class GPTClassifier(nn.Module):
         return is_match.any(2)
 
     def score_states(
-        self, first: int, x: Tensor, context: Context, lengths: Tensor, targets: Tensor | None
+        self,
+        first: int,
+        x: Tensor,
+        context: Context,
+        lengths: Tensor,
+        targets: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The scores of hidden states x (B, T, C) that go into block `first`, and the loss of
         their targets where there are any."""
         if targets is None:
             pooled = self.run_and_pool(first, x, context, lengths)
             return self.head(pooled)
-        h = self.gpt.norm(self.gpt.run_blocks(x, context, first))
-        scores = self.head(self.pool_states(h, lengths))
-        return scores, self.gpt.loss(h, targets)
+        x = self.gpt.run_blocks(x, context, first)
+        h = self.gpt.norm(x)
+        pooled = self.pool_states(h, lengths)
+        return self.head(pooled), self.gpt.loss(h, targets)
 
     def run_and_pool(self, first: int, x: Tensor, context: Context, lengths: Tensor) -> Tensor:
         """What the head reads, (B, C), of hidden states x (B, T, C) that go into block `first`."""
         if self.pool == "last" and self.mask:  # the last block's MLP then reads one position
-            h = self.gpt.run_blocks(x, context, first, at=lengths - 1)
-            return self.gpt.norm(h)[:, 0]
-        h = self.gpt.norm(self.gpt.run_blocks(x, context, first))
+            x = self.gpt.run_blocks(x, context, first, at=lengths - 1)  # (B, 1, C)
+            return self.gpt.norm(x)[:, 0]
+        x = self.gpt.run_blocks(x, context, first)
+        h = self.gpt.norm(x)
         return self.pool_states(h, lengths)
 
     def pool_states(self, h: Tensor, lengths: Tensor) -> Tensor:
@@ -644,7 +668,7 @@ class GPTClassifier(nn.Module):
         """What the frozen part makes of tokens (B, T), the same at every step: the hidden states
         (B, T, C) that go into the first trained block; or the pooled one (B, C) if no block
         trains. `forward` takes either, with reads="states" or "pooled"."""
-        context = self.gpt.context(tokens.size(1), tokens.device)
+        context = self.gpt.context(tokens)
         x = self.embed(tokens, lengths, context)
         if self.first_block == self.gpt.config.n_layer:
             return self.run_and_pool(0, x, context, lengths)
@@ -662,7 +686,7 @@ class GPTClassifier(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The part of `forward` that lies in blocks first..end, as in GPT. It reads tokens."""
         assert reads == "tokens", "a stage of a pipeline has no cached states"
-        context = self.gpt.context(tokens.size(1), tokens.device)
+        context = self.gpt.context(tokens)
         if first == 0:
             x = self.embed(tokens, lengths, context)
         if end < self.gpt.config.n_layer:
@@ -703,7 +727,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=h.device, dtype=accumulate)
         grad_h = torch.empty_like(h)
         grad_w = torch.zeros_like(weight, dtype=accumulate)
-        slices = zip(h.to(dtype).split(rows), targets.split(rows), grad_h.split(rows), strict=True)
+        slices = zip(
+            h.to(dtype).split(rows),
+            targets.split(rows),
+            grad_h.split(rows),
+            strict=True,
+        )
         with torch.autocast(device, enabled=False):
             for x, target, grad_x in slices:
                 logits = x @ w.T
@@ -744,7 +773,8 @@ def cross_entropy_slice(
     loss = (losses * valid).sum()
     if not with_gradient:
         return loss, None
-    is_target = torch.arange(logits.size(1), device=logits.device) == index  # (N, V)
+    classes = torch.arange(logits.size(1), device=logits.device)
+    is_target = classes == index  # (N, V)
     probabilities = (logits - log_z).exp()
     gradient = (probabilities - is_target.to(accumulate)) * valid
     return loss, gradient.to(dtype)
