@@ -128,20 +128,20 @@ def rotary(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tens
 
     They are float32: bf16 cannot hold the position 257."""
     pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
-    exponents = -(pairs / head_size)
-    frequencies = base**exponents  # (D / 2,)
-    turns = positions[..., None].float()
-    angles = turns * frequencies  # (..., T, D / 2)
+    exponents = -(pairs / head_size)  # (D / 2,) from 0 to almost -1
+    frequencies = base**exponents
+    angles = positions[..., None].float() * frequencies  # (..., T, D / 2)
     both_halves = torch.cat((angles, angles), dim=-1)  # (..., T, D)
     return both_halves.cos(), both_halves.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the two halves of each head of x (B, H, T, D) by the angles of its position."""
+    """Rotate x (B, H, T, D): numbers i and i + D/2 of a head are a point in a plane, which turns by
+    the angle of its position."""
     first, second = x.chunk(2, dim=-1)
     quarter_turn = torch.cat((-second, first), dim=-1)
-    turned = x * cos + quarter_turn * sin
-    return turned.to(x.dtype)
+    rotated = x * cos + quarter_turn * sin
+    return rotated.to(x.dtype)
 
 
 # --- a block --------------------------------------------------------------------------------------
@@ -176,7 +176,8 @@ class KVCache:
 
 def store(cache: Tensor, positions: Tensor, end: int, new: Tensor) -> Tensor:
     """Put `new` (B, K, T, D) into one layer's cache (B, K, length, D), as KVCache.write does."""
-    if positions.dim() == 1:
+    is_aligned = positions.dim() == 1
+    if is_aligned:
         start = end - new.size(2)
         cache[:, :, start:end] = new
     else:
