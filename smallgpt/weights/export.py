@@ -26,6 +26,7 @@ from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.export_tokenizer import tokenizer_config, tokenizer_json
+from smallgpt.weights.pretrained import model_of
 
 
 @dataclass
@@ -33,14 +34,14 @@ class Source:
     """What is exported: the best (or the given) checkpoint of a run."""
 
     found: Checkpoint
-    config: GPTConfig
     model: GPT | GPTClassifier  # in float32 on the CPU, without dropout
     tokenizer: Tokenizer
     head: dict[str, Any] | None  # of a classifier, as its run recorded it
 
     @property
-    def gpt(self) -> GPT:
-        return self.model.gpt if self.head else self.model
+    def config(self) -> GPTConfig:
+        gpt = self.model.gpt if self.head else self.model
+        return gpt.config
 
     @property
     def longest(self) -> int:
@@ -73,20 +74,11 @@ class Source:
 def open_source(path: str) -> Source:
     """The checkpoint at path. UserError if there is none."""
     found = checkpoint.required(path)
-    tokenizer = checkpoint.tokenizer_of(found)
-    config = checkpoint.model_config(found.meta["model"], found.path)
     head = found.meta.get("head")
-    model: GPT | GPTClassifier = GPT(config)
-    if head:
-        if head.get("scale") is not None:
-            raise UserError(
-                f"{path} foretells a number: only classifiers of labels can be exported"
-            )
-        n_labels = len(head["labels"])
-        marks = head.get("marks", False)  # older versions had none
-        model = GPTClassifier(model, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
-    checkpoint.load_weights(found, model)
-    return Source(found, config, model.float().eval(), tokenizer, head)
+    if head and head.get("scale") is not None:
+        raise UserError(f"{path} foretells a number: only classifiers of labels can be exported")
+    model, tokenizer = model_of(found)
+    return Source(found, model.float().eval(), tokenizer, head)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 Llama or an export of ours), a GGUF, or a checkpoint of small-gpt.
 
     open_model      a run -> (Checkpoint, GPT, Tokenizer)
+    model_of        a Checkpoint -> its GPT or GPTClassifier, and its Tokenizer
     open_talker     what knows the turns of a dialogue -> (name, GPT, Tokenizer), to talk to
     open_trunk      any of them -> Trunk, to fine-tune
     load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import hardware
 from smallgpt.console import UserError, shell_word
 from smallgpt.files import hash_file
@@ -73,11 +74,23 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
             f"{path} is a classifier: use it with "
             f"python scripts/classify.py {shell_word(path)} TEXT, or as a trunk"
         )
+    return found, *model_of(found)
+
+
+def model_of(found: Checkpoint) -> tuple[GPT | GPTClassifier, Tokenizer]:
+    """The model of a checkpoint on the CPU, a classifier where it has a head, and its tokenizer."""
     tokenizer = checkpoint.tokenizer_of(found)
+    config = checkpoint.model_config(found.meta["model"], found.path)
+    head = found.meta.get("head")
     with lazy.SkipInit():
-        model = GPT(checkpoint.model_config(found.meta["model"], found.path))
+        model: GPT | GPTClassifier = GPT(config)
+        if head:
+            n_classes = len(head["labels"])
+            marks = head.get("marks", False)  # older versions had none
+            sep = tokenizer.sep
+            model = GPTClassifier(model, n_classes, head["pool"], head["mask"], sep, marks)
     checkpoint.load_weights(found, model)
-    return found, model, tokenizer
+    return model, tokenizer
 
 
 def open_trunk(path: str) -> Trunk:
