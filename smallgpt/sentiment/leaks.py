@@ -59,9 +59,7 @@ def _folding() -> np.ndarray:
 
 def letters(text: str) -> np.ndarray:
     """uint64 (n,): the letters of a text in lower case, without what stands between them."""
-    composed = unicodedata.normalize(
-        "NFC", text
-    )  # a letter and its accent: one code point, not two
+    composed = unicodedata.normalize("NFC", text)  # a letter and its accent are one code point
     code_points = np.frombuffer(composed.encode("utf-32-le", "replace"), np.uint32)
     folded = _folding()[code_points]
     return folded[folded > 0].astype(np.uint64)
@@ -251,11 +249,6 @@ def _open_set(source: Source) -> Corpus:
     return Corpus(name_of(source), reviews.fingerprint, texts)
 
 
-def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(content, indent=1), shared=True)
-
-
 # ---- the check
 
 
@@ -316,7 +309,9 @@ def search(tests: list[str], sources: list[Source], cache: Path) -> Search:
     result.found = held_out.found
     result.too_short = len(tests) - held_out.searchable
     if len(result.searched) == len(corpora):
-        _write(kept_file, {"found": result.found, "too_short": result.too_short})
+        content = json.dumps({"found": result.found, "too_short": result.too_short}, indent=1)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept_file, content, shared=True)
     return result
 
 
