@@ -10,7 +10,6 @@ A source that is gone, or no longer what was recorded, is not searched, and the 
 """
 
 import functools
-import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smallgpt.console import UserError
-from smallgpt.files import digest, hash_files, read_json, write_atomic
+from smallgpt.files import digest, hash_files, read_json, write_cache
 from smallgpt.parallel.world import World
 from smallgpt.sentiment import splits
 from smallgpt.sentiment.sets import READERS, Example, from_source
@@ -309,9 +308,7 @@ def search(tests: list[str], sources: list[Source], cache: Path) -> Search:
     result.found = held_out.found
     result.too_short = len(tests) - held_out.searchable
     if len(result.searched) == len(corpora):
-        content = json.dumps({"found": result.found, "too_short": result.too_short}, indent=1)
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomic(kept_file, content, shared=True)
+        write_cache(kept_file, {"found": result.found, "too_short": result.too_short})
     return result
 
 

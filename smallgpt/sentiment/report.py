@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from smallgpt import plots
-from smallgpt.files import read_json, write_atomic
+from smallgpt.files import read_json, write_atomic, write_cache
 from smallgpt.runs.metrics import MEASURES, read
 from smallgpt.sentiment.sets import DEFAULT_MEASURES, Example
 from smallgpt.sentiment.splits import Reviews
@@ -119,8 +119,7 @@ def kept_baselines(
     if are_scores(kept, reviews.measures):
         return kept
     found = compute(reviews)
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
+    write_cache(kept_file, found)
     return found
 
 
