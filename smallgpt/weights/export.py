@@ -1,8 +1,10 @@
 """A run of this project as a folder that other programs read.
 
-open_source    a run or step folder -> Source: the model, its tokenizer, what the run recorded
-new_folder     a folder that appears whole or not at all
-to_hf          for transformers and what reads its files; importing it back is pretrained.py's
+    open_source        a run or step folder -> Source: model, tokenizer, what the run recorded
+    new_folder         a folder that appears whole or not at all
+    write_tokenizer    the files that transformers' tokenizers read
+
+What each format has of its own is in export_hf.py, export_gguf.py and export_onnx.py.
 """
 
 import importlib.util
