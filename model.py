@@ -392,7 +392,9 @@ class GPT(nn.Module):
 
         segments as in `context`."""
         h = self.trunk(tokens, segments)
-        return self.lm_head(h) if targets is None else self.loss(h, targets)
+        if targets is None:
+            return self.lm_head(h)
+        return self.loss(h, targets)
 
     def trunk(
         self,
@@ -415,33 +417,33 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         start: int | Tensor = 0,
     ) -> Context:
-        """What the blocks share in a pass over tokens (B, T), or over their states (B, T, C), at
-        positions start..start+T.
+        """What the blocks share in a pass over tokens (B, T), or over hidden states (B, T, C) that
+        were made of them, at positions start..start+T.
 
         segments (B, T): numbers of the texts packed into a row; a position sees only its own text
         and counts from its beginning. cache: keys and values of positions 0..start, to which
         those of this pass are added. start (B,): each row has its own."""
         T = tokens.size(1)
-        offsets = torch.arange(T, device=tokens.device)
+        device = tokens.device
         if isinstance(start, Tensor):
-            positions = start[:, None] + offsets  # (B, T)
             end = int(start.max()) + T
+            positions = start[:, None] + torch.arange(T, device=device)  # (B, T)
         else:
-            positions = start + offsets  # (T,)
             end = start + T
+            positions = torch.arange(start, end, device=device)  # (T,)
         assert end <= self.config.block_size, (
             f"{end} tokens exceed block_size={self.config.block_size}"
         )
         mask = None
         if segments is not None:
             positions = positions_in_texts(segments)  # (B, T)
-            queries = segments[:, :, None]
-            keys = segments[:, None, :]
-            is_same_text = queries == keys  # (B, T, T)
+            of_query = segments[:, :, None]
+            of_key = segments[:, None, :]
+            is_same_text = of_query == of_key  # (B, T, T)
             mask = is_same_text.tril()[:, None]
         elif cache is not None and end > T and positions.numel() > 1:
             # there are more keys than queries: a kernel's own causal mask does not know the start
-            keys = torch.arange(end, device=tokens.device)
+            keys = torch.arange(end, device=device)
             is_seen = keys <= positions[..., None]  # (T, end) or (B, T, end)
             mask = is_seen.view(-1, 1, T, end)
         angles = None
@@ -533,7 +535,9 @@ class GPT(nn.Module):
         if end < self.config.n_layer:
             return x
         h = self.norm(x)
-        return self.lm_head(h) if targets is None else self.loss(h, targets)
+        if targets is None:
+            return self.lm_head(h)
+        return self.loss(h, targets)
 
     def compile_parts(self) -> str:
         """torch.compile, one block compiled once and used for all: a third of the whole model's
