@@ -23,12 +23,21 @@ from smallgpt.weights.forms import Form
 
 # What config.json of a Llama may hold. The first value is what transformers takes where there is
 # none.
-LLAMA_FIELDS = {
+LLAMA_FORM = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "rope_scaling": (None,),
     "quantization_config": (None,),
+}
+SIZES = {  # theirs -> ours
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "hidden_size": "n_embd",
+    "intermediate_size": "mlp_width",
 }
 
 
@@ -52,7 +61,7 @@ def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
     equal."""
     form = form_in(file, found)
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
-    sizes = llama.read_sizes(found, llama.SIZES, file)
+    sizes = llama.read_sizes(found, SIZES, file)
     head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
     llama.check_head_size(head_size, sizes, file)
     numbers = {
@@ -69,7 +78,7 @@ def form_in(file: Path, found: dict[str, Any]) -> Form:
     """The class that config.json names. UserError where it computes something else than model.GPT
     can."""
     if found["model_type"] == "llama":
-        gpt2.check_fields(found, LLAMA_FIELDS, file, "Llama")
+        gpt2.check_fields(found, LLAMA_FORM, file, "Llama")
         found.setdefault("rope_theta", 10000.0)  # as transformers takes them
         found.setdefault("rms_norm_eps", 1e-6)
         return forms.LLAMA

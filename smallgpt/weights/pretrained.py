@@ -42,20 +42,14 @@ SMALL_GPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "b
 @dataclass
 class Trunk:
     """A pretrained model. Its tokenizer may have more ids than it has rows: `load_trunk` gives them
-    some.
-
-    A source is a dictionary of one of three kinds:
-        {"kind": "text", "path": "/data/chat.txt", "weight": 1.0, "sha256": "9f86..."}
-        {"kind": "set", "settings": {...}, "fingerprint": "..."}    a labelled set's training split
-        {"kind": "unknown", "name": "the text of gpt2"}             it cannot be searched
-    """
+    some."""
 
     config: GPTConfig  # vocab_size = rows of the weights
     weights: Mapping[str, Tensor]  # float32; no lm_head.weight where it is tied
     tokenizer: Tokenizer
     rows: int  # of the embedding that come from pretraining; ids >= rows are new
     name: str  # for reports
-    sources: list[dict[str, Any]]  # what it was trained on, as far as is known
+    sources: list[dict[str, Any]]  # what it was trained on, as sentiment/leaks.py reads it
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
 
 
