@@ -14,7 +14,6 @@ from typing import Any
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.tokenizer import BPE_PATTERN, Tokenizer
 from smallgpt.weights import forms, names
@@ -125,7 +124,7 @@ def tensors(source: Source, form: Form) -> Iterator[tuple[str, Tensor]]:
     c = source.config
     weights = source.weights()
     if form is forms.GPT2:
-        weights = with_biases(weights, c)
+        weights = forms.as_gpt2(weights, c.n_layer)
     elif c.tie_weights:
         weights["lm_head.weight"] = weights["wte.weight"]  # its apertus wants it
     heads = {"q": c.n_head, "k": c.kv_heads}
@@ -134,16 +133,6 @@ def tensors(source: Source, form: Form) -> Iterator[tuple[str, Tensor]]:
         if form.model_type in names.PAIRED and f".attn.{letter}." in name and letter in heads:
             weight = names.to_pairs(weight, heads[letter])
         yield names.rename(name, names.GGUF), forms.as_saved(weight)
-
-
-def with_biases(weights: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
-    """GPT-2's: q, k and v in one, and a bias everywhere."""
-    turned = forms.to_conv1d(weights, c.n_layer)
-    found = {}
-    for name, weight in turned.items():
-        is_turned = name.endswith(forms.gpt2.CONV1D)  # transformers has (in, out), llama.cpp not
-        found[name] = weight.t() if is_turned else weight
-    return found
 
 
 # --- the tokenizer --------------------------------------------------------------------------------
