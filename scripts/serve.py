@@ -24,7 +24,7 @@ from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.sampling import SampleSettings
 from smallgpt.settings import Count, Device, PositiveFloat
-from smallgpt.weights.pretrained import is_llama, is_of_transformers
+from smallgpt.weights.pretrained import is_foreign
 
 PAGE = Path(__file__).with_name("chat.html")
 LOOPBACK = ["127.0.0.1", "localhost", "::1"]
@@ -88,8 +88,7 @@ def main() -> None:
 
 def is_classifier(path: str) -> bool:
     """Is there a run of sentiment_train.py? UserError if there is nothing that can be opened."""
-    is_foreign = is_llama(path) or is_of_transformers(Path(path))
-    return not is_foreign and "head" in checkpoint.required(path).meta
+    return not is_foreign(path) and "head" in checkpoint.required(path).meta
 
 
 def is_loopback(host: str) -> bool:

@@ -116,7 +116,7 @@ CLASSIFIERS = (
 # What hugging_face.py reads, by the model_type and hidden_act of config.json.
 LLAMA_LIKE = {
     (form.model_type, form.fields["hidden_act"]): form
-    for form in (QWEN3, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
+    for form in (LLAMA, QWEN3, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
 }
 
 

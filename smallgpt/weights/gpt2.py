@@ -154,15 +154,7 @@ def read_config(file: Path) -> GPTConfig:
         raise UserError(f"{file} is missing: put the one there that was saved with the weights")
     config = read_json(file)
     check_fields(config, GPT2_FORM, file, "GPT-2")
-    sizes = {}
-    for theirs, ours in SIZES.items():
-        value = config.get(theirs)
-        if type(value) is not int or value < 1:
-            raise UserError(
-                f"{file} is no config of a GPT-2: {theirs} is {value!r}, and must be a size; "
-                "download it again"
-            )
-        sizes[ours] = value
+    sizes = read_sizes(config, SIZES, file)
     width = 4 * sizes["n_embd"]
     if config.get("n_inner") not in (None, width):
         raise UserError(
@@ -176,6 +168,19 @@ def read_config(file: Path) -> GPTConfig:
         )
     own = {"norm_eps": epsilon, "tie_weights": bool(config.get("tie_word_embeddings", True))}
     return checkpoint.model_config(FORM | sizes | own, file)
+
+
+def read_sizes(found: dict[str, Any], table: dict[str, str], file: Path) -> dict[str, int]:
+    """The sizes of a model by our names. UserError if one is missing or none."""
+    sizes = {}
+    for theirs, ours in table.items():
+        value = found.get(theirs)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{file} is damaged: {theirs} is {value!r}, and must be a size; download it again"
+            )
+        sizes[ours] = value
+    return sizes
 
 
 # --- weights --------------------------------------------------------------------------------------
