@@ -36,6 +36,7 @@ from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import STAND_INS, Tokenizer, bytes_of, named
 from smallgpt.weights.export_tokenizer import is_exported, read_exported
+from smallgpt.weights.names import GPT2, SMALL_GPT, inverse, rename
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)  # of weights that are kept in shards
@@ -66,32 +67,7 @@ SIZES = {  # theirs -> ours
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
-NAMES = {  # theirs -> ours
-    "wte": "wte",
-    "wpe": "wpe",
-    "ln_1": "norm1",
-    "ln_2": "norm2",
-    "ln_f": "norm",
-    "attn.c_attn": "attn.qkv",
-    "attn.c_proj": "attn.proj",
-    "mlp.c_fc": "mlp.fc",
-    "mlp.c_proj": "mlp.proj",
-}
-SMALL_GPT_NAMES = {
-    "ln1": "norm1",
-    "ln2": "norm2",
-    "attention.W_q": "attn.q",
-    "attention.W_k": "attn.k",
-    "attention.W_v": "attn.v",
-    "attention.out_net": "attn.proj",
-    "ffn.dense1": "mlp.fc",
-    "ffn.out_net": "mlp.proj",
-}
-ALL_NAMES = NAMES | SMALL_GPT_NAMES
-# _orig_mod.transformer.h.3.mlp.c_fc.bias: block 3, part mlp.c_fc, kind bias
-TENSOR_NAME = re.compile(
-    r"(?:_orig_mod\.)?(?:transformer\.)?(?:h\.(?P<block>\d+)\.)?(?P<part>.+)\.(?P<kind>weight|bias)"
-)
+OURS = inverse(GPT2) | inverse(SMALL_GPT)  # theirs -> ours
 CONV1D = ("qkv.weight", "proj.weight", "fc.weight")
 
 TOKENIZER_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
@@ -260,20 +236,11 @@ def trunk_weights(theirs: Weights) -> Weights:
     """The tensors of a trunk, in float32, by our names; masks and heads are left out."""
     weights = {}
     for their_name, tensor in theirs.tensors.items():
-        name = our_name(their_name)
+        plain = their_name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        name = rename(plain, OURS)
         if name:
             weights[name] = tensor.then(Tensor.float)
     return Weights(weights)
-
-
-def our_name(theirs: str) -> str:
-    """transformer.h.3.mlp.c_fc.bias -> blocks.3.mlp.fc.bias; empty for a mask or a head."""
-    match = TENSOR_NAME.fullmatch(theirs)
-    part = ALL_NAMES.get(match["part"]) if match else None
-    if part is None:
-        return ""
-    name = f"{part}.{match['kind']}"
-    return name if match["block"] is None else f"blocks.{match['block']}.{name}"
 
 
 def from_conv1d(weights: Weights) -> Weights:
