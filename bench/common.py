@@ -141,19 +141,6 @@ def gpt2_of_hugging_face(args: argparse.Namespace):
     return GPT2LMHeadModel(config)
 
 
-def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> None:
-    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings."""
-    from smallgpt.optim import check_finite, lr_factor, set_lr, update
-
-    set_lr(optimizers, lr_factor(at, 1000, s))
-    nats = strategy.forward_backward(batches, lambda run, inputs: run(*inputs), 1 / targets)
-    norm = strategy.clip(optimizers, s.clip)
-    loss = float(nats) / targets
-    norm = float(norm)
-    check_finite(loss, norm, strategy.scaler, at, 0)
-    update(optimizers, strategy.scaler, norm)
-
-
 def version_of(package: str) -> str:
     try:
         return metadata.version(package)
