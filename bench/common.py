@@ -121,24 +121,37 @@ def import_nanogpt(path: str):
     return module
 
 
-def gpt2_of_hugging_face(args: argparse.Namespace):
-    """GPT2LMHeadModel of the shape of args, with fused attention. Its biases cannot be turned
-    off."""
+def gpt2_of_hugging_face(args, dropout: float = 0.0):
+    """GPT2LMHeadModel of the shape of args (or of a GPTConfig), with fused attention. Its biases
+    cannot be turned off."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise Skip("the package transformers is not installed") from None
 
-    sizes = shape(args)
-    config = GPT2Config(
-        n_positions=sizes.pop("block_size"),
-        **sizes,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=None,
+    names = {
+        "n_positions": args.block_size,
+        "resid_pdrop": dropout,
+        "embd_pdrop": dropout,
+        "attn_pdrop": dropout,
+    }
+    config = {k: v for k, v in shape(args).items() if k != "block_size"} | names
+    return GPT2LMHeadModel(
+        GPT2Config(**config, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None)
     )
-    return GPT2LMHeadModel(config)
+
+
+def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> None:
+    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings."""
+    from smallgpt.optim import check_finite, lr_factor, set_lr, update
+
+    set_lr(optimizers, lr_factor(at, 1000, s))
+    nats = strategy.forward_backward(batches, lambda run, inputs: run(*inputs), 1 / targets)
+    norm = strategy.clip(optimizers, s.clip)
+    loss = float(nats) / targets
+    norm = float(norm)
+    check_finite(loss, norm, strategy.scaler, at, 0)
+    update(optimizers, strategy.scaler, norm)
 
 
 def version_of(package: str) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,8 @@ def test_real_contenders(chat_file, tmp_path, capsys, monkeypatch):
     command = [str(config), *(f"{name}={value}" for name, value in keys.items())]
     options = ["--side-by-side", "--steps", "12", "--out", str(tmp_path / "out")]
     names = ["ours", "gpt2"]
+    if find_spec("transformers"):
+        names.append("hf")
     if nanogpt:
         names += ["nanogpt-char", "nanogpt-bpe"]
         options += ["--nanogpt", nanogpt]
