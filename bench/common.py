@@ -13,13 +13,14 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -56,16 +57,26 @@ class Contender:
     why: str  # of the precision and of the compilation
 
 
-def arguments(doc: str) -> argparse.ArgumentParser:
-    """The options every benchmark has."""
-    p = argparse.ArgumentParser(
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Options, with the page of a benchmark as its --help."""
+    return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_shape(p: argparse.ArgumentParser) -> None:
+    """The options of a model."""
     p.add_argument("--n-layer", type=int, default=6)
     p.add_argument("--n-head", type=int, default=6)
     p.add_argument("--n-embd", type=int, default=384)
     p.add_argument("--block-size", type=int, default=256)
     p.add_argument("--vocab-size", type=int, default=8000)
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The options of the benchmarks that have contenders."""
+    p = parser(doc)
+    add_shape(p)
     p.add_argument("--rounds", type=int, default=5, help="timed rounds of each contender")
     p.add_argument(
         "--threads",
@@ -158,6 +169,50 @@ def cpu_name() -> str:
         (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")),
         platform.processor(),
     )
+
+
+def write_chats(file: Path) -> None:
+    """Chats of random letters: what they say does not matter."""
+    draw = random.Random(0)
+    alphabet = "abcdefghijklmnopqrstuvwxyz "
+    chats = ["".join(draw.choices(alphabet, k=200)) for _ in range(10_000)]
+    file.write_text("\n\n".join(chats), encoding="utf-8")
+
+
+def torchrun(processes: int) -> list[str]:
+    """The beginning of a command on so many processes of this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *launcher]
+
+
+def run_group(processes: int, words: list[str], threads: int = 1) -> None:
+    """Run a script on so many processes with so many threads each, 0 = PyTorch's default. Exits if
+    it fails."""
+    env = dict(os.environ)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    command = [*torchrun(processes), *words]
+    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} failed on {processes} process(es)")
+
+
+# --- tables in Markdown
+
+
+def row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def heading(titles: Sequence[str]) -> str:
+    """The first row of a table, and the rule below it."""
+    return f"{row(titles)}\n{row(['---'] * len(titles))}"
+
+
+def spread(values: list[float], form: str = ",.0f", unit: str = "") -> str:
+    """1,234 (1,200 to 1,260): the median of the rounds, and their range."""
+    middle = statistics.median(values)
+    return f"{middle:{form}}{unit} ({min(values):{form}} to {max(values):{form}})"
 
 
 # --- in the process of a contender
@@ -295,7 +350,7 @@ def table(workers: list[Worker], args: argparse.Namespace) -> str:
         "peak memory",
         "why",
     ]
-    rows = [heads, ["---"] * len(heads)]
+    lines = [heading(heads)]
     for w in workers:
         speed, about, last = w.speeds(), w.about, w.samples[-1]
         ratio = [x / y for x, y in zip(ours, speed, strict=True)]
@@ -304,14 +359,14 @@ def table(workers: list[Worker], args: argparse.Namespace) -> str:
             w.name,
             about["precision"],
             "yes" if about["compiled"] else "no",
-            f"{statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})",
-            f"{statistics.median(ratio):.2f}x ({min(ratio):.2f} to {max(ratio):.2f})",
+            spread(speed),
+            spread(ratio, ".2f", "x"),
             *([f"{utilisation(w, args):.1%}"] if has_mfu else []),
             f"{memory / 2**20:,.0f} MiB",
             about["why"],
         ]
-        rows.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        lines.append(row(cells))
+    return "\n".join(lines)
 
 
 def compete(

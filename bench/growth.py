@@ -328,7 +328,8 @@ def main() -> None:
 
 def compare(group: list[Point], args: argparse.Namespace) -> tuple[list[Measured], dict]:
     """Measure a group, print its table, and give its part of the JSON file, too."""
-    workers, skipped = start([point.name for point in group])
+    names = [point.name for point in group]
+    workers, skipped = start(names, side_by_side=args.device == "cuda")
     load = [os.getloadavg()]
     alternate(workers, args.rounds)
     load.append(os.getloadavg())

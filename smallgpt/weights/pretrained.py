@@ -100,8 +100,9 @@ def open_trunk(path: str) -> Trunk:
 
 def _open(path: str) -> Trunk:
     where = Path(path)
-    if is_llama(path):
-        return _open_llama(path)
+    if is_gguf(path):
+        file = where if where.exists() else llama.of_package(path)
+        return _published(path, *llama.read(file))
     if where.is_file():
         return _open_small_gpt(where)
     if is_of_transformers(where):
@@ -137,7 +138,7 @@ def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
     Path is what `open_model` opens; a Llama: a folder, a GGUF, or smollm2; or an export of ours.
     Tokens that these have never read are rows of zeros."""
     where = Path(path)
-    if not (is_llama(path) or is_of_transformers(where)):
+    if not is_foreign(path):
         found, model, tokenizer = open_model(path)
         return str(found.path), model, tokenizer
     if hugging_face.is_classifier(where):
@@ -156,9 +157,23 @@ def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
     return trunk.name, model, trunk.tokenizer
 
 
+def is_foreign(path: str) -> bool:
+    """Is this no run of ours, but a GGUF or a folder of transformers?"""
+    return is_gguf(path) or is_of_transformers(Path(path))
+
+
 def is_of_transformers(folder: Path) -> bool:
     """Is this a folder as transformers saves it? That of a step has a model.safetensors, too."""
-    return gpt2.has_files(folder) and not folder.name.startswith("step-")
+    is_step = folder.name.startswith("step-") and not (folder / "config.json").is_file()
+    return gpt2.has_files(folder) and not is_step
+
+
+def is_gguf(path: str) -> bool:
+    """Is this a GGUF, or the name of one that can be installed?"""
+    where = Path(path)
+    if where.is_file():
+        return gguf.is_gguf(where) or where.suffix == ".gguf"
+    return path in llama.PACKAGES and not where.exists()
 
 
 @functools.cache
@@ -219,20 +234,6 @@ def _unknown(name: str) -> dict[str, Any]:
 
 
 # --- models of others -----------------------------------------------------------------------------
-
-
-def is_llama(path: str) -> bool:
-    """Is this the GGUF of a Llama, or the name of one that can be installed?"""
-    where = Path(path)
-    if where.is_file():
-        return gguf.is_gguf(where) or where.suffix == ".gguf"
-    return path in llama.PACKAGES and not where.exists()
-
-
-def _open_llama(path: str) -> Trunk:
-    where = Path(path)
-    file = where if where.exists() else llama.of_package(path)
-    return _published(path, *llama.read_gguf(file))
 
 
 def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
