@@ -583,8 +583,9 @@ class GPTClassifier(nn.Module):
         self.sep = sep
         self.first_block = 0  # the first that trains; those below are frozen
         C = gpt.config.n_embd
-        self.marks = nn.Embedding(2, C) if marks else None
-        if self.marks is not None:
+        self.marks = None
+        if marks:
+            self.marks = nn.Embedding(2, C)
             nn.init.zeros_(self.marks.weight)
         self.head = nn.Linear(C, n_classes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
