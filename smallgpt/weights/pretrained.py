@@ -13,7 +13,6 @@ shapes; a tensor is read when it is asked for. Nothing is unpickled.
 """
 
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from smallgpt import hardware
+from smallgpt import files, hardware
 from smallgpt.console import UserError, shell_word
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
@@ -281,8 +280,7 @@ def _open_small_gpt(file: Path) -> Trunk:
 
     corpus = _corpus_beside(file)
     tokenizer = _small_gpt_tokenizer(corpus, config.vocab_size)
-    with open(corpus, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256 = files.hash_file(corpus)
     source = {"kind": "text", "path": str(corpus.resolve()), "weight": 1.0, "sha256": sha256}
     return Trunk(config, weights, tokenizer, config.vocab_size, str(file), [source])
 
