@@ -115,8 +115,8 @@ def import_nanogpt(path: str):
     return module
 
 
-def gpt2_config(args: argparse.Namespace, **options):
-    """transformers' GPT-2 of the shape of args, with fused attention."""
+def gpt2_config(args, **options):
+    """transformers' GPT-2 of the shape of args (or of a GPTConfig), with fused attention."""
     try:
         from transformers import GPT2Config
     except ImportError:
@@ -128,13 +128,26 @@ def gpt2_config(args: argparse.Namespace, **options):
     return GPT2Config(attn_implementation="sdpa", **sizes, **ends, **options)
 
 
-def gpt2_of_hugging_face(args: argparse.Namespace):
-    """GPT2LMHeadModel without dropout. Its biases cannot be turned off."""
-    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+def gpt2_of_hugging_face(args, dropout: float = 0.0):
+    """GPT2LMHeadModel of this shape. Its biases cannot be turned off."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     config = gpt2_config(args, **dropouts)
     from transformers import GPT2LMHeadModel
 
     return GPT2LMHeadModel(config)
+
+
+def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> None:
+    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings."""
+    from smallgpt.optim import check_finite, lr_factor, set_lr, update
+
+    set_lr(optimizers, lr_factor(at, 1000, s))
+    nats = strategy.forward_backward(batches, lambda run, inputs: run(*inputs), 1 / targets)
+    norm = strategy.clip(optimizers, s.clip)
+    loss = float(nats) / targets
+    norm = float(norm)
+    check_finite(loss, norm, strategy.scaler, at, 0)
+    update(optimizers, strategy.scaler, norm)
 
 
 def version_of(package: str) -> str:

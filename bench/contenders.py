@@ -145,19 +145,20 @@ def nanogpt_characters(s: TrainSettings, out: Path) -> Task:
     return Task(folder, [*WORKER, "characters", str(config), str(folder)])
 
 
-# ---- this project
+# ---- this project, and Hugging Face's GPT-2 with its tokens
 
 
 class SmallGPT:
-    """train.py with these settings."""
+    """train.py with these settings; or the small loop of bench/workers.py with them."""
 
     phrases = OUR_PHRASES
 
-    def __init__(self, name: str, s: TrainSettings, out: Path):
+    def __init__(self, name: str, s: TrainSettings, out: Path, job: str = "ours"):
         """UserError where the run would begin with what another one has learnt."""
         if s.init_from:
             raise UserError(f"init_from={s.init_from}: every contender begins with nothing")
         self.name = name
+        self.job = job
         self.task = our_tokens(s, out)
         device = hardware.choose_device(s.device)
         compiled, _ = hardware.choose_compile(s.compile, device, MANY_STEPS)
@@ -176,7 +177,7 @@ class SmallGPT:
     def definition(self) -> dict[str, Any]:
         values = settings.flat(self.s)
         kept = {name: value for name, value in values.items() if name not in VOLATILE}
-        return {"job": "ours", **kept}  # results.json has had it
+        return {"job": self.job, **kept}
 
     def tasks(self) -> list[Task]:
         return [self.task]
@@ -189,7 +190,7 @@ class SmallGPT:
         config = folder / "config.yaml"
         settings.write(s, config)
         marks = evaluation_steps(steps)
-        return Launch([*WORKER, "ours", str(config), json.dumps(marks)], Path.cwd())
+        return Launch([*WORKER, self.job, str(config), json.dumps(marks)], Path.cwd())
 
     def hear(self, folder: Path, line: str) -> None:
         """It says all that there is to know."""
@@ -212,6 +213,18 @@ def plain_gpt2(s: TrainSettings) -> TrainSettings:
 
 
 # ---- nanoGPT
+
+
+# "I only have a macbook" in its README, but for what the bench decides
+README_OPTIONS = {
+    "compile": False,
+    "block_size": 64,
+    "batch_size": 12,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_embd": 128,
+    "dropout": 0.0,
+}
 
 
 def shape_options(s: TrainSettings) -> dict[str, Any]:
@@ -327,21 +340,26 @@ def set_seed(script: Path, seed: int) -> None:
 # ---- by name
 
 
-OURS = ("ours", "gpt2")
-NANOGPTS = ("nanogpt-char", "nanogpt-bpe")
+OURS = ("ours", "gpt2", "hf")
+NANOGPTS = ("nanogpt-char", "nanogpt-char-readme", "nanogpt-bpe")
 
 
 def make_contender(name: str, s: TrainSettings, out: Path, nanogpt: Path | None) -> Contender:
-    """One of OURS or NANOGPTS, which all get the text and the shape of the settings."""
+    """One of OURS or NANOGPTS, which all get the text of the settings, and most their shape."""
     if name == "ours":
         return SmallGPT(name, s, out)
     if name == "gpt2":
         return SmallGPT(name, plain_gpt2(s), out)
+    if name == "hf":
+        return SmallGPT(name, plain_gpt2(s), out, job="hf")
     if nanogpt is None:
         raise UserError(f"{name} needs a checkout of nanoGPT: add --nanogpt PATH")
     ours = SmallGPT("ours", s, out)
     device = hardware.choose_device(s.device).type
+    options = shape_options(ours.s)
     tasks = [nanogpt_characters(s, out)]
-    if name == "nanogpt-bpe":
+    if name == "nanogpt-char-readme":
+        options = README_OPTIONS
+    elif name == "nanogpt-bpe":
         tasks = [*ours.tasks(), nanogpt_tokens(s, ours.task, out)]
-    return NanoGPT(name, nanogpt, device, shape_options(ours.s), tasks)
+    return NanoGPT(name, nanogpt, device, options, tasks)

@@ -20,6 +20,7 @@ from common import (
     gpt2_of_hugging_face,
     import_nanogpt,
     shape,
+    training_step,
 )
 
 CPU_WITHOUT_BF16 = "this CPU has no bf16 matrix instructions"
@@ -48,14 +49,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
 
     from model import GPT, GPTConfig
     from smallgpt import hardware
-    from smallgpt.optim import (
-        OptimSettings,
-        check_finite,
-        lr_factor,
-        make_optimizers,
-        set_lr,
-        update,
-    )
+    from smallgpt.optim import OptimSettings, make_optimizers
     from smallgpt.parallel.strategy import Spread
     from smallgpt.parallel.world import World
 
@@ -73,11 +67,7 @@ def ours(args: argparse.Namespace, form: dict) -> Contender:
 
     def step() -> None:
         nonlocal at
-        set_lr(optimizers, lr_factor(at, 1000, s))
-        nats = strategy.forward_backward([(x, y)], lambda run, inputs: run(*inputs), 1 / targets)
-        norm = float(strategy.clip(optimizers, s.clip))
-        check_finite(float(nats) / targets, norm, strategy.scaler, at, 0)
-        update(optimizers, strategy.scaler, norm)
+        training_step(strategy, optimizers, s, at, [(x, y)], targets)
         at += 1
 
     return Contender(

@@ -6,10 +6,12 @@ Every contender is trained for --minutes, start, compilation and tokenising incl
 bits per byte on the same held-out dialogues. What it spends on evaluating and saving does not
 count. They take turns with all cores, or with --side-by-side have one core each.
 
-    ours          train.py with the settings as given
-    gpt2          train.py with GPT-2's form and AdamW, the same shape
-    nanogpt-char  nanoGPT's train.py and its settings for characters, the same shape
-    nanogpt-bpe   nanogpt-char, but with our tokens
+    ours                 train.py with the settings as given
+    gpt2                 train.py with GPT-2's form and AdamW, the same shape
+    hf                   Hugging Face's GPT-2, with the tokens, batches and AdamW of gpt2
+    nanogpt-char         nanoGPT's train.py and its settings for characters, the same shape
+    nanogpt-char-readme  the same with the shape that its README names for a CPU
+    nanogpt-bpe          nanogpt-char, but with our tokens
 
 --ablate 'NAME: key=value ...' adds ours with these settings, as often as it is given.
 
@@ -33,6 +35,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -363,7 +366,12 @@ def make_contenders(args: argparse.Namespace, out: Path) -> list[Contender]:
     """Those that the command names. UserError where one of them cannot be."""
     names = args.contenders
     if names is None:
-        names = [*OURS, *NANOGPTS] if args.nanogpt else list(OURS)
+        names = list(OURS)
+        if not find_spec("transformers"):
+            names.remove("hf")
+            say("transformers is not installed: without hf")
+        if args.nanogpt:
+            names += NANOGPTS
     words = [args.config, *args.changes, f"device={args.device}"]
     s = settings.load(TrainSettings, words)
     nanogpt = args.nanogpt and args.nanogpt.resolve()

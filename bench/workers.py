@@ -62,6 +62,15 @@ def train_ours(config: str, evaluate_at: str) -> int:
     return train.main()
 
 
+def train_hugging_face(config: str, evaluate_at: str) -> None:
+    """Hugging Face's GPT-2."""
+    from bench import hugging_face
+
+    steps = json.loads(evaluate_at)
+    marks = set(steps)
+    hugging_face.main(config, marks)
+
+
 # ---- preparations: each prints a line when it is done, and then the bytes that are held out
 
 
@@ -225,6 +234,7 @@ def blocks(ids: np.ndarray, block_size: int) -> Iterator[tuple[np.ndarray, np.nd
 
 JOBS = {
     "ours": train_ours,
+    "hf": train_hugging_face,
     "tokens": tokens,
     "token_ids": token_ids,
     "characters": characters,

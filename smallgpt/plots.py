@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # it takes a second to import
 CHINESE = re.compile("CJK|YaHei|SimHei|PingFang|Hiragino|WenQuanYi|Arial Unicode")
 
 
-def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any]:
+def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple["Figure", Any]:
     """An empty figure of so many inches and its axes, an array of them for several.
 
     It needs no display. Chinese labels are drawn where a font has them; a label may hold `$`."""
@@ -24,7 +24,7 @@ def figure(width: float, height: float, columns: int = 1) -> tuple["Figure", Any
     rcParams["font.family"] = ["DejaVu Sans", *chinese]
     rcParams["text.parse_math"] = False
     fig = Figure(figsize=(width, height), layout="constrained")
-    return fig, fig.subplots(1, columns)
+    return fig, fig.subplots(rows, columns)
 
 
 def save(fig: "Figure", file: Path) -> None:
