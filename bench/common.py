@@ -78,12 +78,6 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     p = parser(doc)
     add_shape(p)
     p.add_argument("--rounds", type=int, default=5, help="timed rounds of each contender")
-    p.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        help="torch threads of each contender (0 = torch's default)",
-    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--eager", action="store_true", help="nobody is compiled")
     p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
@@ -121,24 +115,26 @@ def import_nanogpt(path: str):
     return module
 
 
-def gpt2_of_hugging_face(args, dropout: float = 0.0):
-    """GPT2LMHeadModel of the shape of args (or of a GPTConfig), with fused attention. Its biases
-    cannot be turned off."""
+def gpt2_config(args, **options):
+    """transformers' GPT-2 of the shape of args (or of a GPTConfig), with fused attention."""
     try:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2Config
     except ImportError:
         raise Skip("the package transformers is not installed") from None
 
-    names = {
-        "n_positions": args.block_size,
-        "resid_pdrop": dropout,
-        "embd_pdrop": dropout,
-        "attn_pdrop": dropout,
-    }
-    config = {k: v for k, v in shape(args).items() if k != "block_size"} | names
-    return GPT2LMHeadModel(
-        GPT2Config(**config, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None)
-    )
+    sizes = shape(args)
+    sizes["n_positions"] = sizes.pop("block_size")
+    ends = {"bos_token_id": 0, "eos_token_id": None}
+    return GPT2Config(attn_implementation="sdpa", **sizes, **ends, **options)
+
+
+def gpt2_of_hugging_face(args, dropout: float = 0.0):
+    """GPT2LMHeadModel of this shape. Its biases cannot be turned off."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    config = gpt2_config(args, **dropouts)
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel(config)
 
 
 def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> None:
@@ -165,10 +161,11 @@ def cpu_name() -> str:
     """The processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next(
-        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")),
-        platform.processor(),
-    )
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor()
 
 
 def write_chats(file: Path) -> None:
@@ -232,8 +229,6 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
     from smallgpt import hardware
 
     cuda = args.device == "cuda"
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     began = time.perf_counter()
     try:
@@ -275,9 +270,7 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
         if cuda:
             torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        unit = (
-            1 if sys.platform == "darwin" else 1024
-        )  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes, and KiB on Linux
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         say(
             seconds=seconds,

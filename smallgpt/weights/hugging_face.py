@@ -60,14 +60,13 @@ def read(folder: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
 def read_config(file: Path, found: dict[str, Any]) -> tuple[Form, GPTConfig]:
     """config.json as a Form and a GPTConfig. UserError names the field that model.GPT cannot
     equal."""
-    kind = (found["model_type"], found.get("hidden_act"))
-    if found["model_type"] == "llama":
+    name = found["model_type"]
+    if name == "llama":
         found = LLAMA_DEFAULTS | found
-        kind = ("llama", found["hidden_act"])
-    form = forms.LLAMA_LIKE.get(kind)
+    activation = found.get("hidden_act")
+    form = forms.LLAMA_LIKE.get((name, activation))
     if form is None:
-        known = [f"{name} with {activation}" for name, activation in forms.LLAMA_LIKE]
-        name, activation = kind
+        known = [" with ".join(kind) for kind in forms.LLAMA_LIKE]
         raise UserError(
             f"{file}: model_type is {name!r} with hidden_act {activation!r}; only gpt2, "
             f"{', '.join(known)} can be opened here"
