@@ -137,8 +137,9 @@ def gpt2_of_hugging_face(args, dropout: float = 0.0):
     return GPT2LMHeadModel(config)
 
 
-def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> None:
-    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings."""
+def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> float:
+    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings. Returns the
+    loss."""
     from smallgpt.optim import check_finite, lr_factor, set_lr, update
 
     set_lr(optimizers, lr_factor(at, 1000, s))
@@ -148,6 +149,7 @@ def training_step(strategy, optimizers: list, s, at: int, batches: list, targets
     norm = float(norm)
     check_finite(loss, norm, strategy.scaler, at, 0)
     update(optimizers, strategy.scaler, norm)
+    return loss
 
 
 def version_of(package: str) -> str:
