@@ -196,6 +196,19 @@ def run_group(processes: int, words: list[str], threads: int = 1) -> None:
         sys.exit(f"{' '.join(words)} failed on {processes} process(es)")
 
 
+def memory_of_this(name: str) -> float:
+    """MiB of this process: VmRSS, which it holds, or VmHWM, at most so far. Linux only."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    kibibytes, *_ = status.partition(f"{name}:")[2].split()
+    return int(kibibytes) / 1024
+
+
+def numbers_of(*words: str) -> list[float]:
+    """The numbers that a script prints, run in a process of its own."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    return list(map(float, done.stdout.split()))
+
+
 # --- tables in Markdown
 
 
