@@ -6,7 +6,7 @@
     their_config      config.json of a model
     their_tensors     model.safetensors of a model
 
-The names of tensors are in names.py, GPT-2's in gpt2.py.
+The names of tensors are in names.py.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,6 @@ from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.weights import gpt2, names
 
-GPT2_NAMES = {}  # ours -> theirs
-for theirs, ours in gpt2.NAMES.items():
-    is_in_block = ours not in ("wte", "wpe", "norm")
-    GPT2_NAMES[f"blocks.#.{ours}" if is_in_block else ours] = (
-        f"transformer.h.#.{theirs}" if is_in_block else f"transformer.{theirs}"
-    )
 HEADS = {"lm_head": "lm_head", "head": "score"}  # of all classes
 
 LLAMA_SIZES = {  # theirs -> ours
@@ -70,7 +64,7 @@ GPT2 = Form(
     needs={"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "n_kv_head": 0},
     fields={"activation_function": "gelu_new"},
     sizes=gpt2.SIZES,
-    names=GPT2_NAMES,
+    names={ours: f"transformer.{theirs}" for ours, theirs in names.GPT2.items()},
 )
 QWEN3 = Form(
     "Qwen3ForCausalLM",
@@ -116,7 +110,7 @@ CLASSIFIERS = (
 # What hugging_face.py reads, by the model_type and hidden_act of config.json.
 LLAMA_LIKE = {
     (form.model_type, form.fields["hidden_act"]): form
-    for form in (QWEN3, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
+    for form in (LLAMA, QWEN3, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
 }
 
 

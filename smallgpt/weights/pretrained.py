@@ -13,7 +13,6 @@ shapes; a tensor is read when it is asked for. Nothing is unpickled.
 """
 
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from smallgpt import hardware
+from smallgpt import files, hardware
 from smallgpt.console import UserError, shell_word
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
@@ -93,8 +92,9 @@ def open_trunk(path: str) -> Trunk:
 
 def _open(path: str) -> Trunk:
     where = Path(path)
-    if is_llama(path):
-        return _open_llama(path)
+    if is_gguf(path):
+        file = where if where.exists() else llama.of_package(path)
+        return _published(path, *llama.read(file))
     if where.is_file():
         return _open_small_gpt(where)
     if is_of_transformers(where):
@@ -130,7 +130,7 @@ def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
     Path is what `open_model` opens; a Llama: a folder, a GGUF, or smollm2; or an export of ours.
     Tokens that these have never read are rows of zeros."""
     where = Path(path)
-    if not (is_llama(path) or is_of_transformers(where)):
+    if not is_foreign(path):
         found, model, tokenizer = open_model(path)
         return str(found.path), model, tokenizer
     if hugging_face.is_classifier(where):
@@ -149,9 +149,23 @@ def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
     return trunk.name, model, trunk.tokenizer
 
 
+def is_foreign(path: str) -> bool:
+    """Is this no run of ours, but a GGUF or a folder of transformers?"""
+    return is_gguf(path) or is_of_transformers(Path(path))
+
+
 def is_of_transformers(folder: Path) -> bool:
     """Is this a folder as transformers saves it? That of a step has a model.safetensors, too."""
-    return gpt2.has_files(folder) and not folder.name.startswith("step-")
+    is_step = folder.name.startswith("step-") and not (folder / "config.json").is_file()
+    return gpt2.has_files(folder) and not is_step
+
+
+def is_gguf(path: str) -> bool:
+    """Is this a GGUF, or the name of one that can be installed?"""
+    where = Path(path)
+    if where.is_file():
+        return gguf.is_gguf(where) or where.suffix == ".gguf"
+    return path in llama.PACKAGES and not where.exists()
 
 
 @functools.cache
@@ -214,25 +228,6 @@ def _unknown(name: str) -> dict[str, Any]:
 # --- models of others -----------------------------------------------------------------------------
 
 
-def is_llama(path: str) -> bool:
-    """Is this a GGUF, a folder with a Llama, or the name of one that can be installed?"""
-    where = Path(path)
-    if where.is_file():
-        return gguf.is_gguf(where) or where.suffix == ".gguf"
-    config = where / "config.json"
-    if config.is_file():
-        return gpt2.read_json(config).get("model_type") == "llama"
-    return path in llama.PACKAGES and not where.exists()
-
-
-def _open_llama(path: str) -> Trunk:
-    where = Path(path)
-    if not where.exists():
-        where = llama.of_package(path)
-    read = llama.read_folder if where.is_dir() else llama.read_gguf
-    return _published(path, *read(where))
-
-
 def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
     """The trunk of files that do not tell what it was trained on."""
     rows = config.vocab_size
@@ -285,8 +280,7 @@ def _open_small_gpt(file: Path) -> Trunk:
 
     corpus = _corpus_beside(file)
     tokenizer = _small_gpt_tokenizer(corpus, config.vocab_size)
-    with open(corpus, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    sha256 = files.hash_file(corpus)
     source = {"kind": "text", "path": str(corpus.resolve()), "weight": 1.0, "sha256": sha256}
     return Trunk(config, weights, tokenizer, config.vocab_size, str(file), [source])
 
