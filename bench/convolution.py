@@ -12,6 +12,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from smallgpt.tokenizer import Tokenizer, TokenizerSettings, train  # noqa: E402
 
 WIDTHS = (3, 4, 5)  # tokens under a filter
 BLOCK_SIZE = 256  # longest text in tokens, longer lose their middle
+AT_ONCE = 256  # texts of an evaluation's batch
 TOKENIZER = TokenizerSettings(kind="bpe", vocab_size=16384, lowercase=True)
 
 
@@ -54,15 +56,22 @@ class Convolution(nn.Module):
     def __init__(self, s: ConvolutionSettings, vocab_size: int, n_classes: int, pad: int):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, s.n_embd, padding_idx=pad)
-        filters = [nn.Conv1d(s.n_embd, s.filters, width) for width in WIDTHS]
-        self.filters = nn.ModuleList(filters)
+        self.filters = nn.ModuleList()
+        for width in WIDTHS:
+            self.filters.append(nn.Conv1d(s.n_embd, s.filters, width))
         self.dropout = nn.Dropout(s.dropout)
-        self.head = nn.Linear(s.filters * len(WIDTHS), n_classes)
+        n_features = s.filters * len(WIDTHS)
+        self.head = nn.Linear(n_features, n_classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        vectors = self.embedding(tokens).transpose(1, 2)  # (B, C, T)
-        found = [convolve(vectors).amax(2) for convolve in self.filters]  # (B, filters) each
-        return self.head(self.dropout(torch.cat(found, 1).relu()))
+        vectors = self.embedding(tokens)
+        by_channel = vectors.transpose(1, 2)  # (B, C, T)
+        found = []
+        for convolve in self.filters:
+            answers = convolve(by_channel)
+            found.append(answers.amax(2))  # (B, filters)
+        features = torch.cat(found, 1).relu()
+        return self.head(self.dropout(features))
 
 
 def collate(encoded: Encoded, rows, pad: int) -> Tensor:
@@ -78,10 +87,13 @@ def measure(model: Convolution, encoded: Encoded, data: splits.Reviews, pad: int
     """The set's measures of a split."""
     model.eval()
     scores = []
-    for first in range(0, len(encoded.ids), 256):
-        rows = range(first, min(first + 256, len(encoded.ids)))
-        scores.append(model(collate(encoded, rows, pad)))
-    return report.evaluate(torch.cat(scores).numpy(), encoded.labels, data.measures)
+    n_texts = len(encoded.ids)
+    for first in range(0, n_texts, AT_ONCE):
+        end = min(first + AT_ONCE, n_texts)
+        tokens = collate(encoded, range(first, end), pad)
+        scores.append(model(tokens))
+    found = torch.cat(scores).numpy()
+    return report.evaluate(found, encoded.labels, data.measures)
 
 
 def run(
@@ -101,18 +113,21 @@ def run(
     buckets = Buckets(texts.lengths, s.batch_size, seed)
     history: list[float] = []
     test: dict[str, float] = {}
+    n_steps = buckets.steps_per_epoch
     for epoch in range(s.epochs):
         model.train()
-        for step in range(buckets.steps_per_epoch):
-            rows = buckets.of(epoch * buckets.steps_per_epoch + step)
-            loss = F.cross_entropy(model(collate(texts, rows, tokenizer.pad)), labels[rows])
+        for step in range(n_steps):
+            rows = buckets.of(epoch * n_steps + step)
+            tokens = collate(texts, rows, tokenizer.pad)
+            loss = F.cross_entropy(model(tokens), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found = measure(model, encoded["validation"], data, tokenizer.pad)[data.measures[0]]
-        if found > max(history, default=-1.0):
+        found = measure(model, encoded["validation"], data, tokenizer.pad)
+        score = found[data.measures[0]]
+        if score > max(history, default=-1.0):
             test = measure(model, encoded["test"], data, tokenizer.pad)
-        history.append(found)
+        history.append(score)
     return history, test
 
 
@@ -124,21 +139,27 @@ def main() -> None:
     for name, examples in data.splits.items():
         prefix = [tokenizer.bos]
         encoded[name] = encode(examples, data.labels, tokenizer, BLOCK_SIZE, prefix)
+    main_measure = data.measures[0]
     measures = ", ".join(data.measures)
     print(f"| seed | validation after each epoch | test: {measures} | CPU seconds |")
     print("|---|---|---|---|")
-    first = []
+    scores = []
     for seed in s.seeds:
         began = time.process_time()
         history, test = run(s, seed, data, encoded, tokenizer)
         seconds = time.process_time() - began
-        after = ", ".join(f"{100 * value:.2f}" for value in history)
-        values = ", ".join(f"{100 * test[name]:.2f}" for name in data.measures)
+        after = in_percent(history)
+        values = in_percent(test[name] for name in data.measures)
         print(f"| {seed} | {after} | {values} | {seconds:.0f} |", flush=True)
-        first.append(100 * test[data.measures[0]])
-    if len(first) > 1:
-        mean, deviation = statistics.mean(first), statistics.stdev(first)
-        print(f"\n{s.set}, {data.measures[0]} on test: {mean:.2f} ± {deviation:.2f}")
+        scores.append(100 * test[main_measure])
+    if len(scores) > 1:
+        mean = statistics.mean(scores)
+        deviation = statistics.stdev(scores)
+        print(f"\n{s.set}, {main_measure} on test: {mean:.2f} ± {deviation:.2f}")
+
+
+def in_percent(values: Iterable[float]) -> str:
+    return ", ".join(f"{100 * value:.2f}" for value in values)
 
 
 if __name__ == "__main__":
