@@ -169,7 +169,7 @@ def known_keys(command: Command, help_keys: Callable[..., set[str]]) -> set[str]
     if command.script != "scripts/data.py":
         return help_keys(command.script)
     name, *rest = command.words
-    if name in ("text", "base"):
+    if name in ("text", "clean", "base"):
         return {"to", "from", "held_out", *sets.READERS}
     chosen = [word for word in rest if word.startswith("set=")]
     return help_keys(command.script, name, *chosen)
