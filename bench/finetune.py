@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from functools import cache, partial
 
-from common import Contender, arguments, compete, shape
+from common import GPT2_FORM, Contender, arguments, compete, gpt2_config, shape
 
 
 @cache
@@ -27,14 +27,6 @@ def data(path: str, count: int, vocab_size: int):
     found = splits.load(ReviewSettings(set="sst2", path=path, train_size=count))
     tokenizer = train(TokenizerSettings("bpe", vocab_size), [e.text for e in found.splits["train"]])
     return tokenizer, encode(found.splits["train"], found.labels, tokenizer, 128, [tokenizer.bos])
-
-
-def precision(args: argparse.Namespace):
-    import torch
-
-    from smallgpt import hardware
-
-    return hardware.choose_dtype("auto", torch.device(args.device))
 
 
 def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
@@ -51,16 +43,13 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
     from smallgpt.sentiment.batches import Buckets, Inputs
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
-    device, (dtype, why) = hardware.choose_device(args.device), precision(args)
-    form = dict(pos="learned", norm="layernorm", mlp="gelu", qk_norm=False, bias=True, dropout=0.1)
+    device = hardware.choose_device(args.device)
+    dtype, why = hardware.choose_dtype("auto", device)
+    form = {**GPT2_FORM, "bias": True, "dropout": 0.1}
     model = GPTClassifier(GPT(GPTConfig(**shape(args), **form)), 2).to(device).train()
     freezing.freeze(model, freeze, model.gpt.config.vocab_size)
-    if model.gpt.config.tie_weights is False:
-        model.gpt.lm_head.requires_grad_(False)
-    buckets, labels = (
-        Buckets(encoded.lengths, 32, seed=0),
-        torch.from_numpy(encoded.labels).to(device),
-    )
+    buckets = Buckets(encoded.lengths, 32, seed=0)
+    labels = torch.from_numpy(encoded.labels).to(device)
     strategy = Single(model, World(0, 1, device), dtype)
     optimizers = make_optimizers(strategy.names(), OptimSettings(lr=1e-4))
 
@@ -87,38 +76,27 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
 def hugging_face(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
     import torch
-    from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainingArguments
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import GPT2ForSequenceClassification, Trainer, TrainingArguments
+
+    from smallgpt import hardware
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
-    dtype, why = precision(args)
-    names = {k: v for k, v in shape(args).items() if k != "block_size"} | {
-        "n_positions": args.block_size
-    }
-    config = GPT2Config(
-        **names,
-        num_labels=2,
-        pad_token_id=tokenizer.pad,
-        bos_token_id=0,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
+    dtype, why = hardware.choose_dtype("auto", torch.device(args.device))
+    config = gpt2_config(args, num_labels=2, pad_token_id=tokenizer.pad)
     model = GPT2ForSequenceClassification(config)
     if freeze == "trunk":
         model.transformer.requires_grad_(False)
-    rows = [
-        {"input_ids": i, "label": y}
-        for i, y in zip(encoded.ids, encoded.labels.tolist(), strict=True)
-    ]
+    pairs = zip(encoded.ids, encoded.labels.tolist(), strict=True)
+    rows = [{"input_ids": ids, "label": label} for ids, label in pairs]
 
     def collate(batch: list[dict]) -> dict:  # what DataCollatorWithPadding does, for our tokenizer
         ids = [torch.from_numpy(row["input_ids"]) for row in batch]
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        mask = pad([torch.ones_like(i) for i in ids])
-        labels = torch.tensor([row["label"] for row in batch])
+        ones = [torch.ones_like(row) for row in ids]
         return {
-            "input_ids": pad(ids, padding_value=tokenizer.pad),
-            "attention_mask": mask,
-            "labels": labels,
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad),
+            "attention_mask": pad_sequence(ones, batch_first=True),
+            "labels": torch.tensor([row["label"] for row in batch]),
         }
 
     options = TrainingArguments(
@@ -138,7 +116,7 @@ def hugging_face(args: argparse.Namespace, freeze: str, epochs: int) -> Contende
     def train() -> None:
         Trainer(model, options, train_dataset=rows, data_collator=collate).train()
 
-    return Contender(train, epochs * len(rows), str(dtype)[6:], False, why)
+    return Contender(train, epochs * len(rows), hardware.name_of(dtype), False, why)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench.common import arguments, shape  # noqa: E402
+from bench.common import arguments, heading, row, shape, spread  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from smallgpt import console, hardware  # noqa: E402
 from smallgpt.console import UserError  # noqa: E402
@@ -91,10 +91,8 @@ def measure(args: argparse.Namespace, world: World, layout: str, dtype: torch.dt
 
 def table(found: dict[str, dict]) -> str:
     """In Markdown."""
-    lines = [
-        "| model | tokens/s: median (min to max) | speed | peak memory | losses differ by |",
-        "|---|---|---|---|---|",
-    ]
+    titles = ("model", "tokens/s: median (min to max)", "speed", "peak memory", "losses differ by")
+    lines = [heading(titles)]
     whole = found["whole"]
     for layout, result in found.items():
         speeds = result["tokens_per_second"]
@@ -103,12 +101,12 @@ def table(found: dict[str, dict]) -> str:
         difference = max(abs(mine / reference - 1) for mine, reference in pairs)
         cells = (
             layout,
-            f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
+            spread(speeds),
             f"{share:.2f}x",
             f"{result['peak'] / 2**20:,.0f} MiB",
             f"{difference:.1e}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(cells))
     return "\n".join(lines)
 
 

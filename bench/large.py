@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.common import heading, parser, row  # noqa: E402
 from smallgpt.text.tokens import DataSettings, prepare  # noqa: E402
 from smallgpt.tokenizer import TokenizerSettings  # noqa: E402
 
@@ -76,18 +77,16 @@ def one(path: str, cache: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[10**7, 10**12])
-    parser.add_argument("--files", nargs="+", type=int, default=[1, 1000])
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    p = parser(__doc__)
+    p.add_argument("--tokens", nargs="+", type=int, default=[10**7, 10**12])
+    p.add_argument("--files", nargs="+", type=int, default=[1, 1000])
+    p.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = p.parse_args()
     if args.one:
         one(*args.one)
         return
-    print("| tokens | files | start, s | batch, ms | validation, ms | MiB: then, 20 batches more |")
-    print("|---|---|---|---|---|---|")
+    titles = ["tokens", "files", "start, s", "batch, ms", "validation, ms"]
+    print(heading([*titles, "MiB: then, 20 batches more"]))
     for n_files in args.files:
         for n_tokens in args.tokens:
             with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +94,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--one", data.path, data.cache]
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             startup, train, val, before, more = map(float, out.split())
-            row = (
+            cells = (
                 f"{n_tokens:,}",
                 f"{n_files:,}",
                 f"{startup:.2f}",
@@ -103,7 +102,7 @@ def main() -> None:
                 f"{val:.1f}",
                 f"{before:.0f}, {more:.0f}",
             )
-            print(f"| {' | '.join(row)} |", flush=True)
+            print(row(cells), flush=True)
 
 
 if __name__ == "__main__":

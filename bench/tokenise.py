@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.common import heading, parser, row  # noqa: E402
 from smallgpt.text.formats import read_dialogues  # noqa: E402
 from smallgpt.text.tokens import DataSettings, prepare  # noqa: E402
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings, train  # noqa: E402
@@ -54,21 +55,17 @@ def one(corpus: Path, tokenizer: Path, cache: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--megabytes", nargs="+", type=int, default=[10, 100])
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    p = parser(__doc__)
+    p.add_argument("files", nargs="+", type=Path)
+    p.add_argument("--megabytes", nargs="+", type=int, default=[10, 100])
+    p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = p.parse_args()
     if args.one:
         one(*args.files)
         return
-    print(
-        f"{os.cpu_count()} cores\n\n| text | tokenizer | MB/s | later start, s "
-        "| peak MiB: main, largest worker |"
-    )
-    print("|---|---|---|---|---|")
+    print(f"{os.cpu_count()} cores\n")
+    titles = ("text", "tokenizer", "MB/s", "later start, s", "peak MiB: main, largest worker")
+    print(heading(titles))
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("char", "bpe"):
             tokenizer = Path(folder) / f"{kind}.json"
@@ -92,14 +89,14 @@ def main() -> None:
                 ).stdout
                 seconds, again, main_peak, worker_peak = map(float, out.split())
                 speed = corpus.stat().st_size / 1e6 / seconds
-                row = (
+                cells = (
                     f"{megabytes} MB",
                     kind,
                     f"{speed:.1f}",
                     f"{again:.3f}",
                     f"{main_peak:.0f}, {worker_peak:.0f}",
                 )
-                print(f"| {' | '.join(row)} |", flush=True)
+                print(row(cells), flush=True)
 
 
 if __name__ == "__main__":

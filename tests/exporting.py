@@ -55,7 +55,7 @@ def source_of(tokenizer: Tokenizer, **shape: object) -> Source:
     sizes = dict(vocab_size=rows, block_size=64, n_layer=2, n_head=4, n_embd=64)
     config = GPTConfig(**sizes | shape)
     nothing = Checkpoint(Path("runs/lively/step-00000001"), {"step": 1})
-    return Source(nothing, config, lively(GPT(config)), tokenizer, head=None)
+    return Source(nothing, lively(GPT(config)), tokenizer, head=None)
 
 
 def classifier_of(

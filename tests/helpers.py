@@ -18,15 +18,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from smallgpt import console
+from smallgpt.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def dialogue_ids(tokenizer: Tokenizer, turns: list[str], roles: Sequence[str] = ()) -> list[int]:
+    """The pieces of `encode_turns` as one list."""
+    pieces = tokenizer.encode_turns(turns, roles)
+    return [id for piece in pieces for id in piece]
 
 
 ENV = {

@@ -61,7 +61,7 @@ def by_hand(model: GPTClassifier, ids: list[int]) -> torch.Tensor:
     for i, token in enumerate(ids):
         is_shared = token in (second if i < at else first)
         x[0, i] += model.marks.weight[int(is_shared)]
-    context = model.gpt.context(len(ids), CPU)
+    context = model.gpt.context(x)
     h = model.gpt.norm(model.gpt.run_blocks(x, context))[0]
     return model.head(h.mean(0) if model.pool == "mean" else h[-1])
 
@@ -134,7 +134,7 @@ def test_the_lowest_blocks_are_the_trunks(fit, asked, trunk):
     model = make_classifier(asked(trunk_blocks=1), task, CPU).eval()
     _, gpt, _ = open_model(trunk)
     ids = torch.from_numpy(task.inputs["test"].data.ids[0])[None]
-    context = gpt.context(ids.size(1), CPU)
+    context = gpt.context(ids)
     lowest = gpt.blocks[0](gpt.wte(ids), context, 0)
     wanted = model.head(gpt.norm(lowest)[:, -1])
     assert torch.allclose(model(ids, torch.tensor([ids.size(1)])), wanted, atol=1e-6)

@@ -436,7 +436,7 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes
     labels = idx.masked_fill(torch.arange(idx.size(1)) >= lengths[:, None], -100)
 
     def both(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        context = model.gpt.context(embedded.size(1), CPU)
+        context = model.gpt.context(embedded)
         h = model.gpt.norm(model.gpt.run_blocks(embedded, context))
         pooled = h[torch.arange(len(rows)), lengths - 1] if s.mask else h[:, -1]
         loss = F.cross_entropy(

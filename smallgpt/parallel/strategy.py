@@ -170,7 +170,7 @@ class Single:
 
     def forward_backward(
         self, batches: Sequence[HasInputs], loss_of: LossOf, scale: float
-    ) -> float:
+    ) -> Tensor | float:
         """Add the gradient of scale * (the sum of all losses, of all processes) to the parameters.
 
         loss_of(run, batch) -> scalar: it calls `run` once, like the model, with batch.inputs. (The

@@ -19,6 +19,7 @@ from exporting import (
     stress_lines,
     vocabulary,
 )
+from helpers import dialogue_ids
 from model import GPT
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings, one_line
@@ -107,13 +108,13 @@ def test_a_dialogue_is_written_as_in_training(hub, tmp_path):
         role = "assistant" if number % 2 else "user"
         messages.append({"role": role, "content": turn})
     whole = theirs.apply_chat_template(messages, return_dict=False)
-    assert whole == tokenizer.encode_dialogue(turns)
+    assert whole == dialogue_ids(tokenizer, turns)
     prompt = theirs.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
-    assert prompt == [*tokenizer.encode_dialogue(turns)[:-1], tokenizer.sep]
+    assert prompt == [*dialogue_ids(tokenizer, turns)[:-1], tokenizer.sep]
     messages.insert(0, {"role": "system", "content": "be kind"})
     roles = [message["role"] for message in messages]
     whole = theirs.apply_chat_template(messages, return_dict=False)
-    assert whole == tokenizer.encode_dialogue(["be kind", *turns], roles)
+    assert whole == dialogue_ids(tokenizer, ["be kind", *turns], roles)
     assert theirs("the cat").input_ids == [tokenizer.bos, *tokenizer.encode("the cat")]
 
 
