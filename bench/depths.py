@@ -41,7 +41,7 @@ def read_states(gpt: GPT, inputs: Inputs, back: int, max_tokens: int) -> Tensor:
     batches = length_batches(inputs.data.lengths, max_tokens, 0, inputs.device)
     for rows in tqdm(batches, disable=None, leave=False):
         tokens, lengths = inputs.tokens(rows)
-        context = gpt.context(tokens.size(1), tokens.device)
+        context = gpt.context(tokens)
         texts = torch.arange(len(rows))
         last = lengths - 1
         x = gpt.embed(tokens, context)
