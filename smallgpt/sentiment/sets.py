@@ -87,6 +87,7 @@ SOURCES = {  # set -> {file: (its address, its sha256)}
     ),
 }
 SOURCES["online_shopping_9"] = SOURCES["online_shopping"]
+SOURCES["sst2_sentences"] = SOURCES["sst2"]
 BINARY = {"0": "negative", "1": "positive"}
 PARAPHRASE = {"0": "different", "1": "paraphrase"}
 # What is measured of a set, the first before all: as GLUE does (Wang et al. 2019, table 1)
@@ -394,6 +395,14 @@ def online_shopping_9(files: SetFiles) -> Splits:
 def sst2(files: SetFiles) -> Splits:
     """GLUE's SST-2: 67,349 phrases, 872 sentences."""
     return of_glue(files, Columns("sentence", "", "label"), BINARY)
+
+
+@reader
+def sst2_sentences(files: SetFiles) -> Splits:
+    """SST-2 without phrases that are parts of others: its whole sentences, a fifth of the tokens.
+
+    Its validation split is that of sst2, and it can be trained on before it."""
+    return sst2(files)
 
 
 def of_glue(
