@@ -113,7 +113,7 @@ def classifier_of(
     tokenizer: Tokenizer,
     pool: str = "last",
     mask: bool = True,
-    marks: bool = False,
+    marks: int = 0,
     cue: Sequence[int] = (),
     **shape: object,
 ) -> Source:

@@ -199,7 +199,7 @@ def test_each_classifier_gives_the_same_probabilities_in_a_pipeline(hub, tmp_pat
         ({"mask": False}, "has mask=false"),
         ({"mlp": "gelu"}, "model.mlp=gelu is in the way"),
         ({"cue": [3]}, "has cue="),
-        ({"marks": True}, "has marks=true"),
+        ({"marks": 2}, "has marks=2"),
     ],
 )
 def test_a_classifier_that_no_class_has_is_refused_by_the_setting(tmp_path, how, words):
