@@ -1,6 +1,6 @@
 """Fine-tune a pretrained GPT with a classification head, in one process or several.
 
-    python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh2
+    python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh
     torchrun --nproc_per_node=2 sentiment_train.py config/sentiment_sst2.yaml \\
         trunk=checkpoints/trunk_en
     python sentiment_train.py trunk=gpt2 data.path=my.csv \\
@@ -492,8 +492,8 @@ def class_weights(
 # --- the run --------------------------------------------------------------------------------------
 
 
-def finetune(s: SentimentSettings, world: World) -> int:
-    """The whole run; returns its exit status."""
+def finetune(s: SentimentSettings, world: World, origin: str = "") -> int:
+    """The whole run; returns its exit status. origin: the trunk of the chain that it ends."""
     with Run(s, world, s.select) as run:
         dtype, why_dtype = hardware.choose_dtype(s.dtype, world.device)
         spread = MeshSpread(world, s.mesh)
@@ -560,6 +560,8 @@ def finetune(s: SentimentSettings, world: World) -> int:
         if run.status == 0:
             run.load_best()
             facts = {"trainable": trainable, "device": computed}
+            if origin:  # the links are made from it, each seed's own
+                task.digest = world.by_main(partial(pretrained.digest, origin))
             if s.score_test:
                 scores = {}
                 for split in splits.tests_of(task.inputs):
@@ -580,6 +582,7 @@ def finetune_chain(s: SentimentSettings, world: World) -> int:
     nested = [file for file, link in zip(s.before, links, strict=True) if link.before]
     if nested:
         raise UserError(f"{nested[0]} has a `before` of its own: name all files in one list")
+    origin = s.trunk if links else ""
     name = f"before+{Path(s.trunk).name}+seed-{s.seed}"
     for file, link in zip(s.before, links, strict=True):
         name += f"+{Path(file).stem}"
@@ -587,7 +590,7 @@ def finetune_chain(s: SentimentSettings, world: World) -> int:
         if status:
             return status
         s = replace(s, trunk=str(Path(s.out_dir) / name))
-    return finetune(s, world)
+    return finetune(s, world, origin)
 
 
 def make_link(link: SentimentSettings, s: SentimentSettings, world: World) -> int:

@@ -13,13 +13,14 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -56,23 +57,27 @@ class Contender:
     why: str  # of the precision and of the compilation
 
 
-def arguments(doc: str) -> argparse.ArgumentParser:
-    """The options every benchmark has."""
-    p = argparse.ArgumentParser(
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Options, with the page of a benchmark as its --help."""
+    return argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_shape(p: argparse.ArgumentParser) -> None:
+    """The options of a model."""
     p.add_argument("--n-layer", type=int, default=6)
     p.add_argument("--n-head", type=int, default=6)
     p.add_argument("--n-embd", type=int, default=384)
     p.add_argument("--block-size", type=int, default=256)
     p.add_argument("--vocab-size", type=int, default=8000)
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The options of the benchmarks that have contenders."""
+    p = parser(doc)
+    add_shape(p)
     p.add_argument("--rounds", type=int, default=5, help="timed rounds of each contender")
-    p.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        help="torch threads of each contender (0 = torch's default)",
-    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--eager", action="store_true", help="nobody is compiled")
     p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
@@ -110,28 +115,31 @@ def import_nanogpt(path: str):
     return module
 
 
-def gpt2_of_hugging_face(args, dropout: float = 0.0):
-    """GPT2LMHeadModel of the shape of args (or of a GPTConfig), with fused attention. Its biases
-    cannot be turned off."""
+def gpt2_config(args, **options):
+    """transformers' GPT-2 of the shape of args (or of a GPTConfig), with fused attention."""
     try:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2Config
     except ImportError:
         raise Skip("the package transformers is not installed") from None
 
-    names = {
-        "n_positions": args.block_size,
-        "resid_pdrop": dropout,
-        "embd_pdrop": dropout,
-        "attn_pdrop": dropout,
-    }
-    config = {k: v for k, v in shape(args).items() if k != "block_size"} | names
-    return GPT2LMHeadModel(
-        GPT2Config(**config, attn_implementation="sdpa", bos_token_id=0, eos_token_id=None)
-    )
+    sizes = shape(args)
+    sizes["n_positions"] = sizes.pop("block_size")
+    ends = {"bos_token_id": 0, "eos_token_id": None}
+    return GPT2Config(attn_implementation="sdpa", **sizes, **ends, **options)
 
 
-def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> None:
-    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings."""
+def gpt2_of_hugging_face(args, dropout: float = 0.0):
+    """GPT2LMHeadModel of this shape. Its biases cannot be turned off."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    config = gpt2_config(args, **dropouts)
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel(config)
+
+
+def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> float:
+    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings. Returns the
+    loss."""
     from smallgpt.optim import check_finite, lr_factor, set_lr, update
 
     set_lr(optimizers, lr_factor(at, 1000, s))
@@ -141,6 +149,7 @@ def training_step(strategy, optimizers: list, s, at: int, batches: list, targets
     norm = float(norm)
     check_finite(loss, norm, strategy.scaler, at, 0)
     update(optimizers, strategy.scaler, norm)
+    return loss
 
 
 def version_of(package: str) -> str:
@@ -154,10 +163,68 @@ def cpu_name() -> str:
     """The processor's model name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next(
-        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")),
-        platform.processor(),
-    )
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor()
+
+
+def write_chats(file: Path) -> None:
+    """Chats of random letters: what they say does not matter."""
+    draw = random.Random(0)
+    alphabet = "abcdefghijklmnopqrstuvwxyz "
+    chats = ["".join(draw.choices(alphabet, k=200)) for _ in range(10_000)]
+    file.write_text("\n\n".join(chats), encoding="utf-8")
+
+
+def torchrun(processes: int) -> list[str]:
+    """The beginning of a command on so many processes of this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *launcher]
+
+
+def run_group(processes: int, words: list[str], threads: int = 1) -> None:
+    """Run a script on so many processes with so many threads each, 0 = PyTorch's default. Exits if
+    it fails."""
+    env = dict(os.environ)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    command = [*torchrun(processes), *words]
+    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} failed on {processes} process(es)")
+
+
+def memory_of_this(name: str) -> float:
+    """MiB of this process: VmRSS, which it holds, or VmHWM, at most so far. Linux only."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    kibibytes, *_ = status.partition(f"{name}:")[2].split()
+    return int(kibibytes) / 1024
+
+
+def numbers_of(*words: str) -> list[float]:
+    """The numbers that a script prints, run in a process of its own."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    return list(map(float, done.stdout.split()))
+
+
+# --- tables in Markdown
+
+
+def row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def heading(titles: Sequence[str]) -> str:
+    """The first row of a table, and the rule below it."""
+    return f"{row(titles)}\n{row(['---'] * len(titles))}"
+
+
+def spread(values: list[float], form: str = ",.0f", unit: str = "") -> str:
+    """1,234 (1,200 to 1,260): the median of the rounds, and their range."""
+    middle = statistics.median(values)
+    return f"{middle:{form}}{unit} ({min(values):{form}} to {max(values):{form}})"
 
 
 # --- in the process of a contender
@@ -177,8 +244,6 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
     from smallgpt import hardware
 
     cuda = args.device == "cuda"
-    if args.threads:
-        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     began = time.perf_counter()
     try:
@@ -220,9 +285,7 @@ def serve(args: argparse.Namespace, build: Callable[[argparse.Namespace], Conten
         if cuda:
             torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        unit = (
-            1 if sys.platform == "darwin" else 1024
-        )  # ru_maxrss is in bytes on macOS, in KiB on Linux
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes, and KiB on Linux
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         say(
             seconds=seconds,
@@ -295,7 +358,7 @@ def table(workers: list[Worker], args: argparse.Namespace) -> str:
         "peak memory",
         "why",
     ]
-    rows = [heads, ["---"] * len(heads)]
+    lines = [heading(heads)]
     for w in workers:
         speed, about, last = w.speeds(), w.about, w.samples[-1]
         ratio = [x / y for x, y in zip(ours, speed, strict=True)]
@@ -304,14 +367,14 @@ def table(workers: list[Worker], args: argparse.Namespace) -> str:
             w.name,
             about["precision"],
             "yes" if about["compiled"] else "no",
-            f"{statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})",
-            f"{statistics.median(ratio):.2f}x ({min(ratio):.2f} to {max(ratio):.2f})",
+            spread(speed),
+            spread(ratio, ".2f", "x"),
             *([f"{utilisation(w, args):.1%}"] if has_mfu else []),
             f"{memory / 2**20:,.0f} MiB",
             about["why"],
         ]
-        rows.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        lines.append(row(cells))
+    return "\n".join(lines)
 
 
 def compete(

@@ -8,6 +8,7 @@ which may end it.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from common import (
     GPT2_FORM,
@@ -37,15 +38,13 @@ def ours(args: argparse.Namespace, dtype: str, form: dict) -> Contender:
     from smallgpt.tokenizer import TokenizerSettings, train
     from smallgpt.weights.precision import set_precision
 
-    alphabet = "".join(
-        chr(0x4E00 + i) for i in range(args.vocab_size - 256 - 6)
-    )  # beside the bytes and the marks
+    n_characters = args.vocab_size - 256 - 6  # beside the bytes and the marks
+    alphabet = "".join(chr(0x4E00 + i) for i in range(n_characters))
     tokenizer = train(TokenizerSettings("char", args.vocab_size, min_count=1), [alphabet])
     model = GPT(GPTConfig(**shape(args), **form))
     with torch.no_grad():
-        model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = (
-            0  # score 0 of thousands: never the likeliest
-        )
+        # score 0 of thousands: never the likeliest
+        model.lm_head.weight[[tokenizer.sep, tokenizer.end]] = 0
     set_precision(model.eval(), dtype, hardware.choose_device(args.device))
     greedy = SampleSettings(temperature=0, repetition_penalty=1.0, max_tokens=args.new)
     talk = Conversation(model, tokenizer, greedy)
@@ -87,11 +86,8 @@ def nanogpt(args: argparse.Namespace, dtype: str) -> Contender:
     import torch
 
     m = import_nanogpt(args.nanogpt)
-    model = (
-        m.GPT(m.GPTConfig(**shape(args), dropout=0.0, bias=False))
-        .to(args.device, getattr(torch, dtype))
-        .eval()
-    )
+    model = m.GPT(m.GPTConfig(**shape(args), dropout=0.0, bias=False))
+    model.to(args.device, getattr(torch, dtype)).eval()
     prompt = torch.randint(args.vocab_size, (1, args.prompt)).to(args.device)
 
     def generate() -> None:
@@ -118,19 +114,15 @@ def main() -> None:
     if args.prompt + args.new >= args.block_size:
         p.error(f"--prompt and --new together must be less than --block-size={args.block_size}")
     kinds: dict[str, Callable] = {
-        "ours, GPT-2 form": lambda a, d: ours(a, d, GPT2_FORM),
-        "ours, default form": lambda a, d: ours(a, d, {}),
+        "ours, GPT-2 form": partial(ours, form=GPT2_FORM),
+        "ours, default form": partial(ours, form={}),
         "Hugging Face GPT-2": hugging_face,
     }
     if args.nanogpt:
         kinds["nanoGPT"] = nanogpt
-    groups = [
-        {
-            f"{name}, {dtype}": lambda a, build=build, dtype=dtype: build(a, dtype)
-            for name, build in kinds.items()
-        }
-        for dtype in args.dtype
-    ]
+    groups = []
+    for dtype in args.dtype:
+        groups.append({f"{name}, {dtype}": partial(kinds[name], dtype=dtype) for name in kinds})
     compete(args, *groups)
 
 

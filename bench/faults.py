@@ -11,7 +11,6 @@ runs must have the same losses and, bit for bit, the same weights. Linux only.
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -25,7 +24,11 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.common import ROOT, torchrun, write_chats  # noqa: E402
+from bench.parity import last_step, losses  # noqa: E402
+
 TOO_SHORT = "the run ended before the last kill: give it more --steps"
 GOES_ON = re.compile(r"continuing from step (\d+)")
 SETTINGS = {
@@ -45,25 +48,13 @@ SETTINGS = {
 }
 
 
-def write_corpus(path: Path) -> None:
-    """Chats of random words."""
-    draw = random.Random(0)
-    colours = ["red", "blue", "green", "black", "white"]
-    chats = []
-    for number in range(400):
-        colour = draw.choice(colours)
-        chats.append(f"what is {colour} {number}?\n{colour} is fine\n")
-    path.write_text("\n".join(chats), encoding="utf-8")
-
-
 def command(script: str, folder: Path, run: str, settings: list[str], restarts: int) -> list[str]:
     """The command of a run of two processes on this machine."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launcher.append(f"--max-restarts={restarts}")
     paths = [f"data.path={folder / 'chat.txt'}", f"data.cache={folder / 'tokens'}"]
     paths += [f"out_dir={folder}", f"run={run}"]
     small = [f"{key}={value}" for key, value in SETTINGS.items()]
-    return [sys.executable, *launcher, str(ROOT / script), *small, *paths, *settings]
+    launcher = [*torchrun(2), f"--max-restarts={restarts}"]
+    return [*launcher, str(ROOT / script), *small, *paths, *settings]
 
 
 def newest_step(run: Path) -> int:
@@ -147,23 +138,15 @@ def kill_often(words: list[str], run: Path, kills: int, span: float, draw: rando
     return {"kills": made, "problems": restarted.problems}
 
 
-def losses(run: Path) -> dict[str, float]:
-    """The loss of each step and evaluation; the last record of a step counts."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    records = map(json.loads, text.splitlines())
-    return {f"{record['split']} {record['step']}": record["loss"] for record in records}
-
-
 def differences(a: Path, b: Path) -> list[str]:
     """What is not the same in the last checkpoints and the logs of two runs."""
     found = []
     if losses(a) != losses(b):
         found.append("the losses differ")
-    last = [(run / "latest").read_text(encoding="utf-8").strip() for run in (a, b)]
-    if last[0] != last[1]:
-        return [*found, f"one ended at {last[0]}, the other at {last[1]}"]
-    one = load_file(a / last[0] / "model.safetensors")
-    other = load_file(b / last[1] / "model.safetensors")
+    ends = [last_step(run) for run in (a, b)]
+    if ends[0].name != ends[1].name:
+        return [*found, f"one ended at {ends[0].name}, the other at {ends[1].name}"]
+    one, other = (load_file(end / "model.safetensors") for end in ends)
     changed = [name for name in one if one[name].tobytes() != other[name].tobytes()]
     if changed:
         found.append(f"{len(changed)} of {len(one)} weights differ, for example {changed[0]}")
@@ -185,7 +168,7 @@ def main() -> int:
     settings = [f"max_steps={args.steps}", "save_every=5", "eval_every=50", *args.settings]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder / "chat.txt")
+        write_chats(folder / "chat.txt")
         whole = command(args.script, folder, "whole", settings, restarts=0)
         subprocess.run(whole, check=True, stdout=subprocess.DEVNULL, env=ENV)
         words = command(args.script, folder, "killed", settings, restarts=args.kills)

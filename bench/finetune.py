@@ -13,7 +13,7 @@ import argparse
 import tempfile
 from functools import cache, partial
 
-from common import Contender, arguments, compete, shape
+from common import GPT2_FORM, Contender, arguments, compete, gpt2_config, shape
 
 
 @cache
@@ -25,16 +25,10 @@ def data(path: str, count: int, vocab_size: int):
     from smallgpt.tokenizer import TokenizerSettings, train
 
     found = splits.load(ReviewSettings(set="sst2", path=path, train_size=count))
-    tokenizer = train(TokenizerSettings("bpe", vocab_size), [e.text for e in found.splits["train"]])
-    return tokenizer, encode(found.splits["train"], found.labels, tokenizer, 128, [tokenizer.bos])
-
-
-def precision(args: argparse.Namespace):
-    import torch
-
-    from smallgpt import hardware
-
-    return hardware.choose_dtype("auto", torch.device(args.device))
+    examples = found.splits["train"]
+    texts = [example.text for example in examples]
+    tokenizer = train(TokenizerSettings("bpe", vocab_size), texts)
+    return tokenizer, encode(examples, found.labels, tokenizer, 128, [tokenizer.bos])
 
 
 def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
@@ -44,31 +38,30 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
     from model import GPT, GPTClassifier, GPTConfig
     from smallgpt import hardware
-    from smallgpt.optim import OptimSettings, make_optimizers
+    from smallgpt.optim import OptimSettings, make_optimizers, update
     from smallgpt.parallel.strategy import Single
     from smallgpt.parallel.world import World
     from smallgpt.sentiment import freeze as freezing
     from smallgpt.sentiment.batches import Buckets, Inputs
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
-    device, (dtype, why) = hardware.choose_device(args.device), precision(args)
-    form = dict(pos="learned", norm="layernorm", mlp="gelu", qk_norm=False, bias=True, dropout=0.1)
-    model = GPTClassifier(GPT(GPTConfig(**shape(args), **form)), 2).to(device).train()
-    freezing.freeze(model, freeze, model.gpt.config.vocab_size)
-    if model.gpt.config.tie_weights is False:
-        model.gpt.lm_head.requires_grad_(False)
-    buckets, labels = (
-        Buckets(encoded.lengths, 32, seed=0),
-        torch.from_numpy(encoded.labels).to(device),
-    )
+    device = hardware.choose_device(args.device)
+    dtype, why = hardware.choose_dtype("auto", device)
+    form = {**GPT2_FORM, "bias": True, "dropout": 0.1}
+    config = GPTConfig(**shape(args), **form)
+    model = GPTClassifier(GPT(config), 2).to(device).train()
+    freezing.freeze(model, freeze, config.vocab_size)
+    buckets = Buckets(encoded.lengths, 32, seed=0)
+    labels = torch.from_numpy(encoded.labels).to(device)
     strategy = Single(model, World(0, 1, device), dtype)
     optimizers = make_optimizers(strategy.names(), OptimSettings(lr=1e-4))
 
+    inputs = Inputs(encoded, tokenizer.pad, 0, device)
+
     def loss_of(run, rows) -> torch.Tensor:
         x, lengths, reads = inputs.of(rows)
-        return F.cross_entropy(run(x, lengths, None, reads).float(), labels[rows])
-
-    inputs = Inputs(encoded, tokenizer.pad, 0, device)
+        scores = run(x, lengths, None, reads)
+        return F.cross_entropy(scores.float(), labels[rows])
 
     def train() -> None:
         inputs.states = []
@@ -76,10 +69,8 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
         for step in range(epochs * buckets.steps_per_epoch):
             rows = buckets.of(step)
             loss = strategy.forward_backward([rows], loss_of, 1.0)
-            strategy.clip(optimizers, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            norm = float(strategy.clip(optimizers, 1.0))
+            update(optimizers, strategy.scaler, norm)
             float(loss)
 
     return Contender(train, epochs * len(encoded.ids), hardware.name_of(dtype), False, why)
@@ -87,38 +78,27 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
 def hugging_face(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
     import torch
-    from transformers import GPT2Config, GPT2ForSequenceClassification, Trainer, TrainingArguments
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import GPT2ForSequenceClassification, Trainer, TrainingArguments
+
+    from smallgpt import hardware
 
     tokenizer, encoded = data(args.sst2, args.examples, args.vocab_size)
-    dtype, why = precision(args)
-    names = {k: v for k, v in shape(args).items() if k != "block_size"} | {
-        "n_positions": args.block_size
-    }
-    config = GPT2Config(
-        **names,
-        num_labels=2,
-        pad_token_id=tokenizer.pad,
-        bos_token_id=0,
-        eos_token_id=None,
-        attn_implementation="sdpa",
-    )
+    dtype, why = hardware.choose_dtype("auto", torch.device(args.device))
+    config = gpt2_config(args, num_labels=2, pad_token_id=tokenizer.pad)
     model = GPT2ForSequenceClassification(config)
     if freeze == "trunk":
         model.transformer.requires_grad_(False)
-    rows = [
-        {"input_ids": i, "label": y}
-        for i, y in zip(encoded.ids, encoded.labels.tolist(), strict=True)
-    ]
+    pairs = zip(encoded.ids, encoded.labels.tolist(), strict=True)
+    rows = [{"input_ids": ids, "label": label} for ids, label in pairs]
 
     def collate(batch: list[dict]) -> dict:  # what DataCollatorWithPadding does, for our tokenizer
         ids = [torch.from_numpy(row["input_ids"]) for row in batch]
-        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-        mask = pad([torch.ones_like(i) for i in ids])
-        labels = torch.tensor([row["label"] for row in batch])
+        ones = [torch.ones_like(row) for row in ids]
         return {
-            "input_ids": pad(ids, padding_value=tokenizer.pad),
-            "attention_mask": mask,
-            "labels": labels,
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad),
+            "attention_mask": pad_sequence(ones, batch_first=True),
+            "labels": torch.tensor([row["label"] for row in batch]),
         }
 
     options = TrainingArguments(
@@ -138,7 +118,7 @@ def hugging_face(args: argparse.Namespace, freeze: str, epochs: int) -> Contende
     def train() -> None:
         Trainer(model, options, train_dataset=rows, data_collator=collate).train()
 
-    return Contender(train, epochs * len(rows), str(dtype)[6:], False, why)
+    return Contender(train, epochs * len(rows), hardware.name_of(dtype), False, why)
 
 
 def main() -> None:

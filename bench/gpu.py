@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import shlex
 import shutil
 import signal
@@ -23,11 +22,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from bench.common import ROOT, heading, parser, row, torchrun, write_chats  # noqa: E402
 from smallgpt import console  # noqa: E402
 from smallgpt.console import UserError  # noqa: E402
 
@@ -113,7 +112,6 @@ REAL = Plan(
     quality=("--device=cuda", "--minutes=1"),
     profile=("--detail",),
 )
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
 
 
 @dataclass(frozen=True)
@@ -174,13 +172,6 @@ def fitting(shape: Shape) -> Shape:
     return replace(shape, rows=rows)
 
 
-def write_corpus(file: Path) -> None:
-    """Chats of random letters: what they say does not matter."""
-    draw = random.Random(0)
-    chats = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=200)) for _ in range(10_000)]
-    file.write_text("\n\n".join(chats), encoding="utf-8")
-
-
 def training(name: str, shape: Shape, plan: Plan, against: tuple[str, ...]) -> Part:
     """Throughput, MFU and peak memory beside Hugging Face and nanoGPT."""
     fits = fitting(shape)
@@ -198,7 +189,7 @@ def sharding(plan: Plan) -> Part:
     """FSDP2 on one GPU, with the first shape."""
     fits = fitting(next(iter(plan.training.values())))
     options = (*fits.options(), f"--batch={fits.rows}", *plan.shard)
-    return Part("FSDP2", 45, (*TORCHRUN, "bench/fsdp.py", *plan.common, *options))
+    return Part("FSDP2", 45, (*torchrun(1)[1:], "bench/fsdp.py", *plan.common, *options))
 
 
 def time_to_quality(
@@ -223,7 +214,7 @@ def time_to_quality(
 def profiling(plan: Plan, folder: Path) -> Part:
     """Where the time of a step of the first shape goes."""
     corpus = folder / "letters.txt"
-    write_corpus(ROOT / corpus)
+    write_chats(ROOT / corpus)
     shape = fitting(next(iter(plan.training.values())))
     data = (f"data.path={corpus}", f"data.cache={folder}/tokens", f"device={plan.device}")
     command = ("bench/step_profile.py", *shape.settings(), *data, *plan.profile)
@@ -328,8 +319,8 @@ def describe_machine(device: str) -> str:
 def write(folder: Path, machine: str, outcomes: list[Outcome]) -> None:
     """What is known so far."""
     date = time.strftime("%Y-%m-%d")
-    rows = [f"| {x.part.name} | {x.sentence} | {x.seconds:.0f} |" for x in outcomes]
-    table = "\n".join(["| part | outcome | s |", "|---|---|---|", *rows])
+    rows = [row((x.part.name, x.sentence, f"{x.seconds:.0f}")) for x in outcomes]
+    table = "\n".join([heading(("part", "outcome", "s")), *rows])
     sections = [f"# {machine}; {date}", table, *(outcome.markdown() for outcome in outcomes)]
     record = {
         "machine": machine,
@@ -348,9 +339,7 @@ def from_root(path: str) -> str:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     p.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT to measure against")
     p.add_argument("--corpus", metavar="FILES", help="chats, for the time to quality")

@@ -31,9 +31,12 @@ from bench.common import (  # noqa: E402
     arguments,
     conditions,
     finish,
+    heading,
     record,
+    row,
     serve,
     shape,
+    spread,
     start,
     training_step,
 )
@@ -211,24 +214,19 @@ def measured(found: list[Point], workers: list[Worker]) -> list[Measured]:
 
 def table(results: list[Measured]) -> str:
     """A Markdown table."""
-    lines = [
-        "| changed | parameters | MFLOPs a token | tokens/s: median (min to max) "
-        "| by the operations | measured / predicted | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ["changed", "parameters", "MFLOPs a token", "tokens/s: median (min to max)"]
+    lines = [heading([*titles, "by the operations", "measured / predicted", "peak memory"])]
     for result in results:
-        slowest = min(result.speeds)
-        fastest = max(result.speeds)
         cells = (
             result.point.name,
             f"{result.parameters / 1e6:.1f}M",
             f"{result.flops / 1e6:,.0f}",
-            f"{result.speed:,.0f} ({slowest:,.0f} to {fastest:,.0f})",
+            spread(result.speeds),
             f"{result.predicted:,.0f}",
             f"{result.of_predicted:.2f}",
             f"{result.memory / 2**20:,.0f} MiB",
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -328,7 +326,8 @@ def main() -> None:
 
 def compare(group: list[Point], args: argparse.Namespace) -> tuple[list[Measured], dict]:
     """Measure a group, print its table, and give its part of the JSON file, too."""
-    workers, skipped = start([point.name for point in group])
+    names = [point.name for point in group]
+    workers, skipped = start(names, side_by_side=args.device == "cuda")
     load = [os.getloadavg()]
     alternate(workers, args.rounds)
     load.append(os.getloadavg())

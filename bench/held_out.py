@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
+from bench.common import heading, parser, row  # noqa: E402
 from smallgpt import console  # noqa: E402
 from smallgpt.console import UserError  # noqa: E402
 from smallgpt.runs.checkpoint import Checkpoint  # noqa: E402
@@ -48,26 +48,26 @@ def main() -> None:
             if found[name].n_bytes != size:
                 raise UserError(f"{run} held out other dialogues of {name} than {options.runs[0]}")
     print("held-out bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + "\n")
-    print("| run |" + "".join(f" {name} | below the last |" for name in texts))
-    print("|---|" + "---|---|" * len(texts))
+    titles = ["run"]
+    for name in texts:
+        titles += [name, "below the last"]
+    print(heading(titles))
     last = results[options.runs[-1]]
     for run, found in results.items():
-        row = f"| {run} |"
+        cells = [run]
         for name in texts:
             bits = found[name].bits_per_byte
             below = 1 - bits / last[name].bits_per_byte
-            row += f" {bits:.4f} | {below:.1%} |"
-        print(row)
+            cells += [f"{bits:.4f}", f"{below:.1%}"]
+        print(row(cells))
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--text", nargs=2, action="append", required=True, metavar=("NAME", "GLOB"))
-    parser.add_argument("--cache", default="data/tokens", help="folder of the tokenised files")
-    return parser
+    p = parser(__doc__)
+    p.add_argument("runs", nargs="+", metavar="RUN")
+    p.add_argument("--text", nargs=2, action="append", required=True, metavar=("NAME", "GLOB"))
+    p.add_argument("--cache", default="data/tokens", help="folder of the tokenised files")
+    return p
 
 
 def judge(run: str, texts: dict[str, str], cache: str) -> dict[str, Judged]:

@@ -8,7 +8,6 @@ Errors are relative, ||a - b|| / ||b||, against float64. F.linear_cross_entropy 
 2.13; acc_policy and acc_dtype are its options.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from bench.common import heading, parser, row, spread  # noqa: E402
 from bench.plan import peak_memory  # noqa: E402
 from model import GPT, IGNORE, GPTConfig  # noqa: E402
 from smallgpt.hardware import DTYPES  # noqa: E402
@@ -145,8 +145,8 @@ def report(dtype: torch.dtype, rounds: int) -> None:
     times = measure(losses, inputs, rounds)
     first, *_ = times.values()
     print(f"\n{TOKENS:,} x {WIDTH}, vocabulary {VOCABULARY:,}, {dtype}\n")
-    print("| | ms: median (min to max) | slower than the first | MiB | loss | of h | of weights |")
-    print("|---|---|---|---|---|---|---|")
+    titles = ("", "ms: median (min to max)", "slower than the first", "MiB", "loss", "of h")
+    print(heading((*titles, "of weights")))
     for name, loss_of in losses.items():
         mine = times[name]
         ratios = [x / y for x, y in zip(mine, first, strict=True)]
@@ -154,18 +154,16 @@ def report(dtype: torch.dtype, rounds: int) -> None:
         peak = peak_memory(lambda loss_of=loss_of: run(loss_of, inputs))
         cells = (
             name,
-            f"{statistics.median(mine):.0f} ({min(mine):.0f} to {max(mine):.0f})",
+            spread(mine, ".0f"),
             f"{statistics.median(ratios):.2f}x",
             f"{peak / 2**20:.0f}",
             *errors(found, exact),
         )
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(row(cells), flush=True)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=7)
     args = p.parse_args()

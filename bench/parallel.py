@@ -13,16 +13,26 @@ peak of any process.
 import argparse
 import json
 import os
-import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, cpu_name
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.common import (  # noqa: E402
+    add_shape,
+    cpu_name,
+    heading,
+    parser,
+    row,
+    run_group,
+    spread,
+    write_chats,
+)
+from smallgpt.runs import metrics  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -90,17 +100,8 @@ def settings_of(args: argparse.Namespace, c: Contender, folder: Path, number: in
     ]
 
 
-def write_corpus(folder: Path) -> None:
-    """Chats of random characters: what they say does not matter."""
-    draw = random.Random(0)
-    alphabet = "abcdefghijklmnopqrstuvwxyz "
-    chats = ["".join(draw.choices(alphabet, k=200)) for _ in range(10_000)]
-    (folder / "chat.txt").write_text("\n\n".join(chats), encoding="utf-8")
-
-
 def work(arguments: list[str], peaks: str) -> int:
     """In each process: one training; then write down this process's peak of memory, in bytes."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import train_fsdp
@@ -123,19 +124,10 @@ def measure(args: argparse.Namespace, c: Contender, folder: Path, number: int) -
     """Tokens per second, and the largest peak of any process in bytes."""
     peaks = folder / f"peaks{number}"
     peaks.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.processes}"]
-    worker = [__file__, "--worker", str(peaks), *settings_of(args, c, folder, number)]
-    env = dict(os.environ)
-    if c.threads:
-        env["OMP_NUM_THREADS"] = str(c.threads)
-    command = [sys.executable, *launcher, *worker]
-    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        sys.exit(f"{c.name} failed")
-    lines = (
-        (folder / "runs" / str(number) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    speeds = [r["tokens_per_second"] for r in map(json.loads, lines) if r["split"] == "train"]
+    words = [__file__, "--worker", str(peaks), *settings_of(args, c, folder, number)]
+    run_group(c.processes, words, c.threads)
+    records = metrics.read(folder / "runs" / str(number), "train")
+    speeds = [record["tokens_per_second"] for record in records]
     return {
         "tokens_per_second": statistics.median(speeds[len(speeds) // 3 :]),
         "peak": max(float(file.read_text(encoding="utf-8")) for file in peaks.iterdir()),
@@ -145,10 +137,7 @@ def measure(args: argparse.Namespace, c: Contender, folder: Path, number: int) -
 def report(contenders: list[Contender], samples: dict[str, list[dict]], weak: bool) -> str:
     """A table in Markdown."""
     last = "efficiency" if weak else "of one process's speed"
-    lines = [
-        f"| layout | tokens/s | min-max | {last} | peak MiB a process |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [heading(("layout", "tokens/s: median (min to max)", last, "peak MiB a process"))]
     first = samples[contenders[0].name]
     for c in contenders:
         speeds = [sample["tokens_per_second"] for sample in samples[c.name]]
@@ -156,10 +145,8 @@ def report(contenders: list[Contender], samples: dict[str, list[dict]], weak: bo
         pairs = zip(samples[c.name], first, strict=True)
         ratios = [a["tokens_per_second"] / b["tokens_per_second"] / share for a, b in pairs]
         peak = max(sample["peak"] for sample in samples[c.name]) / 2**20
-        lines.append(
-            f"| {c.name} | {statistics.median(speeds):,.0f} | {min(speeds):,.0f}-{max(speeds):,.0f}"
-            f" | {statistics.median(ratios):.2f} | {peak:,.0f} |"
-        )
+        cells = (c.name, spread(speeds), f"{statistics.median(ratios):.2f}", f"{peak:,.0f}")
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -167,9 +154,8 @@ def main() -> int:
     if "--worker" in sys.argv:
         peaks, *arguments = sys.argv[sys.argv.index("--worker") + 1 :]
         return work(arguments, peaks)
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
+    add_shape(p)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--compile", default="false")
@@ -177,11 +163,6 @@ def main() -> int:
     p.add_argument("--steps", type=int, default=12, help="of each run")
     p.add_argument("--batch", type=int, default=16, help="sequences a step; on GPUs of each")
     p.add_argument("--micro-batch", type=int, default=4)
-    p.add_argument("--n-layer", type=int, default=6)
-    p.add_argument("--n-head", type=int, default=6)
-    p.add_argument("--n-embd", type=int, default=384)
-    p.add_argument("--block-size", type=int, default=256)
-    p.add_argument("--vocab-size", type=int, default=8000)
     p.add_argument("--json", metavar="FILE", help="write every sample here")
     args = p.parse_args()
     if args.device == "cuda":
@@ -193,7 +174,7 @@ def main() -> int:
     samples: dict[str, list[dict]] = {c.name: [] for c in contenders}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder)
+        write_chats(folder / "chat.txt")
         for number in range(args.rounds * len(contenders)):
             c = contenders[number % len(contenders)]
             samples[c.name].append(measure(args, c, folder, number))

@@ -12,10 +12,8 @@ which Adam turns into steps of full size. Exits with 1 where a bound is passed.
 
 import argparse
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -23,8 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.common import heading, parser, row, run_group  # noqa: E402
 
 STEPS = 20
 SAVED_AT = 10  # step of the checkpoints that --reshard resumes
@@ -215,21 +214,16 @@ def run(jobs: list[Job], folder: Path) -> None:
         for processes, members in sorted(groups.items()):
             for first in range(0, len(members), TRAININGS):
                 together = members[first : first + TRAININGS]
-                run_group(processes, together, folder)
+                run_together(processes, together, folder)
                 progress.update(len(together))
 
 
-def run_group(processes: int, jobs: list[Job], folder: Path) -> None:
+def run_together(processes: int, jobs: list[Job], folder: Path) -> None:
     """These trainings, one after the other, in one group of processes."""
     jobs_file = folder / f"jobs{processes}.json"
     mine = [(job.script, job.arguments) for job in jobs]
     jobs_file.write_text(json.dumps(mine), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, __file__, "--worker", str(jobs_file)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        sys.exit(f"a training on {processes} process(es) failed")
+    run_group(processes, [__file__, "--worker", str(jobs_file)])
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -269,11 +263,11 @@ class Table:
     """A table in Markdown, whose cells are compared with bounds."""
 
     def __init__(self, corner: str, columns: list[str]):
-        self.lines = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        self.lines = [heading([corner, *columns])]
         self.passed = 0  # bounds that were
 
     def row(self, name: str, cells: list[str]) -> None:
-        self.lines.append(f"| {name} | {' | '.join(cells)} |")
+        self.lines.append(row([name, *cells]))
 
     def cell(self, value: float, bound: float) -> str:
         self.passed += not value <= bound
@@ -378,9 +372,7 @@ def compare_resharding(folder: Path, layouts: list[Layout]) -> Table:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("--only", nargs="*", metavar="LAYOUT", help="begin of a layout's name")
     columns = [*FORMS, *HEADS]
     p.add_argument("--columns", nargs="*", metavar="COLUMN", choices=columns, default=columns)

@@ -10,9 +10,7 @@ bandwidth, which the plan is given, are measured, too.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +19,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 from torch._C._profiler import _EventType  # noqa: E402
 
+from bench.common import heading, parser, row, run_group  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from smallgpt.optim import OptimSettings, make_optimizers  # noqa: E402
 from smallgpt.parallel import footprint  # noqa: E402
@@ -254,17 +252,21 @@ def report_time(rounds: int) -> None:
     batches = [Batch(rows, config.block_size)]
     layout = Layout(pp=1, replicate=1, shard=1, tp=1, rows=rows, accum=1)
     work = Work(config, product=4, kernels="cpu")
-    print("| matrix products, GFLOP/s | memory, GB/s | step, s | planned | planned / measured |")
-    print("|---|---|---|---|---|")
+    titles = ("matrix products, GFLOP/s", "memory, GB/s", "step, s", "planned")
+    print(heading((*titles, "planned / measured")))
     for _ in range(rounds):
         gpu = this_machine(config, rows)
         measured = median_seconds(lambda: step(strategy, optimizers, batches), 3)
         cluster = Cluster(gpu, size=1, per_node=1, link=1, efficiency=1, reached=1)
         expected = plan(work, layout, cluster).time.expected
-        print(
-            f"| {gpu.flops / 1e9:.0f} | {gpu.bandwidth / 1e9:.1f} | {measured:.3f} "
-            f"| {expected:.3f} | {expected / measured:.2f} |"
+        cells = (
+            f"{gpu.flops / 1e9:.0f}",
+            f"{gpu.bandwidth / 1e9:.1f}",
+            f"{measured:.3f}",
+            f"{expected:.3f}",
+            f"{expected / measured:.2f}",
         )
+        print(row(cells))
 
 
 # --- the benchmark --------------------------------------------------------------------------------
@@ -275,10 +277,7 @@ def measure(cases: list[Case], folder: Path) -> list[list[dict]]:
     (size,) = {case.processes for case in cases}
     file = folder / f"cases{size}.json"
     file.write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-    command = [sys.executable, *launcher, __file__, "--worker", str(file)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=env, check=True, stderr=subprocess.DEVNULL)
+    run_group(size, [__file__, "--worker", str(file)])
     ranks = [Path(f"{file}.{rank}") for rank in range(size)]
     return [json.loads(rank.read_text(encoding="utf-8")) for rank in ranks]
 
@@ -293,13 +292,11 @@ def report(cases: list[Case], ranks: list[list[dict]]) -> None:
         sent = total_bytes(counted(first))
         peak = first["peak"] / 2**20
         traffic = "equal" if equal else "NOT EQUAL"
-        print(f"| {case.describe()} | {sent:,} | {traffic} | {peak:.1f} | {furthest:.3f} |")
+        print(row((case.describe(), f"{sent:,}", traffic, f"{peak:.1f}", f"{furthest:.3f}")))
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("--worker", help=argparse.SUPPRESS)
     p.add_argument("--rounds", type=int, default=5, help="of measuring time")
     args = p.parse_args()
@@ -307,8 +304,8 @@ def main() -> None:
         return worker(args.worker)
     report_time(args.rounds)
     print()
-    print("| case | bytes sent by rank 0 | traffic | peak MiB of rank 0 | planned / measured |")
-    print("|---|---|---|---|---|")
+    titles = ("case", "bytes sent by rank 0", "traffic", "peak MiB of rank 0", "planned / measured")
+    print(heading(titles))
     with tempfile.TemporaryDirectory() as folder:
         for size in sorted({case.processes for case in CASES}):
             cases = [case for case in CASES if case.processes == size]

@@ -9,6 +9,7 @@ whole process, compiling included; on a GPU that of the tensors of the timed rou
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from common import (
     GPT2_FORM,
@@ -85,7 +86,7 @@ def peer(
     bf16: bool,
     compiled: bool,
     why: str,
-):
+) -> Contender:
     """The training step that the other two projects share."""
     import torch
 
@@ -123,10 +124,11 @@ def has_bf16(args: argparse.Namespace) -> bool:
     return args.device == "cuda" or hardware.cpu_has_bf16()
 
 
-def hugging_face(args: argparse.Namespace, compiled: bool) -> Contender:
+def hugging_face(args: argparse.Namespace) -> Contender:
     import torch
 
-    model, bf16 = gpt2_of_hugging_face(args).to(args.device).train(), has_bf16(args)
+    model = gpt2_of_hugging_face(args).to(args.device).train()
+    bf16 = has_bf16(args)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -135,8 +137,7 @@ def hugging_face(args: argparse.Namespace, compiled: bool) -> Contender:
         return run(input_ids=x, labels=x, use_cache=False).loss  # it shifts the labels itself
 
     why = "bf16 autocast, where the hardware has it" if bf16 else CPU_WITHOUT_BF16
-    why += "; compiled for comparison" if compiled else "; eager, as people run it"
-    return peer(model, optimizer, loss_of, args, bf16, compiled, why)
+    return peer(model, optimizer, loss_of, args, bf16, False, f"{why}; eager, as people run it")
 
 
 def nanogpt(args: argparse.Namespace, patched: bool) -> Contender:
@@ -146,9 +147,8 @@ def nanogpt(args: argparse.Namespace, patched: bool) -> Contender:
     compiled, why_compiled = choose_compile(args)
     if patched and not has_bf16(args):
         raise Skip(CPU_WITHOUT_BF16)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-        True  # as its train.py does
-    )
+    torch.backends.cuda.matmul.allow_tf32 = True  # as its train.py does
+    torch.backends.cudnn.allow_tf32 = True
     m = import_nanogpt(args.nanogpt)
     model = m.GPT(m.GPTConfig(**shape(args), dropout=0.0, bias=False)).to(args.device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), args.device)
@@ -156,44 +156,28 @@ def nanogpt(args: argparse.Namespace, patched: bool) -> Contender:
     def loss_of(run, x, y):
         return run(x, y)[1]
 
-    why = (
-        "patched: bf16 autocast"
-        if patched
-        else "as it ships: bf16 on a GPU"
-        if cuda
-        else "as it ships: fp32 on CPU"
-    )
-    return peer(
-        model,
-        optimizer,
-        loss_of,
-        args,
-        cuda or patched,
-        compiled,
-        why + (", compile=True is its default" if compiled else f", eager: {why_compiled}"),
-    )
+    why = "as it ships: bf16 on a GPU" if cuda else "as it ships: fp32 on CPU"
+    if patched:
+        why = "patched: bf16 autocast"
+    how = "compile=True is its default" if compiled else f"eager: {why_compiled}"
+    return peer(model, optimizer, loss_of, args, cuda or patched, compiled, f"{why}, {how}")
 
 
 def main() -> None:
     p = arguments(__doc__)
     p.add_argument("--batch", type=int, default=16, help="sequences per step")
     p.add_argument("--steps", type=int, default=3, help="optimizer steps per round")
-    p.add_argument(
-        "--hf-compile", action="store_true", help="also Hugging Face under torch.compile"
-    )
     p.set_defaults(trains=True)
     args = p.parse_args()
     contenders = {
-        "ours, GPT-2 form": lambda a: ours(a, GPT2_FORM),
-        "ours, default form": lambda a: ours(a, {}),
-        "Hugging Face GPT-2": lambda a: hugging_face(a, False),
+        "ours, GPT-2 form": partial(ours, form=GPT2_FORM),
+        "ours, default form": partial(ours, form={}),
+        "Hugging Face GPT-2": hugging_face,
     }
-    if args.hf_compile:
-        contenders["Hugging Face GPT-2, compiled"] = lambda a: hugging_face(a, True)
     if args.nanogpt:
-        contenders["nanoGPT"] = lambda a: nanogpt(a, False)
+        contenders["nanoGPT"] = partial(nanogpt, patched=False)
         if args.device == "cpu":  # on a GPU it is bf16 as it ships
-            contenders["nanoGPT, bf16"] = lambda a: nanogpt(a, True)
+            contenders["nanoGPT, bf16"] = partial(nanogpt, patched=True)
     compete(args, contenders)
 
 

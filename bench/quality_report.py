@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.common import heading, row
 from bench.stopwatch import Timing
 from smallgpt import plots
 
@@ -108,7 +109,7 @@ class Report:
             return "not in time"
         return f"{extent(times)} s"
 
-    def row(self, name: str) -> list[str]:
+    def cells(self, name: str) -> list[str]:
         runs = list(self.runs[name].values())
         timings = [run.timing for run in runs]
         return [
@@ -141,9 +142,8 @@ class Report:
             "more than ours",
             "ours is there after",
         ]
-        rows = [head, ["---"] * len(head)]
-        rows += [self.row(name) for name in self.runs]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        rows = [row(self.cells(name)) for name in self.runs]
+        return "\n".join([heading(head), *rows])
 
     def describe(self) -> str:
         """What the numbers were measured with, a line."""

@@ -7,7 +7,6 @@ turn. Beside the training, what is lost is the time of the call and what the ste
 until the checkpoint is published. Prints the median and the range of all rounds, in seconds.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.common import parser, spread  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from smallgpt.hardware import keep_freed_memory  # noqa: E402
 from smallgpt.optim import OptimSettings, make_optimizers  # noqa: E402
@@ -74,11 +74,9 @@ class Training:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    p = parser(__doc__)
+    p.add_argument("--rounds", type=int, default=9)
+    rounds = p.parse_args().rounds
     training = Training()
     millions = sum(p.numel() for p in training.strategy.names().values()) / 1e6
     print(f"{millions:.1f}M parameters, {torch.get_num_threads()} thread(s), {rounds} rounds")
@@ -97,8 +95,7 @@ def main() -> None:
         columns = []
         for name in saves[0]:
             values = [save[name] for save in saves]
-            middle, low, high = statistics.median(values), min(values), max(values)
-            columns.append(f"{name} {middle:.2f} ({low:.2f} to {high:.2f})")
+            columns.append(f"{name} {spread(values, '.2f')}")
         print(f"{way:<6}{', '.join(columns)}")
 
 

@@ -11,7 +11,6 @@ It is not called profile.py: the folder of a script comes first on Python's path
 which PyTorch imports, imports `profile`.
 """
 
-import argparse
 import functools
 import json
 import re
@@ -34,6 +33,7 @@ from torch.autograd.profiler_util import FunctionEvent  # noqa: E402
 from torch.profiler import ProfilerActivity, record_function  # noqa: E402
 
 import train  # noqa: E402
+from bench.common import heading, parser, row  # noqa: E402
 from smallgpt import console, hardware, settings  # noqa: E402
 from smallgpt.parallel.strategy import Single, Spread  # noqa: E402
 from smallgpt.parallel.world import World  # noqa: E402
@@ -206,33 +206,33 @@ def read(name: str, watched: Watched) -> Profile:
 
 def table(profiles: list[Profile], rest: str) -> str:
     """A Markdown table: a row for each group, two columns for each profile."""
-    heads = "".join(f" {profile.name}: ms | share |" for profile in profiles)
-    lines = [f"| part of a step |{heads}", "|---|" + "---|---|" * len(profiles)]
-    for row in [*GROUPS, OTHER, rest, "step"]:
-        cells = [row]
+    titles = ["part of a step"]
+    for profile in profiles:
+        titles += [f"{profile.name}: ms", "share"]
+    lines = [heading(titles)]
+    for part in [*GROUPS, OTHER, rest, "step"]:
+        cells = [part]
         for profile in profiles:
-            milliseconds = profile.groups[row]
-            if row == rest:
+            milliseconds = profile.groups[part]
+            if part == rest:
                 milliseconds = profile.rest
-            if row == "step":
+            if part == "step":
                 milliseconds = profile.wall
             cells += [f"{milliseconds:.2f}", f"{milliseconds / profile.wall:.1%}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
-def detail(profile: Profile, count: int = 20) -> str:
+def detail(profile: Profile) -> str:
     """The operations that no row knows, the longest first."""
     lines = [f"{profile.name}, {OTHER}:"]
-    for name, milliseconds in profile.others.most_common(count):
+    for name, milliseconds in profile.others.most_common(20):
         lines.append(f"  {milliseconds:8.3f} ms  {name[:100]}")
     return "\n".join(lines)
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("settings", nargs="*", help="a YAML and key=value, as for train.py")
     p.add_argument("--steps", type=int, default=3, help="steps that are profiled")
     p.add_argument("--mode", choices=("both", "eager", "compiled"), default="both")

@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from bench.common import cpu_name  # noqa: E402
+from bench.common import cpu_name, parser  # noqa: E402
 from bench.contenders import (  # noqa: E402
     FOREVER,
     NANOGPTS,
@@ -345,23 +345,21 @@ def say(text: str) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="settings of train.py")
-    parser.add_argument("changes", nargs="*", metavar="key=value")
+    p = parser(__doc__)
+    p.add_argument("config", help="settings of train.py")
+    p.add_argument("changes", nargs="*", metavar="key=value")
     names = [*OURS, *NANOGPTS]
-    parser.add_argument("--contenders", nargs="*", choices=names, help="default: all that can run")
-    parser.add_argument("--ablate", action="append", default=[], metavar="'NAME: key=value ...'")
-    parser.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT")
-    parser.add_argument("--minutes", type=float, default=10.0, help="budget of each run")
-    parser.add_argument("--steps", type=int, default=0, help="of each run, instead of --minutes")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--side-by-side", action="store_true", help="one core each")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/time_to_quality"))
-    return parser
+    p.add_argument("--contenders", nargs="*", choices=names, help="default: all that can run")
+    p.add_argument("--ablate", action="append", default=[], metavar="'NAME: key=value ...'")
+    p.add_argument("--nanogpt", type=Path, metavar="PATH", help="a checkout of nanoGPT")
+    p.add_argument("--minutes", type=float, default=10.0, help="budget of each run")
+    p.add_argument("--steps", type=int, default=0, help="of each run, instead of --minutes")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0])
+    p.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--side-by-side", action="store_true", help="one core each")
+    p.add_argument("--out", type=Path, default=Path("checkpoints/time_to_quality"))
+    return p
 
 
 def make_contenders(args: argparse.Namespace, out: Path) -> list[Contender]:

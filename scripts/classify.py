@@ -25,8 +25,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from smallgpt import console, files, hardware, load_classifier, settings
 from smallgpt.console import UserError
-from smallgpt.inference import Prediction, Scorer
+from smallgpt.inference import Precision, Prediction, Scorer
 from smallgpt.settings import Device
 from smallgpt.text import formats
 from smallgpt.weights.pretrained import open_talker
@@ -50,7 +51,7 @@ class ClassifySettings:
     cloze: dict[str, str] = field(default_factory=dict)  # label -> its words: cloze.neg=bad,awful
     template: str = "{text} {word}"  # of a cloze: where the text and the word go
     device: Device = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    dtype: Precision = "auto"  # of matrix products
 
     @property
     def label_words(self) -> dict[str, list[str]]:
@@ -96,12 +97,9 @@ def main() -> None:
 
     n_broken = 0
     n_half = 0
-    show = to_json if s.json else to_line
-    if model.is_number:
-        show = number_to_json if s.json else number_to_line
     chunk = 1 if is_typed else CHUNK
     for answer in answers(texts, model, chunk):
-        print(show(answer, model.labels))
+        print(to_json(answer, model) if s.json else to_line(answer))
         n_broken += "\ufffd" in answer.text
         n_half += model.is_of_pairs and is_half_a_pair(answer.text)
     broken = "hold bytes that are not UTF-8, or U+FFFD in their place: save the texts in UTF-8"
@@ -166,42 +164,33 @@ def is_half_a_pair(text: str) -> bool:
     return is_first != is_second
 
 
-def to_line(answer: Answer, labels: list[str]) -> str:
-    """Label, probability and text in one line."""
+def to_line(answer: Answer) -> str:
+    """Label, probability and text in one line; a number stands in the place of the label."""
     found = answer.found
-    if not found.label:
-        return "\t\t"
     text = " ".join(answer.text.splitlines())
-    return f"{found.label}\t{found.probability:.4f}\t{text}"
+    if found.number is not None:
+        return f"{found.number:.4f}\t\t{text}"
+    if found.label:
+        return f"{found.label}\t{found.probability:.4f}\t{text}"
+    return "\t\t"
 
 
-def to_json(answer: Answer, labels: list[str]) -> str:
-    """An object with the text, the label, and the probabilities by label; null for no text."""
+def to_json(answer: Answer, model: Scorer) -> str:
+    """An object with the text, the label, and the probabilities by label, or with the text and the
+    number under its name; null for no text."""
     found = answer.found
-    rounded = {label: round(value, 6) for label, value in found.probabilities.items()}
-    record = {
-        "text": answer.text,
-        "label": found.label or None,
-        "probabilities": rounded or None,
-    }
+    record: dict[str, Any] = {"text": answer.text}
+    if model.is_number:
+        record[model.labels[0]] = rounded(found.number)
+    else:
+        probabilities = {label: rounded(value) for label, value in found.probabilities.items()}
+        record["label"] = found.label or None
+        record["probabilities"] = probabilities or None
     return json.dumps(record, ensure_ascii=False)
 
 
-def number_to_line(answer: Answer, labels: list[str]) -> str:
-    """The number and the text in one line, in the columns of `to_line`."""
-    number = answer.found.number
-    if number is None:
-        return "\t\t"
-    text = " ".join(answer.text.splitlines())
-    return f"{number:.4f}\t\t{text}"
-
-
-def number_to_json(answer: Answer, labels: list[str]) -> str:
-    """An object with the text and the number under its name."""
-    number = answer.found.number
-    if number is not None:
-        number = round(number, 6)
-    return json.dumps({"text": answer.text, labels[0]: number}, ensure_ascii=False)
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 # --- reading texts --------------------------------------------------------------------------------
@@ -341,22 +330,11 @@ class Cloze(Scorer):
         return found.squeeze(2)
 
 
-def answers(texts: Iterable[str], model: Scorer, chunk: int = CHUNK) -> Iterator[Answer]:
-    """An answer to each text, in order."""
-    for some in chunks(texts, chunk):
+def answers(texts: Iterable[str], model: Scorer, chunk: int) -> Iterator[Answer]:
+    """An answer to each text, in order; so many texts are read and answered together."""
+    texts = iter(texts)
+    for some in iter(lambda: list(islice(texts, chunk)), []):
         yield from map(Answer, some, model(some))
-
-
-def chunks(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """The texts in lists of this size; the last one may be shorter."""
-    chunk = []
-    for text in texts:
-        chunk.append(text)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 if __name__ == "__main__":

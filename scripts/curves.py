@@ -43,7 +43,7 @@ class CurveSettings:
 
 
 def main() -> None:
-    runs, words = split_words(sys.argv[1:])
+    runs, words = settings.split_words(sys.argv[1:])
     s = settings.load(CurveSettings, words, doc=__doc__)
     if not runs:
         raise UserError("which runs? python scripts/curves.py checkpoints/<run> ...")
@@ -59,18 +59,6 @@ def main() -> None:
     out = Path(s.out) if s.out else folders[0] / "curve.png"
     draw(curves, s.x, out)
     print(f"wrote {out}")
-
-
-def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """The command line as (run folders, settings and options)."""
-    runs = []
-    others = []
-    for word in words:
-        if settings.is_setting(word) or word.startswith("-"):
-            others.append(word)
-        else:
-            runs.append(word)
-    return runs, others
 
 
 def read(run: Path) -> pd.DataFrame:

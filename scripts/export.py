@@ -48,7 +48,7 @@ def main() -> None:
 
 def name_run(words: list[str]) -> list[str]:
     """The command line with the run written as run=FOLDER."""
-    runs = [word for word in words if not word.startswith("-") and not settings.is_setting(word)]
+    runs, _ = settings.split_words(words)
     if len(runs) > 1:
         raise UserError(f"one run at a time, not {' and '.join(runs)}")
     return [f"run={word}" if word in runs else word for word in words]

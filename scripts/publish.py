@@ -34,9 +34,8 @@ class PublishSettings:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    runs = [word for word in words if not word.startswith("-") and not settings.is_setting(word)]
-    s = settings.load(PublishSettings, [w for w in words if w not in runs], doc=__doc__)
+    runs, words = settings.split_words(sys.argv[1:])
+    s = settings.load(PublishSettings, words, doc=__doc__)
     if len(runs) != 1 or not s.to:
         raise UserError(
             "give one run and to=FOLDER: scripts/publish.py checkpoints/<run> to=FOLDER"

@@ -35,9 +35,8 @@ class ReplySettings:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    models = [word for word in words if not word.startswith("-") and not settings.is_setting(word)]
-    s = settings.load(ReplySettings, [w for w in words if w not in models], doc=__doc__)
+    models, words = settings.split_words(sys.argv[1:])
+    s = settings.load(ReplySettings, words, doc=__doc__)
     models = models or [own_model()]
     if len(models) > 1 or not models[0]:
         raise UserError("which model? python scripts/replies.py checkpoints/<run>")

@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Le
 
@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))  # the repository's root
 
 from smallgpt import console, load_chat, load_classifier, settings
 from smallgpt.console import UserError
+from smallgpt.inference import Precision
 from smallgpt.runs import checkpoint
 from smallgpt.sampling import SampleSettings
 from smallgpt.settings import Count, Device, PositiveFloat
-from smallgpt.weights.pretrained import is_llama, is_of_transformers
+from smallgpt.weights.pretrained import is_foreign
 
 PAGE = Path(__file__).with_name("chat.html")
 LOOPBACK = ["127.0.0.1", "localhost", "::1"]
@@ -40,7 +41,7 @@ class ServeSettings:
     waiting: Count = 8  # requests that may wait for the one before; more are told to come back
     max_seconds: PositiveFloat = 60.0  # the longest that the model works for a request
     device: Device = "auto"  # auto = a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # as in chat.py
+    dtype: Precision = "auto"  # as in chat.py
     sample: SampleSettings = field(default_factory=SampleSettings)  # where a request has none
 
     def check(self) -> list[str]:
@@ -88,8 +89,7 @@ def main() -> None:
 
 def is_classifier(path: str) -> bool:
     """Is there a run of sentiment_train.py? UserError if there is nothing that can be opened."""
-    is_foreign = is_llama(path) or is_of_transformers(Path(path))
-    return not is_foreign and "head" in checkpoint.required(path).meta
+    return not is_foreign(path) and "head" in checkpoint.required(path).meta
 
 
 def is_loopback(host: str) -> bool:

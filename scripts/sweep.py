@@ -29,15 +29,7 @@ from smallgpt.runs import checkpoint
 from smallgpt.runs.metrics import say
 from smallgpt.settings import Count, Positive
 from smallgpt.sweeps import compare
-from smallgpt.sweeps.jobs import (
-    Crew,
-    Job,
-    Script,
-    check_settings,
-    check_trunk,
-    folder_name,
-    why_failed,
-)
+from smallgpt.sweeps.jobs import Crew, Job, Script, check, folder_name, why_failed
 from smallgpt.sweeps.search import Search, Space, space_problems, trial_name
 
 
@@ -147,8 +139,7 @@ def plan(s: SweepSettings, folder: Path, common: dict[str, str]) -> list[Job]:
             )
         jobs[same] = job
     for job in jobs.values():
-        check_settings(job)
-        check_trunk(job)
+        check(job)
     return list(jobs.values())
 
 
@@ -219,8 +210,7 @@ def search_all(
     """Run the trials. Returns the search, and the signal that stopped it or 0."""
     search = Search(folder, s.script, common, s.search, s.trials, s.search_seed, s.prune)
     for job in search.jobs():
-        check_settings(job)
-        check_trunk(job)
+        check(job)
     chosen = f"{search.measure} on validation chooses, the test stays sealed"
     print(f"{s.trials} trials, {crew.size} at once, in {folder}; {chosen}", flush=True)
     number = crew.work(search)
@@ -241,8 +231,7 @@ def jobs_of_best(s: SweepSettings, search: Search) -> list[Job]:
         folder = search.folder / f"{trial_name(best)}_seed-{seed}"
         jobs.append(Job(s.script, drawn, seed, folder, keys))
     for job in jobs:
-        check_settings(job)
-        check_trunk(job)
+        check(job)
     return jobs
 
 

@@ -209,17 +209,25 @@ def is_setting(word: str) -> bool:
     return bool(equals) and "/" not in key and "\\" not in key
 
 
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """The command line as (folders of runs, settings and options)."""
+    runs = []
+    others = []
+    for word in words:
+        if word.startswith("-") or is_setting(word):
+            others.append(word)
+        else:
+            runs.append(word)
+    return runs, others
+
+
 def name_checkpoint(words: list[str]) -> list[str]:
     """The command line with the folder of a model written as checkpoint=FOLDER."""
-
-    def is_model(word: str) -> bool:
-        is_option = word.startswith("-") or word.endswith((".yaml", ".yml"))
-        return not is_option and not is_setting(word)
-
-    models = [word for word in words if is_model(word)]
+    paths, _ = split_words(words)
+    models = [path for path in paths if not path.endswith((".yaml", ".yml"))]
     if len(models) > 1:
         raise UserError(f"one model at a time, not {' and '.join(models)}")
-    return [f"checkpoint={word}" if is_model(word) else word for word in words]
+    return [f"checkpoint={word}" if word in models else word for word in words]
 
 
 def write(settings: Any, path: str | Path) -> None:

@@ -150,10 +150,6 @@ class Tokenizer:
             pieces.append([*before, *self.encode(turn), closing])
         return pieces
 
-    def encode_dialogue(self, turns: Sequence[str], roles: Sequence[str] = ()) -> list[int]:
-        """[bos] turn [sep] turn ... turn [end], or [bos] [sep] system prompt [sep] turn ..."""
-        return list(chain.from_iterable(self.encode_turns(turns, roles)))
-
     def decode(self, ids: Iterable[int], errors: str = "replace", specials: bool = False) -> str:
         """The text of ids; special tokens are left out, or written by name if `specials`.
 

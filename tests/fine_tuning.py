@@ -4,7 +4,6 @@ several runs in one group of processes (`main`)."""
 import csv
 import json
 import random
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,8 @@ from smallgpt import settings
 from smallgpt.parallel.world import World, start
 from smallgpt.sentiment import report
 from smallgpt.tokenizer import STAND_INS
-from smallgpt.weights.gpt2 import FORM, NAMES
+from smallgpt.weights import forms
+from smallgpt.weights.gpt2 import FORM
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -98,24 +98,9 @@ def gpt2(tmp_path_factory) -> Path:
     are new to it."""
     folder = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**FORM, vocab_size=257, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32))
-    theirs, weights = {ours: name for name, ours in list(NAMES.items())[:9]}, {}
-    for name, w in gpt.named_parameters():
-        head, part, end = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups()
-        if part in ("attn.q", "attn.k", "attn.v"):
-            if part != "attn.q":
-                continue
-            w = torch.cat([gpt.get_parameter(name.replace(".q.", f".{x}.")) for x in "qkv"])
-            part = "attn.qkv"
-        turned = (
-            w.t()
-            if end == "weight" and part in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
-            else w
-        )
-        weights[f"{(head or '').replace('blocks', 'h')}{theirs[part]}.{end}"] = (
-            turned.detach().contiguous()
-        )
-    save_file(weights, folder / "model.safetensors")
+    config = GPTConfig(**FORM, vocab_size=257, block_size=BLOCK, n_layer=2, n_head=2, n_embd=32)
+    weights = dict(GPT(config).named_parameters())
+    save_file(forms.their_tensors(weights, config, forms.GPT2), folder / "model.safetensors")
     sizes = dict(vocab_size=257, n_positions=BLOCK, n_layer=2, n_head=2, n_embd=32)
     (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
     ids = {token: i for i, token in enumerate([*STAND_INS, "<|endoftext|>"])}

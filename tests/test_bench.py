@@ -25,7 +25,7 @@ def test_every_part_runs_to_its_end(tmp_path):
     """On a machine with a GPU, lent for minutes, an option that a part does not know would cost the
     part, and so would a setting of the speedrun. Without the package transformers."""
     corpus = tmp_path / "letters.txt"
-    gpu.write_corpus(corpus)
+    common.write_chats(corpus)
     missing = tmp_path / "missing"
     missing.mkdir()
     (missing / "transformers.py").write_text("raise ImportError", encoding="utf-8")

@@ -1,9 +1,5 @@
 """bench/growth.py: speed and memory of training, one thing changed at a time."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from bench import growth
@@ -71,12 +67,13 @@ def test_every_point_trains_and_is_shown(args, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_point_answers():
-    """The command starts itself once for each point, and asks for rounds one by one."""
-    command = [sys.executable, "bench/growth.py", "--quick", "--worker", "context: 64"]
-    result = subprocess.run(
-        command, input="go\ngo\n", capture_output=True, text=True, cwd=ROOT, timeout=120
-    )
-    about, *samples = map(json.loads, result.stdout.splitlines())
-    assert result.returncode == 0 and about["tokens"] == 256 and not about["compiled"]
-    assert len(samples) == 2 and min(sample["seconds"] for sample in samples) > 0
+def test_two_points_take_turns(args, monkeypatch, capsys):
+    """The command could not start its points: each is this command again, asked for rounds."""
+    monkeypatch.setattr("sys.argv", [str(ROOT / "bench/growth.py"), "--quick"])
+    group = growth.groups(args)[0][:2]
+    results, content = growth.compare(group, args)
+    assert [result.point.name for result in results] == ["base", "layers: 1"]
+    assert all(result.speed > 0 for result in results)
+    assert "| layers: 1 |" in capsys.readouterr().out
+    about = content["contenders"]["layers: 1"]
+    assert about["flops_per_token"] == results[1].flops and not about["compiled"]

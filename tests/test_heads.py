@@ -15,7 +15,7 @@ from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, make_classifier, prepare
 from smallgpt import load_classifier, settings
 from smallgpt.inference import Classifier
-from smallgpt.weights.pretrained import open_model, open_trunk
+from smallgpt.weights.pretrained import digest, open_model, open_trunk
 
 torch.set_num_threads(1)
 SMALL = GPTConfig(vocab_size=20, block_size=12, n_layer=2, n_head=2, n_embd=8)
@@ -81,7 +81,7 @@ def by_hand(model: GPTClassifier, ids: list[int]) -> torch.Tensor:
     most = len(model.marks.weight) - 1
     for i, run in enumerate(runs):
         x[0, i] += model.marks.weight[min(run, most)]
-    context = model.gpt.context(len(ids), CPU)
+    context = model.gpt.context(x)
     h = model.gpt.norm(model.gpt.run_blocks(x, context))[0]
     return model.head(h.mean(0) if model.pool == "mean" else h[-1])
 
@@ -165,7 +165,7 @@ def test_the_lowest_blocks_are_the_trunks(fit, asked, trunk):
     model = make_classifier(asked(trunk_blocks=1), task, CPU).eval()
     _, gpt, _ = open_model(trunk)
     ids = torch.from_numpy(task.inputs["test"].data.ids[0])[None]
-    context = gpt.context(ids.size(1), CPU)
+    context = gpt.context(ids)
     lowest = gpt.blocks[0](gpt.wte(ids), context, 0)
     wanted = model.head(gpt.norm(lowest)[:, -1])
     assert torch.allclose(model(ids, torch.tensor([ids.size(1)])), wanted, atol=1e-6)
@@ -213,7 +213,8 @@ def test_mistakes(fine, tmp_path, mistake_of, argument, says):
 def test_a_chain_is_made_link_by_link_and_the_report_names_each(
     fine, tmp_path, start, run, trunk, mistake_of
 ):
-    """A link that is finished is not made again; what chose the last run may have been read."""
+    """A link that is finished is not made again; what chose the last run may have been read; a
+    sweep over chains compares no two seeds, since each has a link of its own as its trunk."""
     for name, seed in (("a", 3), ("b", 4)):
         path = write_csv(tmp_path / f"{name}.csv", made(200, seed))
         text = f"max_steps: 2\noptim: {{lr: 0.01}}\ndata: {{path: {path}}}\n"
@@ -232,6 +233,8 @@ def test_a_chain_is_made_link_by_link_and_the_report_names_each(
         said = (tmp_path / name / "report.md").read_text(encoding="utf-8")
         assert f"- trained on before: {' -> '.join(links[:count])}\n" in said
         assert "validation texts are" not in said
+    result = json.loads((tmp_path / "r" / "result.json").read_text(encoding="utf-8"))
+    assert result["hashes"]["trunk"] == digest(str(trunk))
     again = run("sentiment_train", args)
     assert again.status == 0, again.err
     assert again.out.count("run      ") == 1

@@ -254,9 +254,8 @@ def test_real_contenders(chat_file, tmp_path, capsys, monkeypatch):
     plain = results["contenders"]["gpt2"]["definition"]
     assert plain["model.pos"] == "learned" and plain["optim.name"] == "adamw"
 
-    began = time.perf_counter()
     bench.main([*command, *options, *ablation, "--contenders", *names])
-    assert time.perf_counter() - began < 3 and "seed 0: 12 steps" not in capsys.readouterr().out
+    assert "seed 0: 12 steps" not in capsys.readouterr().out, "everything is known already"
     for wrong in ("no colon", "ours: optim.lr=1"):
         with pytest.raises(UserError, match="write 'NAME: key=value ...'"):
             bench.main([*command, *options, "--ablate", wrong])

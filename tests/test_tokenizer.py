@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from helpers import DATA
+from helpers import DATA, dialogue_ids
 from smallgpt import tokenizer as module
 from smallgpt.console import UserError
 from smallgpt.tokenizer import SPECIALS, Tokenizer, TokenizerSettings, named, train
@@ -104,14 +104,14 @@ def test_text_that_spells_a_special_token_stays_text(tok):
     specials = {tok.bos, tok.sep, tok.end, tok.pad, tok.cls, tok.pair}
     for name in SPECIALS:
         assert not specials & set(tok.encode(name))
-        assert list(tok.encode_dialogue([name])) == [tok.bos, *tok.encode(name), tok.end]
+        assert list(dialogue_ids(tok, [name])) == [tok.bos, *tok.encode(name), tok.end]
 
 
 def test_dialogue_layout(tok):
     turns = ["你好", "hi", "<|end|>"]
     a, b, c = map(tok.encode, turns)
-    assert tok.encode_dialogue(turns) == [tok.bos, *a, tok.sep, *b, tok.sep, *c, tok.end]
-    assert tok.encode_dialogue(["one"]) == [tok.bos, *tok.encode("one"), tok.end]
+    assert dialogue_ids(tok, turns) == [tok.bos, *a, tok.sep, *b, tok.sep, *c, tok.end]
+    assert dialogue_ids(tok, ["one"]) == [tok.bos, *tok.encode("one"), tok.end]
     assert tok.encode_turns(turns) == [[tok.bos], [*a, tok.sep], [*b, tok.sep], [*c, tok.end]]
 
 
@@ -120,8 +120,8 @@ def test_a_system_prompt_follows_an_empty_turn(tok):
     turns, roles = ["be kind", "hi", "ho"], ["system", "user", "assistant"]
     prompt, *spoken = map(tok.encode, turns)
     expected = [tok.bos, tok.sep, *prompt, tok.sep, *spoken[0], tok.sep, *spoken[1], tok.end]
-    assert tok.encode_dialogue(turns, roles) == expected
-    assert tok.encode_dialogue(turns[1:], roles[1:]) == tok.encode_dialogue(turns[1:])
+    assert dialogue_ids(tok, turns, roles) == expected
+    assert dialogue_ids(tok, turns[1:], roles[1:]) == dialogue_ids(tok, turns[1:])
 
 
 def test_special_ids_are_the_last_six_in_order(tok):
@@ -141,7 +141,7 @@ def test_token_bytes_add_up_to_the_chat_file(tok):
     file = "".join("\n".join(turns) + "\n\n" for turns in dialogues)
     sizes = tok.token_bytes()
     assert sizes.dtype == np.int64 and sizes.shape == (tok.vocab_size,)
-    n_bytes = sum(sizes[tok.encode_dialogue(turns)].sum() for turns in dialogues)
+    n_bytes = sum(sizes[dialogue_ids(tok, turns)].sum() for turns in dialogues)
     assert n_bytes == len(file.encode("utf-8"))
 
 
@@ -271,7 +271,7 @@ def test_an_uncased_tokenizer_reads_capitals_as_small_letters(kind, tmp_path):
                 tok.encode(text) == tok.encode(text.lower())
                 and tok.decode(tok.encode(text)) == text.lower()
             )
-        assert tok.encode_dialogue(["HELLO", "IT"]) == tok.encode_dialogue(["hello", "it"])
+        assert dialogue_ids(tok, ["HELLO", "IT"]) == dialogue_ids(tok, ["hello", "it"])
     ranks = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["ranks"]
     learnt = [base64.b64decode(token).decode("utf-8", "replace") for token in ranks[256:]]
     assert learnt and learnt == [token.lower() for token in learnt]
@@ -287,7 +287,7 @@ def test_saved_tokenizer_comes_back_the_same(tok, tmp_path):
         pickle.loads(pickle.dumps(tok)),
     ):
         assert (again.hash, again.kind, again.vocab_size) == (tok.hash, tok.kind, tok.vocab_size)
-        assert again.encode_dialogue(TALK) == tok.encode_dialogue(TALK)
+        assert dialogue_ids(again, TALK) == dialogue_ids(tok, TALK)
         assert (again.token_bytes() == tok.token_bytes()).all()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer.json"]
 
@@ -418,7 +418,7 @@ def test_real_chat_is_compressed_and_comes_back(kind):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             turns += file.read(200_000).split("\n")
     tok = train(TokenizerSettings(kind=kind, vocab_size=4096), turns)
-    ids = tok.encode_dialogue(turns)
+    ids = dialogue_ids(tok, turns)
     assert tok.decode(ids) == "".join(turns)
     sizes = tok.token_bytes()[ids]
     assert sizes.mean() > {"char": 1.5, "bpe": 2.5}[kind]

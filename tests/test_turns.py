@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from helpers import dialogue_ids
 from smallgpt import turns
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings
@@ -148,10 +149,10 @@ def test_a_system_prompt_stands_where_a_corpus_with_roles_has_it():
     roles = ["system", "user", "assistant"]
     talk.set_system(said[0])
     assert exchange(talk, said[1]) == said[2]
-    trained = tokenizer.encode_dialogue(said, roles)
+    trained = dialogue_ids(tokenizer, said, roles)
     assert trained[-1] == tokenizer.end and talk.ids == [*trained[:-1], tokenizer.sep]
     talk.set_system("")
-    assert talk.ids == [*tokenizer.encode_dialogue(said[1:])[:-1], tokenizer.sep]
+    assert talk.ids == [*dialogue_ids(tokenizer, said[1:])[:-1], tokenizer.sep]
 
 
 def test_a_published_model_without_chat_turns_is_not_talked_to():

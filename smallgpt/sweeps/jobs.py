@@ -100,6 +100,13 @@ def folder_name(cell: Cell, seed: int) -> str:
     return re.sub(r"[^\w.-]", "-", name)
 
 
+def check(job: Job) -> None:
+    """UserError if the training has begun with other settings than now, or with a trunk that has
+    changed since."""
+    check_settings(job)
+    check_trunk(job)
+
+
 def check_settings(job: Job) -> None:
     """UserError if the training has begun, with other settings than now."""
     before = read_json(job.record)

@@ -6,7 +6,7 @@
     their_config      config.json of a model
     their_tensors     model.safetensors of a model
 
-The names of tensors are in names.py, GPT-2's in gpt2.py.
+The names of tensors are in names.py.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,6 @@ from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.weights import gpt2, names
 
-GPT2_NAMES = {}  # ours -> theirs
-for theirs, ours in gpt2.NAMES.items():
-    is_in_block = ours not in ("wte", "wpe", "norm")
-    GPT2_NAMES[f"blocks.#.{ours}" if is_in_block else ours] = (
-        f"transformer.h.#.{theirs}" if is_in_block else f"transformer.{theirs}"
-    )
 HEADS = {"lm_head": "lm_head", "head": "score"}  # of all classes
 
 LLAMA_SIZES = {  # theirs -> ours
@@ -70,7 +64,7 @@ GPT2 = Form(
     needs={"pos": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "n_kv_head": 0},
     fields={"activation_function": "gelu_new"},
     sizes=gpt2.SIZES,
-    names=GPT2_NAMES,
+    names={ours: f"transformer.{theirs}" for ours, theirs in names.GPT2.items()},
 )
 QWEN3 = Form(
     "Qwen3ForCausalLM",
@@ -116,7 +110,7 @@ CLASSIFIERS = (
 # What hugging_face.py reads, by the model_type and hidden_act of config.json.
 LLAMA_LIKE = {
     (form.model_type, form.fields["hidden_act"]): form
-    for form in (QWEN3, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
+    for form in (LLAMA, QWEN3, ARCEE, APERTUS, SQUARED_RELU_AS_QWEN3)
 }
 
 
@@ -173,7 +167,10 @@ def their_tensors(
     """The tensors of model.safetensors, in float32, of a model's weights by our names."""
     weights = dict(weights)
     if form.model_type == "gpt2":
-        weights = to_conv1d(weights, config.n_layer)
+        weights = as_gpt2(weights, config.n_layer)
+        for name in weights:
+            if name.endswith(gpt2.CONV1D):  # (in, out), the opposite of gpt2.from_conv1d
+                weights[name] = weights[name].t()
     if form.has_gate_like_fc:
         for layer in range(config.n_layer):
             mlp = f"blocks.{layer}.mlp"
@@ -193,21 +190,21 @@ def as_saved(weight: Tensor) -> Tensor:
     return weight.detach().float().clone(memory_format=torch.contiguous_format)
 
 
-def to_conv1d(weights: dict[str, Tensor], n_layer: int) -> dict[str, Tensor]:
-    """The opposite of gpt2.from_conv1d. A model without biases gets those that change nothing."""
-    linear = dict(weights)
+def as_gpt2(weights: Mapping[str, Tensor], n_layer: int) -> dict[str, Tensor]:
+    """GPT-2 has q, k and v in one, and biases everywhere: a model without gets those that change
+    nothing."""
+    joined = dict(weights)
     for layer in range(n_layer):
         attn = f"blocks.{layer}.attn"
         for kind in ("weight", "bias"):
-            thirds = [linear.pop(f"{attn}.{letter}.{kind}", None) for letter in "qkv"]
+            thirds = [joined.pop(f"{attn}.{letter}.{kind}", None) for letter in "qkv"]
             if thirds[0] is not None:
-                linear[f"{attn}.qkv.{kind}"] = torch.cat(thirds)
-    theirs = {}
-    for name, weight in linear.items():
-        is_turned = name.endswith(gpt2.CONV1D)
-        theirs[name] = weight.t() if is_turned else weight
+                joined[f"{attn}.qkv.{kind}"] = torch.cat(thirds)
+    found = {}
+    for name, weight in joined.items():
+        found[name] = weight
         in_layer = name.startswith(("blocks.", "norm.")) and name.endswith(".weight")
         if in_layer:
             zeros = torch.zeros(weight.size(0))
-            theirs.setdefault(name.removesuffix("weight") + "bias", zeros)
-    return theirs
+            found.setdefault(name.removesuffix("weight") + "bias", zeros)
+    return found

@@ -36,6 +36,7 @@ from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import STAND_INS, Tokenizer, bytes_of, named
 from smallgpt.weights.export_tokenizer import is_exported, read_exported
+from smallgpt.weights.names import GPT2, SMALL_GPT, inverse, rename
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = tuple(f"{name}.index.json" for name in WEIGHTS)  # of weights that are kept in shards
@@ -66,32 +67,7 @@ SIZES = {  # theirs -> ours
     "n_head": "n_head",
     "n_embd": "n_embd",
 }
-NAMES = {  # theirs -> ours
-    "wte": "wte",
-    "wpe": "wpe",
-    "ln_1": "norm1",
-    "ln_2": "norm2",
-    "ln_f": "norm",
-    "attn.c_attn": "attn.qkv",
-    "attn.c_proj": "attn.proj",
-    "mlp.c_fc": "mlp.fc",
-    "mlp.c_proj": "mlp.proj",
-}
-SMALL_GPT_NAMES = {
-    "ln1": "norm1",
-    "ln2": "norm2",
-    "attention.W_q": "attn.q",
-    "attention.W_k": "attn.k",
-    "attention.W_v": "attn.v",
-    "attention.out_net": "attn.proj",
-    "ffn.dense1": "mlp.fc",
-    "ffn.out_net": "mlp.proj",
-}
-ALL_NAMES = NAMES | SMALL_GPT_NAMES
-# _orig_mod.transformer.h.3.mlp.c_fc.bias: block 3, part mlp.c_fc, kind bias
-TENSOR_NAME = re.compile(
-    r"(?:_orig_mod\.)?(?:transformer\.)?(?:h\.(?P<block>\d+)\.)?(?P<part>.+)\.(?P<kind>weight|bias)"
-)
+OURS = inverse(GPT2) | inverse(SMALL_GPT)  # theirs -> ours
 CONV1D = ("qkv.weight", "proj.weight", "fc.weight")
 
 TOKENIZER_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), ("tokenizer.json",))
@@ -154,15 +130,7 @@ def read_config(file: Path) -> GPTConfig:
         raise UserError(f"{file} is missing: put the one there that was saved with the weights")
     config = read_json(file)
     check_fields(config, GPT2_FORM, file, "GPT-2")
-    sizes = {}
-    for theirs, ours in SIZES.items():
-        value = config.get(theirs)
-        if type(value) is not int or value < 1:
-            raise UserError(
-                f"{file} is no config of a GPT-2: {theirs} is {value!r}, and must be a size; "
-                "download it again"
-            )
-        sizes[ours] = value
+    sizes = read_sizes(config, SIZES, file)
     width = 4 * sizes["n_embd"]
     if config.get("n_inner") not in (None, width):
         raise UserError(
@@ -176,6 +144,19 @@ def read_config(file: Path) -> GPTConfig:
         )
     own = {"norm_eps": epsilon, "tie_weights": bool(config.get("tie_word_embeddings", True))}
     return checkpoint.model_config(FORM | sizes | own, file)
+
+
+def read_sizes(found: dict[str, Any], table: dict[str, str], file: Path) -> dict[str, int]:
+    """The sizes of a model by our names. UserError if one is missing or none."""
+    sizes = {}
+    for theirs, ours in table.items():
+        value = found.get(theirs)
+        if type(value) is not int or value < 1:
+            raise UserError(
+                f"{file} is damaged: {theirs} is {value!r}, and must be a size; download it again"
+            )
+        sizes[ours] = value
+    return sizes
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -255,20 +236,11 @@ def trunk_weights(theirs: Weights) -> Weights:
     """The tensors of a trunk, in float32, by our names; masks and heads are left out."""
     weights = {}
     for their_name, tensor in theirs.tensors.items():
-        name = our_name(their_name)
+        plain = their_name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        name = rename(plain, OURS)
         if name:
             weights[name] = tensor.then(Tensor.float)
     return Weights(weights)
-
-
-def our_name(theirs: str) -> str:
-    """transformer.h.3.mlp.c_fc.bias -> blocks.3.mlp.fc.bias; empty for a mask or a head."""
-    match = TENSOR_NAME.fullmatch(theirs)
-    part = ALL_NAMES.get(match["part"]) if match else None
-    if part is None:
-        return ""
-    name = f"{part}.{match['kind']}"
-    return name if match["block"] is None else f"blocks.{match['block']}.{name}"
 
 
 def from_conv1d(weights: Weights) -> Weights:
@@ -432,8 +404,12 @@ def read_tokenizer_json(file: Path) -> tuple[dict[str, int], list[str]]:
             f"{file} is another kind of tokenizer ({kind}, pre_tokenizer {splitter}, normalizer "
             f"{normalizer}): GPT-2's is BPE, ByteLevel, none; take a model with one like GPT-2's"
         )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return model["vocab"], merges
+    return model["vocab"], merges_of(model)
+
+
+def merges_of(model: dict[str, Any]) -> list[str]:
+    """The merges of a tokenizer.json, which spells each as "h e" or as ["h", "e"]."""
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
 def why_unlike_gpt2(ids: dict[str, int], merged: list[str]) -> str:

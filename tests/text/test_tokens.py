@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import DATA, ROOT
+from helpers import DATA, ROOT, dialogue_ids
 from smallgpt.console import UserError
 from smallgpt.settings import load
 from smallgpt.text import formats, tokens
@@ -32,7 +32,7 @@ def test_tokens_are_the_dialogues_in_order(settings, ready):
         dialogues = [dialogue.turns for dialogue in read_dialogues(data.path[0])]
         wanted = [turns for turns in dialogues if held_out(turns, data) == side]
         assert stored[:].tolist() == [
-            id for turns in wanted for id in made.tokenizer.encode_dialogue(turns)
+            id for turns in wanted for id in dialogue_ids(made.tokenizer, turns)
         ]
         assert wanted and stored.dtype == np.uint16
     assert made.n_train_tokens == len(made._train[0]) and made.n_val_tokens == len(made._val[0])
@@ -137,9 +137,9 @@ def test_a_second_start_does_not_tokenise_or_read_again(settings, monkeypatch, r
     for name in ("tokenise", "train", "blocks", "read_dialogues", "parse"):
         monkeypatch.setattr(tokens, name, never)
     monkeypatch.setattr("hashlib.file_digest", never)
-    start = time.perf_counter()
+    start = time.process_time()
     again = ready(data, block_size=32)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert again.fingerprint == first.fingerprint and again.tokenizer.hash == first.tokenizer.hash
     weighed = ready(settings(data.path[0] + "@2"))  # weights change the batches, not the tokens
     assert weighed.fingerprint != first.fingerprint

@@ -360,7 +360,7 @@ def test_what_is_said_in_other_words_is_the_same_form(gpt2_folder):
 @pytest.mark.parametrize("field", ["vocab_size", "n_positions", "n_layer", "n_head", "n_embd"])
 def test_a_size_that_is_none_is_named(gpt2_folder, field, value):
     change(gpt2_folder, **{field: value})
-    assert f"config.json is no config of a GPT-2: {field} is {value!r}" in refused(gpt2_folder)
+    assert f"config.json is damaged: {field} is {value!r}" in refused(gpt2_folder)
 
 
 def test_config_json_that_is_missing_or_impossible(gpt2_folder):

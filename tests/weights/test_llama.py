@@ -342,10 +342,10 @@ def test_a_gguf_with_scaled_positions_is_refused(theirs, tmp_path):
     "name, changes, says",
     [
         ("config", {"model_type": "qwen2"}, "model_type is 'qwen2'"),
-        ("config", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only a Llama with 'silu'"),
+        ("config", {"hidden_act": "gelu"}, "hidden_act 'gelu'; only gpt2, llama with silu"),
         ("config", {"attention_bias": True}, "attention_bias is True"),
         ("config", {"rope_scaling": {"factor": 8.0}}, "rope_scaling is {'factor': 8.0}"),
-        ("config", {"rope_parameters": {"rope_type": "llama3"}}, "of the type 'llama3'"),
+        ("config", {"rope_parameters": {"rope_type": "llama3"}}, "positions are scaled (llama3)"),
         ("config", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ("config", {"head_dim": 32}, "a head has 32 dimensions"),
         ("config", {"hidden_size": "64"}, "hidden_size is '64', and must be a size"),
