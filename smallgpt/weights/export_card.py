@@ -1,6 +1,7 @@
 """The model card of an export: README.md with what the run recorded, as model hubs show it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ from smallgpt.runs import metrics
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.weights.export import Source
 
+NO_LICENCES = (
+    "The licences of these data were not recorded with them: look them up before you publish."
+)
 LIBRARIES = {"hf": "transformers", "onnx": "onnx", "gguf": "gguf"}
 
 
@@ -29,6 +33,7 @@ def card(source: Source, to: str, use: str, limits: list[str]) -> str:
         describe(source),
         f"## Use\n\n{use}",
         "## Data\n\n" + data_table(source.found.sources),
+        *own_card(source.found.run),
         "## Numbers\n\n" + bullets([*numbers(source), *training(source.found)]),
         "## Limits\n\n" + bullets([*common_limits(source), *limits]),
     ]
@@ -58,12 +63,22 @@ def describe(source: Source) -> str:
 
 def data_table(sources: list[dict[str, Any]]) -> str:
     """What the weights were trained on. Of a path only the name: a card is read by strangers."""
-    lines = ["| data | recorded as | licence |", "|---|---|---|"]
+    lines = ["| data | recorded as |", "|---|---|"]
     for source in sources:
         name, record = name_and_record(source)
-        licence = source.get("licence", "not recorded: look it up before you publish")
-        lines.append(f"| {name} | {record} | {licence} |")
-    return "\n".join(lines)
+        lines.append(f"| {name} | {record} |")
+    return "\n".join(lines) + "\n\n" + NO_LICENCES
+
+
+def own_card(run: Path) -> list[str]:
+    """The card that scripts/publish.py has put into a run's folder, which may name licences, one
+    level deeper; nothing where there is none."""
+    file = run / "README.md"
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8")
+    deeper = re.sub(r"^#", "###", text.strip(), flags=re.M)
+    return [f"## The card of the run\n\n{deeper}"]
 
 
 def name_and_record(source: dict[str, Any]) -> tuple[str, str]:

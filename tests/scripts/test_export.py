@@ -1,6 +1,7 @@
 """The command scripts/export.py: what it writes of a real run, and what it says of mistakes."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -49,7 +50,19 @@ def test_the_card_holds_what_the_run_recorded(trunk, tmp_path, exported):
     (source,) = open_trunk(str(trunk)).sources
     assert source["sha256"] in card and "chat.txt" in card
     assert str(Path(source["path"]).parent) not in card and str(trunk) not in card
-    assert "- seed 0" in card and "licence" in card
+    assert "- seed 0" in card and "licences of these data were not recorded" in card
+
+
+def test_the_card_of_a_published_run_is_kept(trunk, tmp_path, exported):
+    """The licences that the run's own card names would be lost."""
+    run = tmp_path / "published"
+    shutil.copytree(trunk, run)
+    page = "# mine\n\n## What it has read\n\n| chat.txt | MIT |\n"
+    (run / "README.md").write_text(page, encoding="utf-8")
+    exported(run, "to=hf", f"out={tmp_path / 'out'}")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "## The card of the run\n\n### mine" in card
+    assert "#### What it has read\n\n| chat.txt | MIT |" in card
 
 
 def test_mistakes_are_one_sentence(trunk, tmp_path, mistake_of):

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import os
 import random
 import re
 import shutil
@@ -590,6 +591,131 @@ def test_a_key(serving, chat):
     assert server.ask("GET", "/v1/models", headers={"Authorization": "Bearer sesame-42"}).json
     for open_path in ("/", "/health"):
         assert server.ask("GET", open_path).status == 200, "they hold no secret"
+
+
+# --- a thousand of them ---------------------------------------------------------------------------
+
+
+class Hostile:
+    """Requests that must be refused, each of a kind and with the status of docs/serving.md."""
+
+    def __init__(self, server: Server, seed: int):
+        self.server = server
+        self.draw = random.Random(seed)
+
+    def ask(self) -> tuple[int, Answer]:
+        """Send one. The status that it must get, and its answer."""
+        kinds = [
+            self.of_another_host,
+            self.of_another_page,
+            self.of_another_type,
+            self.too_large,
+            self.out_of_bounds,
+            self.cut_off,
+            self.of_bytes,
+            self.elsewhere,
+            self.slow,
+        ]
+        return self.draw.choice(kinds)()
+
+    def word(self) -> str:
+        return "".join(self.draw.choices("abcxyz", k=8))
+
+    def post(self, body: object = ASK, **headers: str) -> Answer:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.server.ask("POST", COMPLETE, body, JSON | named)
+
+    def of_another_host(self) -> tuple[int, Answer]:
+        name = self.draw.choice([self.word(), "127.0.0.1.", "[::", "localhost.evil.example", "@"])
+        return 400, self.post(Host=name)
+
+    def of_another_page(self) -> tuple[int, Answer]:
+        origin = self.draw.choice(["null", "http://localhost", f"https://{self.word()}.example"])
+        return 403, self.post(Origin=origin)
+
+    def of_another_type(self) -> tuple[int, Answer]:
+        kind = self.draw.choice(["text/plain", "multipart/form-data", "application/jsonp", ""])
+        return 415, self.post(Content_Type=kind)
+
+    def too_large(self) -> tuple[int, Answer]:
+        size = guard.MAX_BODY + self.draw.randrange(1, 10**12)
+        return 413, self.post(Content_Length=str(size))
+
+    def out_of_bounds(self) -> tuple[int, Answer]:
+        numbers = {
+            "temperature": [-1, 2.01, 1e-12, 1e308, float("nan"), float("inf"), "1", [], True],
+            "top_p": [0, 1.01, -1, {}],
+            "top_k": [-1, 10**9, 0.5],
+            "max_tokens": [0, -1, 10**18, 1e3 + 0.5, "9"],
+            "seed": [2**63, -(2**63) - 1, 1.5],
+            "stop": ["", [""], ["x"] * 5, "x" * 101, 5],
+            "messages": [[], None, HI * 2, HI * 2001, [5], [{"role": self.word(), "content": ""}]],
+            "stream": ["yes", 1],
+            self.word(): [0],
+        }
+        name = self.draw.choice([*numbers])
+        return 400, self.post({"messages": HI, name: self.draw.choice(numbers[name])})
+
+    def cut_off(self) -> tuple[int, Answer]:
+        return 400, self.post(ASK[: self.draw.randrange(len(ASK))])
+
+    def of_bytes(self) -> tuple[int, Answer]:
+        kinds = [self.draw.randbytes(self.draw.randrange(1, 2000)), b"[" * 50_000, b"9" * 50_000]
+        return 400, self.post(self.draw.choice(kinds))
+
+    def elsewhere(self) -> tuple[int, Answer]:
+        path = self.draw.choice([f"/{self.word()}", "/..%2f..%2fetc/passwd", "/v1/classify"])
+        return 404, self.server.ask("GET", path)
+
+    def slow(self) -> tuple[int, Answer]:
+        """The body stops in the middle."""
+        connection = self.server.connect()
+        connection.putrequest("POST", COMPLETE)
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(len(ASK)))
+        connection.endheaders(ASK[: self.draw.randrange(len(ASK) - 1)])
+        response = connection.getresponse()
+        answer = Answer(response.status, dict(response.getheaders()), response.read().decode())
+        connection.close()
+        return 408, answer
+
+
+def in_use() -> tuple[int, int]:
+    """This process's memory in bytes, and how many files and sockets it has open."""
+    _, resident, *_ = Path("/proc/self/statm").read_text().split()
+    return int(resident) * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.slow
+def test_a_thousand_hostile_requests(serving, chat, monkeypatch, capfd):
+    """Among a thousand one reaches the model, breaks the server, or leaves something behind."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("/proc, which tells what a process uses, is Linux's")
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(sampling, "read", lambda *_: pytest.fail("the model was asked"))
+    server = serving(chat)
+    seen = set()
+
+    def ask(seed: int) -> None:
+        due, answer = Hostile(server, seed).ask()
+        assert answer.status == due and answer.error["message"], (seed, due, answer)
+        assert "Traceback" not in answer.text and str(Path.cwd()) not in answer.text
+        seen.add(due)
+
+    state = server.uvicorn.server_state
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(300)))  # until all that is made once is made
+        wait_for(lambda: not state.connections and not state.tasks, "the first 300 to be over")
+        memory_before, open_before = in_use()
+        list(pool.map(ask, range(300, 1300)))
+        wait_for(lambda: not state.connections and not state.tasks, "the thousand to be over")
+    memory, still_open = in_use()
+    grown = memory - memory_before
+    assert grown < 8e6 and still_open <= open_before, (grown, open_before, still_open)
+    assert server.engine.inside == 0 and seen == {400, 403, 404, 408, 413, 415}
+    assert capfd.readouterr().err == ""
+    monkeypatch.undo()
+    assert server.say("hi", max_tokens=1).status == 200
 
 
 # --- a classifier ---------------------------------------------------------------------------------
