@@ -56,6 +56,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def write_cache(path: Path, content: Any) -> None:
+    """Write a file that `read_json` reads; several processes may write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(content, indent=1), shared=True)
+
+
 # ---- what the first bytes of a file say
 
 
@@ -167,8 +173,7 @@ def hash_files(paths: Iterable[Path], index_file: Path) -> dict[Path, str]:
         except OSError:
             hashes[path] = ""
     if index != known:
-        index_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(index_file, json.dumps(index, indent=1), shared=True)
+        write_cache(index_file, index)
     return hashes
 
 

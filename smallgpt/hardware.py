@@ -119,9 +119,9 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         if has_bf16(device):
             return torch.bfloat16, "this GPU has bf16 tensor cores"
         return torch.float16, "this GPU is older than bf16 tensor cores; float16 with loss scaling"
-    if device.type == "cpu" and has_bf16(device):
-        return torch.bfloat16, "this CPU has bf16 matrix instructions"
     if device.type == "cpu":
+        if has_bf16(device):
+            return torch.bfloat16, "this CPU has bf16 matrix instructions"
         return torch.float32, "this CPU has no bf16 matrix instructions (AMX or AVX-512 BF16)"
     return torch.float32, "the safe choice on this device"
 
@@ -135,12 +135,14 @@ def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, s
         return False, "not supported here"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return False, "the package triton is missing"
-    cpu = device.type == "cpu"  # for a GPU, triton builds a small C part of each kernel
-    compilers = (
-        (os.environ.get("CXX", "g++"), "clang++") if cpu else (os.environ.get("CC", "gcc"), "clang")
-    )
+    if device.type == "cpu":
+        language = "C++"
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+    else:  # triton builds a small C part of each kernel
+        language = "C"
+        compilers = (os.environ.get("CC", "gcc"), "clang")
     if not any(map(shutil.which, compilers)):
-        return False, f"there is no C{'++' if cpu else ''} compiler"
+        return False, f"there is no {language} compiler"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return False, "Python's header files are missing (python3-dev)"
     if device.type == "cpu" and steps < 500:
@@ -151,8 +153,10 @@ def choose_compile(name: str, device: torch.device, steps: int) -> tuple[bool, s
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in dtype, everything delicate in float32; does nothing for float32 and
     float64."""
-    low = dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(device.type, dtype=dtype if low else torch.bfloat16, enabled=low)
+    is_low = dtype in (torch.bfloat16, torch.float16)
+    if not is_low:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:

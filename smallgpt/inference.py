@@ -20,7 +20,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import GPT, GPTClassifier
 from smallgpt import hardware, settings
 from smallgpt.console import UserError
 from smallgpt.runs import checkpoint
@@ -30,7 +29,7 @@ from smallgpt.settings import Device
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.turns import Role
 from smallgpt.weights.precision import set_precision
-from smallgpt.weights.pretrained import open_talker
+from smallgpt.weights.pretrained import model_of, open_talker
 
 BATCH = 16384  # at most so many tokens per forward pass of a classifier
 REMEMBERED = 64  # replies of which a chat knows the tokens
@@ -201,8 +200,9 @@ class Scorer:
             return found
         full = [texts[i] for i in places]
         scores = self.score(full)
-        rows = scores.tolist() if self.is_number else scores.exp().tolist()
-        for i, row in zip(places, rows, strict=True):
+        if not self.is_number:
+            scores = scores.exp()
+        for i, row in zip(places, scores.tolist(), strict=True):
             found[i] = self.predict(row)
         return found
 
@@ -251,13 +251,7 @@ class Classifier(Scorer):
         self.scale = head.get("scale")  # mean and deviation, where the label is a number
         self.is_number = self.scale is not None
         self.is_of_pairs = found.meta.get("pairs", True)  # older versions did not record it
-        tokenizer = checkpoint.tokenizer_of(found)
-        config = checkpoint.model_config(found.meta["model"], path)
-        trunk = GPT(config)
-        n_labels = len(self.labels)
-        marks = head.get("marks", False)
-        model = GPTClassifier(trunk, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
-        checkpoint.load_weights(found, model)
+        model, tokenizer = model_of(found)
         super().__init__(model, tokenizer, device, dtype)
 
     def encode(self, text: str) -> list[int]:

@@ -69,7 +69,9 @@ def role_factor(name: str, s: OptimSettings) -> float:
     their own (as in modded-nanogpt and nanochat)."""
     if re.search(r"wte|wpe", name):
         return s.embedding_factor
-    return s.head_factor if "lm_head" in name else 1.0
+    if "lm_head" in name:
+        return s.head_factor
+    return 1.0
 
 
 # --- Muon -----------------------------------------------------------------------------------------
@@ -85,20 +87,24 @@ class Muon(Optimizer):
     """
 
     def __init__(self, groups: list[dict], lr: float, momentum: float = 0.95):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": 0.0}
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient. A collective where any is sharded."""
         for group in self.param_groups:
+            lr = group["lr"]
+            kept = 1 - lr * group["weight_decay"]
+            momentum = group["momentum"]
             trained = [p for p in group["params"] if p.grad is not None]
             for alike in alike_matrices(trained):
-                averages = [self.average_gradient(p, group["momentum"]) for p in alike]
+                averages = [self.average_gradient(p, momentum) for p in alike]
                 directions = orthogonal(averages)
                 for p, direction in zip(alike, directions, strict=True):
                     size = 0.2 * math.sqrt(max(p.shape))  # root mean square of an AdamW update
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(direction, alpha=-group["lr"] * size)
+                    p.mul_(kept)
+                    p.add_(direction, alpha=-lr * size)
 
     def average_gradient(self, p: Tensor, momentum: float) -> Tensor:
         """The running mean of the gradients of p, with the newest counted once more (Nesterov)."""
@@ -170,7 +176,9 @@ def newton_schulz(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
-    return (x.T if is_tall else x).to(matrix.dtype)
+    if is_tall:
+        x = x.T
+    return x.to(matrix.dtype)
 
 
 # --- groups ---------------------------------------------------------------------------------------
@@ -185,15 +193,21 @@ class Role:
     decayed: bool
 
 
-def role_of(name: str, p: nn.Parameter, s: OptimSettings, scale: float, decays: bool) -> Role:
-    """Muon takes the matrices inside the blocks. Matrices and embeddings are decayed where this one
-    `decays`, norms and biases never."""
-    decayed = p.dim() >= 2 and decays
-    rate = s.lr * role_factor(name, s) * scale
-    in_block = p.dim() == 2 and "blocks." in name
-    if s.name == "muon" and in_block:
-        return Role("muon", rate, decayed)
-    return Role("adamw", rate, decayed)
+def role_of(
+    name: str,
+    p: nn.Parameter,
+    s: OptimSettings,
+    scale: float,
+    undecayed: Collection[str],
+) -> Role:
+    """Muon takes the matrices inside the blocks. Matrices and embeddings are decayed, but not the
+    `undecayed`; norms and biases never are."""
+    by_muon = s.name == "muon" and p.dim() == 2 and "blocks." in name
+    return Role(
+        optimizer="muon" if by_muon else "adamw",
+        lr=s.lr * role_factor(name, s) * scale,
+        decayed=p.dim() >= 2 and name not in undecayed,
+    )
 
 
 def make_optimizers(
@@ -213,7 +227,7 @@ def make_optimizers(
     roles: dict[Role, list[nn.Parameter]] = {}
     for name, p in parameters.items():
         if p.requires_grad:
-            role = role_of(name, p, s, scale(name), name not in undecayed)
+            role = role_of(name, p, s, scale(name), undecayed)
             roles.setdefault(role, []).append(p)
     groups: dict[str, list[dict]] = {"adamw": [], "muon": []}
     for role, members in roles.items():
@@ -251,7 +265,8 @@ def check_finite(
 
     With float16 an infinite norm is the scaler's business, as long as it has scales left to try.
     step: the number of the update, from 1; saved: that of the last checkpoint."""
-    if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+    is_tolerable = math.isfinite(norm) or scaler.is_enabled()
+    if not math.isfinite(loss) or not is_tolerable:
         raise UserError(
             f"at step {step} the loss is {loss}, the norm of the gradient {norm}; no update was "
             f"made, the last checkpoint is step {saved}: lower optim.lr or raise optim.warmup, "

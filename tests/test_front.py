@@ -34,6 +34,7 @@ PAGES = [
     "docs/experiments.md",
     "docs/export.md",
     "docs/serving.md",
+    "docs/troubleshooting.md",
 ]
 CONFIGS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("*.yaml"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)

@@ -333,7 +333,7 @@ def test_more_than_block_size_is_refused_with_both_numbers():
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return LinearCrossEntropy.apply(h, weight, targets, weight.dtype, cross_entropy_slice)
+    return LinearCrossEntropy.apply(h, weight, targets, cross_entropy_slice)
 
 
 def test_loss_and_gradients_equal_cross_entropy_over_many_slices():
@@ -362,9 +362,7 @@ def test_loss_passes_gradcheck():
 
 def sampled_loss(h: Tensor, weight: Tensor, targets: Tensor, negatives: int) -> Tensor:
     classes, places, bias = sample_classes(targets, len(weight), negatives)
-    return LinearCrossEntropy.apply(
-        h, weight[classes], places, weight.dtype, cross_entropy_slice, bias
-    )
+    return LinearCrossEntropy.apply(h, weight[classes], places, cross_entropy_slice, bias)
 
 
 def test_sampled_classes_estimate_the_sum_of_all_without_bias():
@@ -409,7 +407,7 @@ def test_a_fixed_number_of_classes_gives_the_same_loss(negatives):
         torch.manual_seed(4)
         classes, places, bias = sample_classes(targets, 20, negatives, fixed)
         assert len(classes) == min(20, (6 if fixed else 3) + negatives)
-        loss = LinearCrossEntropy.apply(h, w[classes], places, w.dtype, cross_entropy_slice, bias)
+        loss = LinearCrossEntropy.apply(h, w[classes], places, cross_entropy_slice, bias)
         results.append((loss, *torch.autograd.grad(loss, (h, w))))
     for one, other in zip(*results, strict=True):
         assert_close(other, one, 1e-12)

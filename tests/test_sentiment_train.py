@@ -39,6 +39,7 @@ from helpers import (
     RUN_FILES,
     drawn_seed,
     group_variables,
+    json_lines,
     last_weights,
     losses,
     same_weights,
@@ -436,7 +437,7 @@ def test_a_step_is_that_of_the_whole_batch_however_it_is_cut(fit, asked, changes
     labels = idx.masked_fill(torch.arange(idx.size(1)) >= lengths[:, None], -100)
 
     def both(embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        context = model.gpt.context(embedded.size(1), CPU)
+        context = model.gpt.context(embedded)
         h = model.gpt.norm(model.gpt.run_blocks(embedded, context))
         pooled = h[torch.arange(len(rows)), lengths - 1] if s.mask else h[:, -1]
         loss = F.cross_entropy(
@@ -886,10 +887,7 @@ def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_p
     """The newest step was the best and was lost; that of the others had been pruned, and the report
     asked for it."""
     folder = fit(eval_every=2, save_every=2, keep=2)
-    records = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    records = json_lines(folder / "metrics.jsonl")
     for record in records:
         if record["split"] == "val":
             record["accuracy"] = {2: 0.99, 4: 0.5, 6: 0.4, 8: 1.0}[record["step"]]

@@ -17,6 +17,7 @@ import torch
 
 from model import GPT, GPTConfig, most_classes
 from smallgpt.parallel.layout import Axes, Schedule, cut_in_ranges
+from smallgpt.parallel.strategy import shapes_of
 
 F32 = 4  # bytes of weights, gradients and the residual stream, for each number
 BUCKET = 25 * 2**20  # of gradients that DDP sums at a time
@@ -140,7 +141,7 @@ class Work:
         """Those of block 0 stand for every block."""
         with torch.device("meta"):
             model = GPT(replace(self.config, n_layer=1))
-        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+        return shapes_of(model)
 
     def block(self, tp: int = 1) -> Shapes:
         """A block's parameters on one of tp ranks."""

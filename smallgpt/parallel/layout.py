@@ -56,7 +56,8 @@ class MeshSettings:
     @property
     def stages(self) -> int:
         """Stages of the pipeline, over all its processes."""
-        return self.pp * self.virtual if self.schedule == "interleaved" and self.pp > 1 else self.pp
+        is_interleaved = self.schedule == "interleaved" and self.pp > 1
+        return self.pp * self.virtual if is_interleaved else self.pp
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from model import GPT, GPTClassifier
 from smallgpt.parallel.layout import cut_in_ranges
@@ -294,7 +295,8 @@ class Pipeline(Mesh):
         outputs = []
 
         def finish(output: Any, batch: HasInputs) -> None:
-            outputs.append(on_cpu(output))  # what is sent as an object remembers its GPU
+            on_cpu = tree_map(Tensor.cpu, output)  # what is sent as an object remembers its GPU
+            outputs.append(on_cpu)
 
         batches = cut_rows(inputs, self.depth)
         self.run(batches, finish, training=False)
@@ -338,13 +340,6 @@ def cut_rows(inputs: tuple, parts: int) -> list[Rows]:
         else:
             columns.append(itertools.repeat(x))
     return [Rows(of_part) for of_part in zip(*columns, strict=False)]
-
-
-def on_cpu(output: Any) -> Any:
-    """A tensor, or each of a tuple, in CPU memory."""
-    if isinstance(output, tuple):
-        return tuple(on_cpu(part) for part in output)
-    return output.cpu()
 
 
 def join(outputs: list) -> Any:

@@ -296,7 +296,6 @@ def layout_of(
     spread.check(work.config)
     axes = spread.axes
     cut = share_batch(batch_tokens, work.config.block_size, micro_batch, axes.data, axes.pp)
-    is_interleaved = mesh.schedule == "interleaved" and mesh.pp > 1
     is_low = mesh.reduce == "bfloat16" and work.product < F32
     return Layout(
         **asdict(axes),
@@ -305,7 +304,7 @@ def layout_of(
         recompute=recompute,
         sequence=mesh.sequence,
         schedule=mesh.schedule,
-        virtual=mesh.virtual if is_interleaved else 1,
+        virtual=mesh.stages // mesh.pp,
         reduce=work.product if is_low else F32,
     )
 

@@ -123,12 +123,13 @@ def start(
             raise UserError(f"{name}={os.environ[name]} is no number: start it with torchrun")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     world = World(rank, size, device_of_rank(device), timeout)
-    peers = meet(world.rank, world.size, timeout, facts_of(settings or {}))
+    settings = settings or {}
+    peers = meet(rank, size, timeout, facts_of(settings))
     try:
         said = choose_interface(peers.me, peers.everyone)
         if said and world.main:
             print(f"network  {said}", flush=True)
-        join_group(world, peers, timeout, offload=(settings or {}).get("mesh.offload", False))
+        join_group(world, peers, offload=settings.get("mesh.offload", False))
         yield world
         peers.leave()
     except Exception as error:
@@ -161,7 +162,7 @@ def device_of_rank(device: str) -> torch.device:
     return choose_device(device, int(os.environ["LOCAL_RANK"]))
 
 
-def join_group(world: World, peers: Peers, timeout: int, offload: bool) -> None:
+def join_group(world: World, peers: Peers, offload: bool) -> None:
     """Connect this process with the others that answered, and try the connection.
 
     offload: will weights lie in CPU memory beside GPUs?"""
@@ -172,7 +173,7 @@ def join_group(world: World, peers: Peers, timeout: int, offload: bool) -> None:
     backend = "nccl" if on_gpu else "gloo"
     if on_gpu and offload:
         backend = "cpu:gloo,cuda:nccl"  # what lies in CPU memory goes by gloo
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=world.timeout)
     # of the groups that a mesh or an asynchronous save makes later: torch's own is 30 minutes
     distributed_c10d.default_pg_timeout = limit
     distributed_c10d.default_pg_nccl_timeout = limit

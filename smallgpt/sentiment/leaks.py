@@ -10,7 +10,6 @@ A source that is gone, or no longer what was recorded, is not searched, and the 
 """
 
 import functools
-import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smallgpt.console import UserError
-from smallgpt.files import digest, hash_files, read_json, write_atomic
+from smallgpt.files import digest, hash_files, read_json, write_cache
 from smallgpt.parallel.world import World
 from smallgpt.sentiment import splits
 from smallgpt.sentiment.sets import READERS, Example, from_source
@@ -59,9 +58,7 @@ def _folding() -> np.ndarray:
 
 def letters(text: str) -> np.ndarray:
     """uint64 (n,): the letters of a text in lower case, without what stands between them."""
-    composed = unicodedata.normalize(
-        "NFC", text
-    )  # a letter and its accent: one code point, not two
+    composed = unicodedata.normalize("NFC", text)  # a letter and its accent are one code point
     code_points = np.frombuffer(composed.encode("utf-32-le", "replace"), np.uint32)
     folded = _folding()[code_points]
     return folded[folded > 0].astype(np.uint64)
@@ -251,11 +248,6 @@ def _open_set(source: Source) -> Corpus:
     return Corpus(name_of(source), reviews.fingerprint, texts)
 
 
-def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(content, indent=1), shared=True)
-
-
 # ---- the check
 
 
@@ -316,7 +308,7 @@ def search(tests: list[str], sources: list[Source], cache: Path) -> Search:
     result.found = held_out.found
     result.too_short = len(tests) - held_out.searchable
     if len(result.searched) == len(corpora):
-        _write(kept_file, {"found": result.found, "too_short": result.too_short})
+        write_cache(kept_file, {"found": result.found, "too_short": result.too_short})
     return result
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from smallgpt import plots
-from smallgpt.files import read_json, write_atomic
+from smallgpt.files import read_json, write_atomic, write_cache
 from smallgpt.runs.metrics import MEASURES, read
 from smallgpt.sentiment.sets import DEFAULT_MEASURES, Example
 from smallgpt.sentiment.splits import Reviews
@@ -119,8 +119,7 @@ def kept_baselines(
     if are_scores(kept, reviews.measures):
         return kept
     found = compute(reviews)
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(kept_file, json.dumps(found, ensure_ascii=False), shared=True)
+    write_cache(kept_file, found)
     return found
 
 
@@ -134,13 +133,16 @@ def compute_baselines(reviews: Reviews) -> dict[str, Scores]:
     frequencies = Counter(e.label for e in train)
     largest = max(frequencies, key=frequencies.__getitem__)
     always_largest = np.full(len(test), index[largest])
-    n_classes = len(index)
     unit, by_features = tfidf(texts_of(train), train_labels, texts_of(test))
+    measured = functools.partial(
+        summary,
+        labels=test_labels,
+        n_classes=len(index),
+        measures=reviews.measures,
+    )
     return {
-        f"always {largest}": summary(always_largest, test_labels, n_classes, reviews.measures),
-        f"TF-IDF ({unit}) + linear SVM": summary(
-            by_features, test_labels, n_classes, reviews.measures
-        ),
+        f"always {largest}": measured(always_largest),
+        f"TF-IDF ({unit}) + linear SVM": measured(by_features),
     }
 
 
@@ -148,8 +150,10 @@ def are_scores(kept: Any, measures: tuple[str, ...]) -> bool:
     """Whether a file of the cache holds what `baselines` writes."""
     if not isinstance(kept, dict) or not kept:
         return False
-    wanted = {*measures}
-    return all(isinstance(scores, dict) and wanted <= scores.keys() for scores in kept.values())
+    for scores in kept.values():
+        if not isinstance(scores, dict) or not scores.keys() >= {*measures}:
+            return False
+    return True
 
 
 def texts_of(examples: list[Example]) -> list[str]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from smallgpt.console import UserError
-from smallgpt.files import expand_user, write_atomic
+from smallgpt.files import expand_user, hash_file, write_atomic
 from smallgpt.parquet import splits_of
 from smallgpt.sentiment.tables import Columns, Table, decode, read_table, unpack
 from smallgpt.settings import Count, Free, Share, Switch
@@ -87,6 +87,7 @@ SOURCES = {  # set -> {file: (its address, its sha256)}
     ),
 }
 SOURCES["online_shopping_9"] = SOURCES["online_shopping"]
+SOURCES["sst2_sentences"] = SOURCES["sst2"]
 BINARY = {"0": "negative", "1": "positive"}
 PARAPHRASE = {"0": "different", "1": "paraphrase"}
 # What is measured of a set, the first before all: as GLUE does (Wang et al. 2019, table 1)
@@ -290,18 +291,16 @@ class SetFiles:
         return self._first(where, names)
 
     def read(
-        self, file: Path, separator: str = "auto", quoting: str = "auto", header: bool = True
+        self,
+        file: Path,
+        separator: str = "auto",
+        quoting: str = "auto",
+        escape: str = "auto",
+        header: bool = True,
     ) -> Table:
         """A table in the encoding that the settings name."""
         encoding = self.settings.encoding
-        table = read_table(file, encoding, separator, quoting, header=header)
-        self.notes += table.notes
-        return table
-
-    def read_as_set(self, file: Path) -> Table:
-        """A table in the form that the settings name."""
-        s = self.settings
-        table = read_table(file, s.encoding, s.separator, s.quoting, s.escape, s.header)
+        table = read_table(file, encoding, separator, quoting, escape, header)
         self.notes += table.notes
         return table
 
@@ -398,6 +397,14 @@ def sst2(files: SetFiles) -> Splits:
     return of_glue(files, Columns("sentence", "", "label"), BINARY)
 
 
+@reader
+def sst2_sentences(files: SetFiles) -> Splits:
+    """SST-2 without phrases that are parts of others: its whole sentences, a fifth of the tokens.
+
+    Its validation split is that of sst2, and it can be trained on before it."""
+    return sst2(files)
+
+
 def of_glue(
     files: SetFiles,
     columns: Columns,
@@ -410,7 +417,7 @@ def of_glue(
     splits = {}
     parts = {"train": "train.tsv", **(tests or {"test": "dev.tsv"})}
     for split, name in parts.items():
-        table = files.read(files.in_folder(name), "tab", "false", header)
+        table = files.read(files.in_folder(name), "tab", "false", header=header)
         splits[split] = examples(table, columns.text, columns.label, columns.pair, names)
     return splits
 
@@ -603,7 +610,7 @@ def folder_examples(files: SetFiles, folder: Path, in_folder: dict[str, list[Pat
 
 def csv_examples(files: SetFiles, file: Path) -> list[Example]:
     s = files.settings
-    table = files.read_as_set(file)
+    table = files.read(file, s.separator, s.quoting, s.escape, s.header)
     if files.columns is None:  # of a further file they are the same
         files.columns = choose_columns(table, s, files.notes)
     text, pair, label = files.columns
@@ -643,7 +650,7 @@ def fetch_files(name: str, files: dict[str, tuple[str, str]], to: Path) -> list[
         target = to / file
         if not target.exists():
             write_atomic(target, download(name, target, address, digest))
-        elif sha256(target.read_bytes()) != digest:
+        elif hash_file(target) != digest:
             raise UserError(
                 f"{target} is not the file of {name}: move it, or choose another folder"
             )
@@ -662,10 +669,6 @@ def download(name: str, target: Path, address: str, digest: str) -> bytes:
         raise UserError(
             f"could not download {target.name} of {name} ({problem}): {by_hand}"
         ) from None
-    if sha256(content) != digest:
+    if hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"what {address} gave is not the file we know, and was not kept: {by_hand}")
     return content
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

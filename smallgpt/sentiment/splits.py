@@ -68,6 +68,8 @@ def load(s: ReviewSettings) -> Reviews:
     for split in splits:
         refuse_missing_labels(split, splits[split])
         splits[split] = drop_empty(split, splits[split], notes)
+    if s.set == "sst2_sentences":
+        keep_whole_sentences(splits, notes)
     lacking = [split for split in ("test", "validation") if split not in splits]
     if "test" in lacking:
         splits["train"] = deduplicate(splits["train"], notes)
@@ -336,27 +338,36 @@ def long_runs(text: str) -> set[str]:
     return runs
 
 
+def whole_sentences(examples: list[Example], phrases: list[Example]) -> list[Example]:
+    """Those of SST-2's examples that have five words and are a part of no phrase."""
+    texts = {spaced(e.text) for e in phrases}
+    candidates = set()
+    for e in examples:
+        if len(e.text.split()) >= 5:
+            candidates.add(spaced(e.text))
+    whole = candidates - find_substrings(candidates, texts)
+    return [e for e in examples if spaced(e.text) in whole]
+
+
+def keep_whole_sentences(splits: Splits, notes: list[str]) -> None:
+    """Keep only whole sentences in SST-2's training split."""
+    phrases = splits["train"]
+    splits["train"] = whole_sentences(phrases, phrases)
+    dropped = len(phrases) - len(splits["train"])
+    notes.append(f"train: dropped {dropped} phrases, parts of others or under five words")
+
+
 def hold_out_whole_sentences(splits: Splits, notes: list[str]) -> None:
     """Keep only whole sentences in SST-2's validation split, and no part of them in training.
 
     The training split holds phrases of its sentences: in the validation split they would be parts
     of what is trained on, and no test of anything."""
-    phrases = {spaced(e.text) for e in splits["train"] + splits["validation"]}
-    candidates = set()
-    for e in splits["validation"]:
-        if len(e.text.split()) >= 5:
-            candidates.add(spaced(e.text))
-    whole = candidates - find_substrings(candidates, phrases)
-
-    sentences = []
-    given_back = []
+    sentences = whole_sentences(splits["validation"], splits["train"] + splits["validation"])
+    held_out = set(sentences)
+    given_back = [e for e in splits["validation"] if e not in held_out]
     parts: set[str] = set()
-    for e in splits["validation"]:
-        if spaced(e.text) in whole:
-            sentences.append(e)
-            parts |= long_runs(e.text)
-        else:
-            given_back.append(e)
+    for e in sentences:
+        parts |= long_runs(e.text)
 
     before = splits["train"] + given_back
     train = [e for e in before if spaced(e.text) not in parts]

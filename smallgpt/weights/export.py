@@ -1,8 +1,10 @@
 """A run of this project as a folder that other programs read.
 
-open_source    a run or step folder -> Source: the model, its tokenizer, what the run recorded
-new_folder     a folder that appears whole or not at all
-to_hf          for transformers and what reads its files; importing it back is pretrained.py's
+    open_source        a run or step folder -> Source: model, tokenizer, what the run recorded
+    new_folder         a folder that appears whole or not at all
+    write_tokenizer    the files that transformers' tokenizers read
+
+What each format has of its own is in export_hf.py, export_gguf.py and export_onnx.py.
 """
 
 import importlib.util
@@ -26,6 +28,7 @@ from smallgpt.runs import checkpoint
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights.export_tokenizer import tokenizer_config, tokenizer_json
+from smallgpt.weights.pretrained import model_of
 
 
 @dataclass
@@ -33,14 +36,14 @@ class Source:
     """What is exported: the best (or the given) checkpoint of a run."""
 
     found: Checkpoint
-    config: GPTConfig
     model: GPT | GPTClassifier  # in float32 on the CPU, without dropout
     tokenizer: Tokenizer
     head: dict[str, Any] | None  # of a classifier, as its run recorded it
 
     @property
-    def gpt(self) -> GPT:
-        return self.model.gpt if self.head else self.model
+    def config(self) -> GPTConfig:
+        gpt = self.model.gpt if self.head else self.model
+        return gpt.config
 
     @property
     def longest(self) -> int:
@@ -73,20 +76,11 @@ class Source:
 def open_source(path: str) -> Source:
     """The checkpoint at path. UserError if there is none."""
     found = checkpoint.required(path)
-    tokenizer = checkpoint.tokenizer_of(found)
-    config = checkpoint.model_config(found.meta["model"], found.path)
     head = found.meta.get("head")
-    model: GPT | GPTClassifier = GPT(config)
-    if head:
-        if head.get("scale") is not None:
-            raise UserError(
-                f"{path} foretells a number: only classifiers of labels can be exported"
-            )
-        n_labels = len(head["labels"])
-        marks = head.get("marks", False)  # older versions had none
-        model = GPTClassifier(model, n_labels, head["pool"], head["mask"], tokenizer.sep, marks)
-    checkpoint.load_weights(found, model)
-    return Source(found, config, model.float().eval(), tokenizer, head)
+    if head and head.get("scale") is not None:
+        raise UserError(f"{path} foretells a number: only classifiers of labels can be exported")
+    model, tokenizer = model_of(found)
+    return Source(found, model.float().eval(), tokenizer, head)
 
 
 @contextmanager

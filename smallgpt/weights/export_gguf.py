@@ -14,7 +14,6 @@ from typing import Any
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
-from model import GPTConfig
 from smallgpt.console import UserError
 from smallgpt.tokenizer import BPE_PATTERN, Tokenizer
 from smallgpt.weights import forms, names
@@ -43,18 +42,6 @@ SPACE = "▁"  # of SentencePiece
 # What llama.cpp calls the ways to split a text, by their patterns.
 SPLITS = {BPE_PATTERN: "llama-bpe", r50k_pat_str: "gpt-2"}
 
-GPT2_NAMES = {  # ours -> theirs
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "blocks.#.norm1": "blk.#.attn_norm",
-    "blocks.#.attn.qkv": "blk.#.attn_qkv",
-    "blocks.#.attn.proj": "blk.#.attn_output",
-    "blocks.#.norm2": "blk.#.ffn_norm",
-    "blocks.#.mlp.fc": "blk.#.ffn_up",
-    "blocks.#.mlp.proj": "blk.#.ffn_down",
-    "norm": "output_norm",
-    "lm_head": "output",
-}
 SIZES = {  # theirs, behind the architecture -> ours
     "context_length": "block_size",
     "block_count": "n_layer",
@@ -136,10 +123,8 @@ def tensors(source: Source, form: Form) -> Iterator[tuple[str, Tensor]]:
     """The tensors by llama.cpp's names, in float32."""
     c = source.config
     weights = source.weights()
-    table = names.GGUF
     if form is forms.GPT2:
-        weights = with_biases(weights, c)
-        table = GPT2_NAMES
+        weights = forms.as_gpt2(weights, c.n_layer)
     elif c.tie_weights:
         weights["lm_head.weight"] = weights["wte.weight"]  # its apertus wants it
     heads = {"q": c.n_head, "k": c.kv_heads}
@@ -147,17 +132,7 @@ def tensors(source: Source, form: Form) -> Iterator[tuple[str, Tensor]]:
         letter = name.removesuffix(".weight")[-1:]
         if form.model_type in names.PAIRED and f".attn.{letter}." in name and letter in heads:
             weight = names.to_pairs(weight, heads[letter])
-        yield names.rename(name, table), forms.as_saved(weight)
-
-
-def with_biases(weights: dict[str, Tensor], c: GPTConfig) -> dict[str, Tensor]:
-    """GPT-2's: q, k and v in one, and a bias everywhere."""
-    turned = forms.to_conv1d(weights, c.n_layer)
-    found = {}
-    for name, weight in turned.items():
-        is_turned = name.endswith(forms.gpt2.CONV1D)  # transformers has (in, out), llama.cpp not
-        found[name] = weight.t() if is_turned else weight
-    return found
+        yield names.rename(name, names.GGUF), forms.as_saved(weight)
 
 
 # --- the tokenizer --------------------------------------------------------------------------------

@@ -167,7 +167,10 @@ def their_tensors(
     """The tensors of model.safetensors, in float32, of a model's weights by our names."""
     weights = dict(weights)
     if form.model_type == "gpt2":
-        weights = to_conv1d(weights, config.n_layer)
+        weights = as_gpt2(weights, config.n_layer)
+        for name in weights:
+            if name.endswith(gpt2.CONV1D):  # (in, out), the opposite of gpt2.from_conv1d
+                weights[name] = weights[name].t()
     if form.has_gate_like_fc:
         for layer in range(config.n_layer):
             mlp = f"blocks.{layer}.mlp"
@@ -187,21 +190,21 @@ def as_saved(weight: Tensor) -> Tensor:
     return weight.detach().float().clone(memory_format=torch.contiguous_format)
 
 
-def to_conv1d(weights: dict[str, Tensor], n_layer: int) -> dict[str, Tensor]:
-    """The opposite of gpt2.from_conv1d. A model without biases gets those that change nothing."""
-    linear = dict(weights)
+def as_gpt2(weights: Mapping[str, Tensor], n_layer: int) -> dict[str, Tensor]:
+    """GPT-2 has q, k and v in one, and biases everywhere: a model without gets those that change
+    nothing."""
+    joined = dict(weights)
     for layer in range(n_layer):
         attn = f"blocks.{layer}.attn"
         for kind in ("weight", "bias"):
-            thirds = [linear.pop(f"{attn}.{letter}.{kind}", None) for letter in "qkv"]
+            thirds = [joined.pop(f"{attn}.{letter}.{kind}", None) for letter in "qkv"]
             if thirds[0] is not None:
-                linear[f"{attn}.qkv.{kind}"] = torch.cat(thirds)
-    theirs = {}
-    for name, weight in linear.items():
-        is_turned = name.endswith(gpt2.CONV1D)
-        theirs[name] = weight.t() if is_turned else weight
+                joined[f"{attn}.qkv.{kind}"] = torch.cat(thirds)
+    found = {}
+    for name, weight in joined.items():
+        found[name] = weight
         in_layer = name.startswith(("blocks.", "norm.")) and name.endswith(".weight")
         if in_layer:
             zeros = torch.zeros(weight.size(0))
-            theirs.setdefault(name.removesuffix("weight") + "bias", zeros)
-    return theirs
+            found.setdefault(name.removesuffix("weight") + "bias", zeros)
+    return found

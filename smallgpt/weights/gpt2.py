@@ -404,8 +404,12 @@ def read_tokenizer_json(file: Path) -> tuple[dict[str, int], list[str]]:
             f"{file} is another kind of tokenizer ({kind}, pre_tokenizer {splitter}, normalizer "
             f"{normalizer}): GPT-2's is BPE, ByteLevel, none; take a model with one like GPT-2's"
         )
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return model["vocab"], merges
+    return model["vocab"], merges_of(model)
+
+
+def merges_of(model: dict[str, Any]) -> list[str]:
+    """The merges of a tokenizer.json, which spells each as "h e" or as ["h", "e"]."""
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
 def why_unlike_gpt2(ids: dict[str, int], merged: list[str]) -> str:

@@ -173,7 +173,7 @@ def tokenizer_of(folder: Path, rows: int) -> Tokenizer:
     try:
         specials = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
         ids = {token: id for token, id in model["vocab"].items() if token not in specials}
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        merges = gpt2.merges_of(model)
         bos = about.get("bos_token")
         bos = specials.get(bos["content"] if isinstance(bos, dict) else bos)
         template = chat_template(folder, about)

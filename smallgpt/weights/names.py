@@ -57,13 +57,15 @@ SMALL_GPT = {
     "blocks.#.mlp.fc": "h.#.ffn.dense1",
     "blocks.#.mlp.proj": "h.#.ffn.out_net",
 }
-# llama.cpp's llama, qwen3, arcee and apertus
+# llama.cpp's gpt2, llama, qwen3, arcee and apertus
 GGUF = {
     "wte": "token_embd",
+    "wpe": "position_embd",
     "blocks.#.norm1": "blk.#.attn_norm",
     "blocks.#.attn.q": "blk.#.attn_q",
     "blocks.#.attn.k": "blk.#.attn_k",
     "blocks.#.attn.v": "blk.#.attn_v",
+    "blocks.#.attn.qkv": "blk.#.attn_qkv",  # of gpt2 all three
     "blocks.#.attn.q_norm": "blk.#.attn_q_norm",
     "blocks.#.attn.k_norm": "blk.#.attn_k_norm",
     "blocks.#.attn.proj": "blk.#.attn_output",

@@ -43,5 +43,6 @@ if __name__ == "__main__":
     for line in sys.stdin:
         asked = tokenizer.encode(line.strip(), add_special_tokens=False).ids
         asked = asked[-config["block_size"] // 2 :]  # of a long text the end
-        said = reply([config["bos"], *asked, config["sep"]])
+        dialogue = [config["bos"], *asked, config["sep"]]
+        said = reply(dialogue)
         print(tokenizer.decode(said))

@@ -33,14 +33,18 @@ def encode(text: str) -> list[int]:
         text, _, second = text.partition("\t")
     first_ids = tokenizer.encode(text, add_special_tokens=False).ids
     second_ids = tokenizer.encode(second, add_special_tokens=False).ids
-    separator = [config["sep"]] if second_ids else []
-    around = len(config["prefix"]) + len(separator) + len(config["cue"])
-    room = config["block_size"] - around
+    prefix = config["prefix"]
+    cue = config["cue"]
+    separator = []
+    if second_ids:
+        separator = [config["sep"]]
+    room = config["block_size"] - len(prefix + separator + cue)
     left = room - len(first_ids)
-    for_second = min(len(second_ids), max(room // 2, left))
+    most = max(room // 2, left)
+    for_second = min(len(second_ids), most)
     first_ids = shorten(first_ids, room - for_second)
     second_ids = shorten(second_ids, for_second)
-    return config["prefix"] + first_ids + separator + second_ids + config["cue"]
+    return prefix + first_ids + separator + second_ids + cue
 
 
 def classify(text: str) -> dict[str, float]:
@@ -48,8 +52,10 @@ def classify(text: str) -> dict[str, float]:
     ids = encode(text)
     lengths = np.array([len(ids)])
     if not config["mask"]:  # padding is read like text
-        ids += [config["pad"]] * (config["block_size"] - len(ids))
-    inputs = {"tokens": np.array([ids]), "lengths": lengths}
+        missing = config["block_size"] - len(ids)
+        ids += missing * [config["pad"]]
+    tokens = np.array([ids])
+    inputs = {"tokens": tokens, "lengths": lengths}
     (batch,) = session.run(None, inputs)
     scores = batch[0]
     odds = np.exp(scores - scores.max())

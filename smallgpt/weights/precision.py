@@ -41,16 +41,20 @@ class HalfLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().half(), requires_grad=False)
+        halved = linear.weight.detach().half()
+        self.weight = nn.Parameter(halved, requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)"""
-        if x.numel() > x.size(-1):
+        rows = x.numel() // x.size(-1)
+        if rows > 1:
             return F.linear(x, self.weight.float(), self.bias)
-        row = (x / SCALE).half()
-        y = F.linear(row, self.weight).float() * SCALE
-        return y if self.bias is None else y + self.bias
+        scaled = (x / SCALE).half()
+        y = F.linear(scaled, self.weight).float() * SCALE
+        if self.bias is not None:
+            y = y + self.bias
+        return y
 
 
 def halve_linear_layers(module: nn.Module) -> None:

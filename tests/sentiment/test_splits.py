@@ -362,6 +362,12 @@ REAL = {
             "train: dropped 355 copies",
         ],
     ),
+    "sst2_sentences": (
+        ("sst2_sentences", "glue/SST-2"),
+        {"train": 6038, "validation": 659, "test": 872},
+        "48aaa89dcc2e579a91a00cf0",
+        ["train: dropped 60652 phrases, parts of others or under five words"],
+    ),
     "mrpc": (
         ("mrpc", "glue/MRPC", str(DATA / "msr_paraphrase")),
         {"train": 3662, "validation": 407, "test": 1725},
@@ -507,6 +513,26 @@ def test_phrases_of_held_out_sentences_are_not_trained_on():
                 assert f" {' '.join(words[i:j])} " not in train
     some = random.Random(0).sample(held, 25)
     assert not any(text in other and text != other for text in some for other in train)
+
+
+def test_whole_sentences_of_sst2_have_its_validation_split(tmp_path):
+    """Else a run on the sentences that comes before one on the phrases could have trained on the
+    sentences that the second is judged by."""
+    draw = random.Random(0)
+    rows = ["sentence\tlabel"]
+    sentences = [" ".join([*draw.choices(WORDS[:12], k=9), f"w{i}"]) for i in range(200)]
+    for i, sentence in enumerate(sentences):
+        words = sentence.split()
+        phrases = [words[:3], words[2:8], words[4:]]
+        rows += [f"{text}\t{i % 2}" for text in (sentence, *map(" ".join, phrases))]
+    (tmp_path / "train.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\ngood\t1\nbad\t0\n", encoding="utf-8")
+    phrases = loaded(tmp_path, set="sst2")
+    whole = loaded(tmp_path, set="sst2_sentences")
+    held_out = texts(whole, "validation")
+    assert held_out == texts(phrases, "validation") and len(held_out) > 10
+    assert sorted(held_out + texts(whole, "train")) == sorted(sentences)
+    assert len(phrases.splits["train"]) > 2 * len(whole.splits["train"])
 
 
 # ---- texts to pretrain on
