@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 
 from smallgpt import console, settings  # noqa: E402
 from smallgpt.sentiment import report, splits  # noqa: E402
@@ -76,9 +77,13 @@ class Convolution(nn.Module):
 
 def collate(encoded: Encoded, rows, pad: int) -> Tensor:
     """Tokens (B, T) of some texts, at least as many as the widest filter reads."""
-    texts = [torch.from_numpy(encoded.ids[row]) for row in rows]
-    tokens = nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=pad)
-    missing = max(0, max(WIDTHS) - tokens.size(1))
+    texts = []
+    for row in rows:
+        ids = encoded.ids[row]
+        texts.append(torch.from_numpy(ids))
+    tokens = pad_sequence(texts, batch_first=True, padding_value=pad)
+    length = tokens.size(1)
+    missing = max(0, max(WIDTHS) - length)
     return F.pad(tokens, (0, missing), value=pad)
 
 
@@ -106,7 +111,9 @@ def run(
     """Train with one seed. Returns the first measure on validation after each epoch, and the
     test's measures after the best of them."""
     torch.manual_seed(seed)
-    model = Convolution(s, tokenizer.vocab_size, len(data.labels), tokenizer.pad)
+    pad = tokenizer.pad
+    n_classes = len(data.labels)
+    model = Convolution(s, tokenizer.vocab_size, n_classes, pad)
     optimizer = torch.optim.Adam(model.parameters(), s.lr)
     texts = encoded["train"]
     labels = torch.from_numpy(texts.labels)
@@ -118,15 +125,17 @@ def run(
         model.train()
         for step in range(n_steps):
             rows = buckets.of(epoch * n_steps + step)
-            tokens = collate(texts, rows, tokenizer.pad)
-            loss = F.cross_entropy(model(tokens), labels[rows])
+            tokens = collate(texts, rows, pad)
+            scores = model(tokens)
+            loss = F.cross_entropy(scores, labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found = measure(model, encoded["validation"], data, tokenizer.pad)
+        found = measure(model, encoded["validation"], data, pad)
         score = found[data.measures[0]]
-        if score > max(history, default=-1.0):
-            test = measure(model, encoded["test"], data, tokenizer.pad)
+        best = max(history, default=-1.0)
+        if score > best:
+            test = measure(model, encoded["test"], data, pad)
         history.append(score)
     return history, test
 
@@ -136,8 +145,8 @@ def main() -> None:
     data = splits.load(s)
     tokenizer = train(s.tokenizer, [e.text for e in data.splits["train"]])
     encoded = {}
+    prefix = [tokenizer.bos]
     for name, examples in data.splits.items():
-        prefix = [tokenizer.bos]
         encoded[name] = encode(examples, data.labels, tokenizer, BLOCK_SIZE, prefix)
     main_measure = data.measures[0]
     measures = ", ".join(data.measures)
