@@ -18,8 +18,8 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-serve.txt
-	$(PIP) -r requirements-test.txt -r requirements-serve.txt
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-serve.txt requirements-search.txt
+	$(PIP) -r requirements-test.txt -r requirements-serve.txt -r requirements-search.txt
 	@touch $@
 
 # The model of the repository answers first, and is fine-tuned; where it is absent, the one trained here.

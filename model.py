@@ -560,9 +560,10 @@ class GPTClassifier(nn.Module):
     """A GPT's trunk and a linear head on one hidden state per text: that of the last token, or the
     mean of all (Radford et al. 2018).
 
-    marks=True is for two texts with the token `sep` between: one vector is added to the embedding
-    of each token that the other text holds, too, and another to that of the rest (the exact match
-    of DrQA, Chen et al. 2017).
+    marks is for two texts with the token `sep` between: a vector is added to the embedding of each
+    token, another one for tokens that the other text lacks, that it holds alone (the exact match of
+    DrQA, Chen et al. 2017), that it holds with a neighbour, and so on for runs of up to `marks`
+    tokens. 0 = no marks.
 
     mask=True pools the real tokens only; mask=False reads the padding like text to the end of the
     row, which must then be block_size long."""
@@ -574,7 +575,7 @@ class GPTClassifier(nn.Module):
         pool: Literal["last", "mean"] = "last",
         mask: bool = True,
         sep: int = IGNORE,
-        marks: bool = False,
+        marks: int = 0,
     ):
         super().__init__()
         self.gpt = gpt
@@ -585,7 +586,7 @@ class GPTClassifier(nn.Module):
         C = gpt.config.n_embd
         self.marks = None
         if marks:
-            self.marks = nn.Embedding(2, C)
+            self.marks = nn.Embedding(marks + 1, C)
             nn.init.zeros_(self.marks.weight)
         self.head = nn.Linear(C, n_classes, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -613,12 +614,13 @@ class GPTClassifier(nn.Module):
         x = self.gpt.embed(tokens, context)
         if self.marks is None:
             return x
-        is_shared = self.is_shared(tokens, lengths)
-        return x + self.marks(is_shared.long())
+        run_lengths = self.shared_runs(tokens, lengths)
+        return x + self.marks(run_lengths)
 
-    def is_shared(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """(B, T): has the other text of the pair this token, too? In `a b [sep] b c` that are the
-        two b. tokens (B, T), of which lengths (B,) are real."""
+    def shared_runs(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T): length of the longest run of tokens with this one in it that the other text of
+        the pair has, too, at most len(marks) - 1. In `a b c [sep] c x a b` it is 2 for a and b, 1
+        for c, 0 for x. tokens (B, T), of which lengths (B,) are real."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         is_real = positions < lengths[:, None]  # (B, T)
         is_second = (tokens == self.sep).cumsum(1) > 0  # (B, T): behind the separator, or it
@@ -626,8 +628,19 @@ class GPTClassifier(nn.Module):
         other = tokens[:, None, :]
         is_same = one == other  # (B, T, T)
         is_across = is_second[:, :, None] != is_second[:, None, :]
-        is_match = is_same & is_across & is_real[:, None, :]
-        return is_match.any(2)
+        are_real = is_real[:, :, None] & is_real[:, None, :]
+        is_match = is_same & is_across & are_real
+        longest = is_match.any(2).long()
+        ends = is_match  # (B, T, T): a shared run of `length` tokens ends in this one and that one
+        for length in range(2, self.marks.num_embeddings):
+            ended_before = F.pad(ends[:, :-1, :-1], (1, 0, 1, 0))
+            ends = is_match & ended_before
+            is_in_run = ends.any(2)  # (B, T): its last token, and then each before it
+            for _ in range(length - 1):
+                is_next_in_run = F.pad(is_in_run[:, 1:], (0, 1))
+                is_in_run = is_in_run | is_next_in_run
+            longest = torch.where(is_in_run, length, longest)
+        return longest
 
     def score_states(
         self,

@@ -1,6 +1,6 @@
 """Fine-tune a pretrained GPT with a classification head, in one process or several.
 
-    python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh2
+    python sentiment_train.py config/sentiment_chnsenticorp.yaml trunk=checkpoints/trunk_zh
     torchrun --nproc_per_node=2 sentiment_train.py config/sentiment_sst2.yaml \\
         trunk=checkpoints/trunk_en
     python sentiment_train.py trunk=gpt2 data.path=my.csv \\
@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
@@ -117,7 +118,7 @@ class SentimentSettings:
     freeze: str = "none"  # none | trunk = train the head | all_but_last:2 = and the last 2 blocks
     lora: Count = 0  # rank of adapters, which train in place of the blocks' matrices; 0 = none
     pool: Literal["last", "mean"] = "last"  # the head reads the last token's state, or the mean
-    marks: bool = False  # of a pair: mark the tokens that both texts have
+    marks: Count = 0  # of a pair: mark runs of tokens that both texts have, up to so many; 0 = none
     cue: str = ""  # text behind each text, with pool=last: " The sentiment is"
     label_words: Words = field(default_factory=dict)  # the head's beginning: label_words.neg=bad
     block_size: Count = 0  # longest text in tokens, longer lose their middle; 0 = the trunk's
@@ -169,7 +170,9 @@ class SentimentSettings:
         """The same, of the head and what it reads."""
         problems = []
         if self.marks and self.freeze != "none":
-            problems.append("marks=true needs freeze=none: the first block has to learn them")
+            problems.append(
+                f"marks={self.marks} needs freeze=none: the first block has to learn them"
+            )
         if self.cue and self.pool != "last":
             problems.append(f"cue needs pool=last: with pool={self.pool} the head reads the text")
         for label, word in self.label_words.items():
@@ -290,8 +293,8 @@ def check_head(s: SentimentSettings, data: Reviews, head: dict[str, Any]) -> Non
     has_pairs = any(example.pair for example in data.splits["train"])
     if s.marks and not has_pairs:
         raise UserError(
-            f"marks=true compares two texts, and {s.data.set} has no pairs: set data.pair_column, "
-            "or leave it out"
+            f"marks={s.marks} compares two texts, and {s.data.set} has no pairs: set "
+            "data.pair_column, or leave it out"
         )
     if len(head["cue"]) > head["block_size"] // 2:
         raise UserError(
@@ -335,6 +338,8 @@ def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) 
         model = GPTClassifier(GPT(task.config), n_classes, s.pool, s.mask, sep, s.marks)
     if birthplace.type != "meta":
         load_trunk(model.gpt, task.trunk)
+        if s.marks and task.trunk.marks is not None:
+            begin_marks(model.marks, task.trunk.marks)
         if s.label_words:
             begin_head(model, task, s.label_words)
     model.gpt.recompute = s.recompute
@@ -347,6 +352,15 @@ def make_classifier(s: SentimentSettings, task: Task, birthplace: torch.device) 
     if not s.lm_weight and not tied:
         model.gpt.lm_head.requires_grad_(False)  # it has no part in the loss
     return model
+
+
+@torch.no_grad()
+def begin_marks(marks: nn.Embedding, learned: Tensor) -> None:
+    """Go on with the marks (rows, C) of a task before. Runs longer than those it marked begin as
+    its longest."""
+    longest = len(learned) - 1
+    for length, row in enumerate(marks.weight):
+        row.copy_(learned[min(length, longest)])
 
 
 @torch.no_grad()
@@ -478,8 +492,8 @@ def class_weights(
 # --- the run --------------------------------------------------------------------------------------
 
 
-def finetune(s: SentimentSettings, world: World) -> int:
-    """The whole run; returns its exit status."""
+def finetune(s: SentimentSettings, world: World, origin: str = "") -> int:
+    """The whole run; returns its exit status. origin: the trunk of the chain that it ends."""
     with Run(s, world, s.select) as run:
         dtype, why_dtype = hardware.choose_dtype(s.dtype, world.device)
         spread = MeshSpread(world, s.mesh)
@@ -546,6 +560,8 @@ def finetune(s: SentimentSettings, world: World) -> int:
         if run.status == 0:
             run.load_best()
             facts = {"trainable": trainable, "device": computed}
+            if origin:  # the links are made from it, each seed's own
+                task.digest = world.by_main(partial(pretrained.digest, origin))
             if s.score_test:
                 scores = {}
                 for split in splits.tests_of(task.inputs):
@@ -566,6 +582,7 @@ def finetune_chain(s: SentimentSettings, world: World) -> int:
     nested = [file for file, link in zip(s.before, links, strict=True) if link.before]
     if nested:
         raise UserError(f"{nested[0]} has a `before` of its own: name all files in one list")
+    origin = s.trunk if links else ""
     name = f"before+{Path(s.trunk).name}+seed-{s.seed}"
     for file, link in zip(s.before, links, strict=True):
         name += f"+{Path(file).stem}"
@@ -573,7 +590,7 @@ def finetune_chain(s: SentimentSettings, world: World) -> int:
         if status:
             return status
         s = replace(s, trunk=str(Path(s.out_dir) / name))
-    return finetune(s, world)
+    return finetune(s, world, origin)
 
 
 def make_link(link: SentimentSettings, s: SentimentSettings, world: World) -> int:

@@ -137,8 +137,9 @@ def gpt2_of_hugging_face(args, dropout: float = 0.0):
     return GPT2LMHeadModel(config)
 
 
-def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> None:
-    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings."""
+def training_step(strategy, optimizers: list, s, at: int, batches: list, targets: int) -> float:
+    """Step `at` of train.py on micro-batches with so many targets; s: OptimSettings. Returns the
+    loss."""
     from smallgpt.optim import check_finite, lr_factor, set_lr, update
 
     set_lr(optimizers, lr_factor(at, 1000, s))
@@ -148,6 +149,7 @@ def training_step(strategy, optimizers: list, s, at: int, batches: list, targets
     norm = float(norm)
     check_finite(loss, norm, strategy.scaler, at, 0)
     update(optimizers, strategy.scaler, norm)
+    return loss
 
 
 def version_of(package: str) -> str:
@@ -192,6 +194,19 @@ def run_group(processes: int, words: list[str], threads: int = 1) -> None:
     done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(words)} failed on {processes} process(es)")
+
+
+def memory_of_this(name: str) -> float:
+    """MiB of this process: VmRSS, which it holds, or VmHWM, at most so far. Linux only."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    kibibytes, *_ = status.partition(f"{name}:")[2].split()
+    return int(kibibytes) / 1024
+
+
+def numbers_of(*words: str) -> list[float]:
+    """The numbers that a script prints, run in a process of its own."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    return list(map(float, done.stdout.split()))
 
 
 # --- tables in Markdown

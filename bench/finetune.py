@@ -25,8 +25,10 @@ def data(path: str, count: int, vocab_size: int):
     from smallgpt.tokenizer import TokenizerSettings, train
 
     found = splits.load(ReviewSettings(set="sst2", path=path, train_size=count))
-    tokenizer = train(TokenizerSettings("bpe", vocab_size), [e.text for e in found.splits["train"]])
-    return tokenizer, encode(found.splits["train"], found.labels, tokenizer, 128, [tokenizer.bos])
+    examples = found.splits["train"]
+    texts = [example.text for example in examples]
+    tokenizer = train(TokenizerSettings("bpe", vocab_size), texts)
+    return tokenizer, encode(examples, found.labels, tokenizer, 128, [tokenizer.bos])
 
 
 def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
@@ -36,7 +38,7 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
 
     from model import GPT, GPTClassifier, GPTConfig
     from smallgpt import hardware
-    from smallgpt.optim import OptimSettings, make_optimizers
+    from smallgpt.optim import OptimSettings, make_optimizers, update
     from smallgpt.parallel.strategy import Single
     from smallgpt.parallel.world import World
     from smallgpt.sentiment import freeze as freezing
@@ -46,18 +48,20 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
     device = hardware.choose_device(args.device)
     dtype, why = hardware.choose_dtype("auto", device)
     form = {**GPT2_FORM, "bias": True, "dropout": 0.1}
-    model = GPTClassifier(GPT(GPTConfig(**shape(args), **form)), 2).to(device).train()
-    freezing.freeze(model, freeze, model.gpt.config.vocab_size)
+    config = GPTConfig(**shape(args), **form)
+    model = GPTClassifier(GPT(config), 2).to(device).train()
+    freezing.freeze(model, freeze, config.vocab_size)
     buckets = Buckets(encoded.lengths, 32, seed=0)
     labels = torch.from_numpy(encoded.labels).to(device)
     strategy = Single(model, World(0, 1, device), dtype)
     optimizers = make_optimizers(strategy.names(), OptimSettings(lr=1e-4))
 
+    inputs = Inputs(encoded, tokenizer.pad, 0, device)
+
     def loss_of(run, rows) -> torch.Tensor:
         x, lengths, reads = inputs.of(rows)
-        return F.cross_entropy(run(x, lengths, None, reads).float(), labels[rows])
-
-    inputs = Inputs(encoded, tokenizer.pad, 0, device)
+        scores = run(x, lengths, None, reads)
+        return F.cross_entropy(scores.float(), labels[rows])
 
     def train() -> None:
         inputs.states = []
@@ -65,10 +69,8 @@ def ours(args: argparse.Namespace, freeze: str, epochs: int) -> Contender:
         for step in range(epochs * buckets.steps_per_epoch):
             rows = buckets.of(step)
             loss = strategy.forward_backward([rows], loss_of, 1.0)
-            strategy.clip(optimizers, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            norm = float(strategy.clip(optimizers, 1.0))
+            update(optimizers, strategy.scaler, norm)
             float(loss)
 
     return Contender(train, epochs * len(encoded.ids), hardware.name_of(dtype), False, why)

@@ -20,16 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench.common import arguments, heading, row, shape, spread  # noqa: E402
+from bench.common import arguments, heading, row, shape, spread, training_step  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from smallgpt import console, hardware  # noqa: E402
 from smallgpt.console import UserError  # noqa: E402
-from smallgpt.optim import OptimSettings, make_optimizers, update  # noqa: E402
+from smallgpt.optim import OptimSettings, make_optimizers  # noqa: E402
 from smallgpt.parallel.layout import MeshSettings, MeshSpread  # noqa: E402
 from smallgpt.parallel.mesh import Mesh  # noqa: E402
 from smallgpt.parallel.strategy import Single  # noqa: E402
 from smallgpt.parallel.world import World, start  # noqa: E402
-from train import Batch  # noqa: E402
 
 COMPARED = 5  # first steps, whose losses are compared; they compile, too
 
@@ -64,27 +63,24 @@ def measure(args: argparse.Namespace, world: World, layout: str, dtype: torch.dt
     strategy = build(args, world, layout, dtype)
     if not args.eager:
         strategy.model.compile_parts()
-    optimizers = make_optimizers(strategy.names(), OptimSettings())
+    s = OptimSettings()
+    optimizers = make_optimizers(strategy.names(), s)
     tokens = torch.randint(args.vocab_size, (args.batch, args.block_size)).to(world.device)
-    batch = Batch((tokens, tokens, None), tokens.numel())
+    n_targets = tokens.numel()
 
-    def step() -> float:
-        scale = 1 / batch.n_targets
-        nats = strategy.forward_backward([batch], lambda run, b: run(*b.inputs), scale)
-        norm = float(strategy.clip(optimizers, 1.0))
-        update(optimizers, strategy.scaler, norm)
-        return float(nats) * scale
+    def step(at: int) -> float:
+        return training_step(strategy, optimizers, s, at, [(tokens, tokens)], n_targets)
 
-    losses = [step() for _ in range(COMPARED)]
+    losses = [step(at) for at in range(COMPARED)]
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     speeds = []
     for _ in range(args.rounds):
         began = time.perf_counter()
         for _ in range(args.steps):
-            step()  # its loss is read, so that nothing is left to do
+            step(COMPARED)  # its loss is read, so that nothing is left to do
         seconds = time.perf_counter() - began
-        speeds.append(args.steps * batch.n_targets / seconds)
+        speeds.append(args.steps * n_targets / seconds)
     peak = memory_of(world.device, peak=True) - before
     return {"losses": losses, "tokens_per_second": speeds, "peak": peak}
 

@@ -11,7 +11,6 @@ real one, without the time of the disk.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.common import heading, parser, row  # noqa: E402
+from bench.common import heading, memory_of_this, numbers_of, parser, row  # noqa: E402
 from smallgpt.text.tokens import DataSettings, prepare  # noqa: E402
 from smallgpt.tokenizer import TokenizerSettings  # noqa: E402
 
@@ -46,12 +45,6 @@ def make(folder: Path, n_files: int, n_tokens: int) -> DataSettings:
     return data
 
 
-def memory() -> int:
-    """MiB that this process holds."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmRSS:")[2].split()[0]) // 1024
-
-
 def one(path: str, cache: str) -> None:
     """In a process of its own: print what a start and a batch cost."""
     import torch  # noqa: F401, its import is not what is measured
@@ -63,17 +56,19 @@ def one(path: str, cache: str) -> None:
     corpus = prepare(data, TOKENIZER, BLOCK_SIZE, quiet=True)
     startup = time.perf_counter() - start
     corpus.train_batch(range(ROWS), 1)
-    before = memory()
-    times = {"train": [], "val": []}
+    before = memory_of_this("VmRSS")
+    train_times = []
+    val_times = []
     for i in range(ROUNDS):
         rows = range(i * ROWS, (i + 1) * ROWS)
         start = time.perf_counter()
         corpus.train_batch(rows, 0)
-        times["train"].append(time.perf_counter() - start)
+        train_times.append(time.perf_counter() - start)
         start = time.perf_counter()
         corpus.val_batch(range(i, i + ROWS))
-        times["val"].append(time.perf_counter() - start)
-    print(startup, *(min(found) * 1e3 for found in times.values()), before, memory() - before)
+        val_times.append(time.perf_counter() - start)
+    print(startup, 1e3 * min(train_times), 1e3 * min(val_times))
+    print(before, memory_of_this("VmRSS") - before)
 
 
 def main() -> None:
@@ -91,9 +86,8 @@ def main() -> None:
         for n_tokens in args.tokens:
             with tempfile.TemporaryDirectory() as folder:
                 data = make(Path(folder), n_files, n_tokens)
-                command = [sys.executable, __file__, "--one", data.path, data.cache]
-                out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            startup, train, val, before, more = map(float, out.split())
+                found = numbers_of(__file__, "--one", data.path, data.cache)
+            startup, train, val, before, more = found
             cells = (
                 f"{n_tokens:,}",
                 f"{n_files:,}",

@@ -223,10 +223,10 @@ def table(profiles: list[Profile], rest: str) -> str:
     return "\n".join(lines)
 
 
-def detail(profile: Profile, count: int = 20) -> str:
+def detail(profile: Profile) -> str:
     """The operations that no row knows, the longest first."""
     lines = [f"{profile.name}, {OTHER}:"]
-    for name, milliseconds in profile.others.most_common(count):
+    for name, milliseconds in profile.others.most_common(20):
         lines.append(f"  {milliseconds:8.3f} ms  {name[:100]}")
     return "\n".join(lines)
 

@@ -10,15 +10,15 @@ and a BPE tokenizer that exist already.
 import argparse
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.common import heading, parser, row  # noqa: E402
+from bench.common import heading, memory_of_this, numbers_of, parser, row  # noqa: E402
 from smallgpt.text.formats import read_dialogues  # noqa: E402
 from smallgpt.text.tokens import DataSettings, prepare  # noqa: E402
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings, train  # noqa: E402
@@ -39,19 +39,16 @@ def repeat(files: list[Path], size: int, out: Path) -> None:
 
 def one(corpus: Path, tokenizer: Path, cache: Path) -> None:
     """In a process of its own, so that the peak memory is this run's: print seconds and MiB."""
-    Path("/proc/self/clear_refs").write_text(
-        "5", encoding="ascii"
-    )  # forget the peak inherited from the parent
+    # forget the peak inherited from the parent
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     ready = Tokenizer.load(tokenizer)
-    start = time.perf_counter()
-    prepare(DataSettings(path=str(corpus), cache=str(cache)), ready, 256, quiet=True)
-    seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    prepare(DataSettings(path=str(corpus), cache=str(cache)), ready, 256, quiet=True)
-    again = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    print(seconds, again, peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+    data = DataSettings(path=str(corpus), cache=str(cache))
+    for _ in ("first", "again"):
+        start = time.perf_counter()
+        prepare(data, ready, 256, quiet=True)
+        print(time.perf_counter() - start)
+    largest_worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(memory_of_this("VmHWM"), largest_worker)
 
 
 def main() -> None:
@@ -69,25 +66,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("char", "bpe"):
             tokenizer = Path(folder) / f"{kind}.json"
-            texts = (
-                turn
-                for file in args.files
-                for found in read_dialogues(file)
-                for turn in found.turns
-            )
+            dialogues = chain.from_iterable(map(read_dialogues, args.files))
+            texts = chain.from_iterable(dialogue.turns for dialogue in dialogues)
             train(TokenizerSettings(kind), texts).save(tokenizer)
             for megabytes in args.megabytes:
                 corpus = Path(folder) / f"{megabytes}.txt"
                 if not corpus.exists():
                     repeat(args.files, megabytes * 10**6, corpus)
-                arguments = [str(corpus), str(tokenizer), f"{folder}/cache-{kind}-{megabytes}"]
-                out = subprocess.run(
-                    [sys.executable, __file__, "--one", *arguments],
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                ).stdout
-                seconds, again, main_peak, worker_peak = map(float, out.split())
+                cache = f"{folder}/cache-{kind}-{megabytes}"
+                words = (__file__, "--one", str(corpus), str(tokenizer), cache)
+                seconds, again, main_peak, worker_peak = numbers_of(*words)
                 speed = corpus.stat().st_size / 1e6 / seconds
                 cells = (
                     f"{megabytes} MB",

@@ -330,7 +330,7 @@ class Cloze(Scorer):
         return found.squeeze(2)
 
 
-def answers(texts: Iterable[str], model: Scorer, chunk: int = CHUNK) -> Iterator[Answer]:
+def answers(texts: Iterable[str], model: Scorer, chunk: int) -> Iterator[Answer]:
     """An answer to each text, in order; so many texts are read and answered together."""
     texts = iter(texts)
     for some in iter(lambda: list(islice(texts, chunk)), []):

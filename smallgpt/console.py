@@ -1,5 +1,6 @@
 """What every script shares at its edges: a user's mistake, exit statuses, UTF-8, broken pipes."""
 
+import errno
 import gc
 import io
 import os
@@ -56,6 +57,8 @@ def run(main: Callable[[], int | None]) -> None:
 
 def explain(error: Exception) -> str | None:
     """What a user can do about the error, in one sentence; None if it is a bug of ours."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}): make room, and give the same command again"
     if isinstance(error, UserError | OSError):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import

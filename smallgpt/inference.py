@@ -200,8 +200,9 @@ class Scorer:
             return found
         full = [texts[i] for i in places]
         scores = self.score(full)
-        rows = scores.tolist() if self.is_number else scores.exp().tolist()
-        for i, row in zip(places, rows, strict=True):
+        if not self.is_number:
+            scores = scores.exp()
+        for i, row in zip(places, scores.tolist(), strict=True):
             found[i] = self.predict(row)
         return found
 

@@ -80,9 +80,10 @@ def nucleus(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
     (V,): their probabilities and their ids.
 
     A token stays if those before it have not reached p: the one that crosses it is kept."""
+    V = probs.numel()
     if p >= 1:
-        return probs, torch.arange(probs.numel(), device=probs.device)
-    few = min(FEW, probs.numel())
+        return probs, torch.arange(V, device=probs.device)
+    few = min(FEW, V)
     ordered, tokens = probs.topk(few)
     if ordered.sum() < p:
         ordered, tokens = probs.sort(descending=True)
@@ -100,7 +101,10 @@ def printable(text: str) -> str:
     """The text with a space for each control character but line breaks.
 
     A model that learned a terminal's escape sequences must not play with the terminal."""
-    shown = [" " if c != "\n" and unicodedata.category(c) == "Cc" else c for c in text]
+    shown = []
+    for character in text:
+        is_control = character != "\n" and unicodedata.category(character) == "Cc"
+        shown.append(" " if is_control else character)
     return "".join(shown)
 
 
@@ -177,9 +181,7 @@ class Dialogue:
         room = max(1, room - reply)  # for what was said
         if len(self.ids) - self.begin <= room:
             return
-        while len(self.turns) > 1:
-            if len(self.ids) - self.turns[0] <= room:
-                break
+        while len(self.turns) > 1 and len(self.ids) - self.turns[0] > room:
             self.turns.pop(0)
         kept = self.ids[self.turns[0] :]
         if len(kept) > room:  # a single turn longer than the room keeps its end
@@ -244,7 +246,10 @@ def read(model: GPT, cache: KVCache, dialogues: list[Dialogue]) -> Tensor:
     lengths = [len(ids) for ids in new]
     longest = max(lengths)
     # the padding on the right is written to the cache, where the next tokens replace it unread
-    padded = [ids + [0] * (longest - len(ids)) for ids in new]
+    padded = []
+    for ids in new:
+        padding = [0] * (longest - len(ids))
+        padded.append(ids + padding)
     device = cache.k.device
     idx = torch.tensor(padded, device=device)
 
@@ -330,8 +335,12 @@ def reply_together(
     going = [row for row, dialogue in enumerate(dialogues) if dialogue.has_room()]
     while going:
         logits = read(model, cache, dialogues)
-        spoken = [row for row in going if dialogues[row].choose(logits[row]) is not None]
-        going = [row for row in spoken if dialogues[row].has_room()]
+        unfinished = []
+        for row in going:
+            token = dialogues[row].choose(logits[row])
+            if token is not None and dialogues[row].has_room():
+                unfinished.append(row)
+        going = unfinished
 
     answers = []
     for dialogue in dialogues:

@@ -25,18 +25,69 @@ PIECES = [
     *["\n", "\t", "  ", "   ", "?!", ".", "😀", "👩‍👩‍👧", "\u00a0", "\u200b", "ΑΣ", "İ", "<|sep|>"],
     *["<|bos|>", "<|end|>", "\ufeff", "\x00", "\x1c", "ﬁ", "e\u0301", "\u2028", "안녕", "ا"],
 ]
+SPACES = [" ", "  ", "\t", "\n", "\r\n", "\r", "\n\n", "\x0b", "\x0c", "\x85", "\u3000", "\u2029"]
+SPECIALS = ["<|sep|>", "<|end|>", "<|bos|>", "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|"]
+SCRIPTS = [  # the first letter of a block, and how many
+    *[(0x41, 26), (0xC0, 64), (0x391, 57), (0x410, 64), (0x5D0, 27), (0x627, 36), (0x905, 50)],
+    *[(0xE01, 46), (0x1100, 90), (0x3041, 86), (0x30A1, 90), (0x4E00, 20_000), (0xAC00, 11_000)],
+    *[(0x1F300, 600), (0x20000, 40_000), (0x1D400, 900)],
+]
 
 
 def stress_lines(count: int) -> list[str]:
-    """Texts of pieces that tokenizers are known to differ on."""
-    draw = random.Random(0)
-    return ["".join(draw.choices(PIECES, k=draw.randrange(1, 20))) for _ in range(count)]
+    """The empty text, then a hundred lines of each kind in ten: the pieces above, spaces and line
+    breaks, special tokens that a user typed, digits, words of all scripts, combining marks, control
+    characters, long repeats, any characters at all, and all of these in one."""
+    draw = random.Random(1)
+
+    def letters() -> str:
+        first, size = draw.choice(SCRIPTS)
+        return "".join(chr(first + draw.randrange(size)) for _ in range(draw.randrange(1, 9)))
+
+    def digits() -> str:
+        return draw.choice(["", " ", "-", "٣"]) + str(draw.randrange(10 ** draw.randrange(1, 12)))
+
+    def marked() -> str:
+        marks = [chr(0x300 + draw.randrange(0x70)) for _ in range(draw.randrange(1, 4))]
+        return draw.choice(["e", " a", "क", "ن", "\u0301", "好"]) + "".join(marks)
+
+    def control() -> str:
+        code = draw.choice([draw.randrange(0x20), draw.randrange(0x7F, 0xA0), 0x200B, 0x202E])
+        return chr(code)
+
+    def anything() -> str:
+        code = draw.choice([draw.randrange(0x3000), draw.randrange(0x110000)])
+        return "" if 0xD800 <= code < 0xE000 else chr(code)  # half of a pair is no text
+
+    def repeat() -> str:
+        return draw.choice([" ", "a", "好", "!", "1", "\n", "ab", "😀"]) * draw.randrange(50, 300)
+
+    kinds = [
+        lambda: draw.choice(PIECES),
+        lambda: draw.choice([*SPACES, "word", "好"]),
+        lambda: draw.choice([*SPECIALS, " the", "好"]),
+        digits,
+        letters,
+        marked,
+        control,
+        repeat,
+        anything,
+    ]
+    kinds.append(lambda: draw.choice(kinds[:-1])())
+    lines = [""]
+    while len(lines) < count:
+        kind = kinds[len(lines) % len(kinds)]
+        size = 2 if kind is repeat else draw.randrange(1, 16)
+        lines.append("".join(kind() for _ in range(size)))
+    return lines
 
 
 @functools.cache
 def vocabulary(kind: str) -> Tokenizer:
-    """A tokenizer trained on such texts."""
-    texts = [text for text in stress_lines(300) if "<|" not in text]
+    """A tokenizer trained on texts of the pieces."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(PIECES, k=draw.randrange(1, 20))) for _ in range(300)]
+    texts = [text for text in texts if "<|" not in text]
     settings = TokenizerSettings(kind=kind, vocab_size=500, min_count=1)
     return tokenizers.train(settings, texts)
 
@@ -62,7 +113,7 @@ def classifier_of(
     tokenizer: Tokenizer,
     pool: str = "last",
     mask: bool = True,
-    marks: bool = False,
+    marks: int = 0,
     cue: Sequence[int] = (),
     **shape: object,
 ) -> Source:

@@ -242,10 +242,27 @@ def sentence(result: Result) -> str:
     return lines[0]
 
 
+def said(process: Started) -> str:
+    """What it has written so far."""
+    file = process.files[0]
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def json_lines(file: Path) -> list[dict]:
+    """The objects in a file of JSON Lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def starts(run: Path) -> list[dict]:
+    """One entry for each time that a run of tests/stand_in.py was started."""
+    file = run / "starts.jsonl"
+    return json_lines(file) if file.exists() else []
+
+
 def losses(folder: Path, split: str) -> dict[int, float]:
     """{step: loss} of a run, the last record of a step."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {r["step"]: r["loss"] for r in map(json.loads, lines) if r["split"] == split}
+    records = json_lines(folder / "metrics.jsonl")
+    return {r["step"]: r["loss"] for r in records if r["split"] == split}
 
 
 def last_weights(folder: Path) -> dict:

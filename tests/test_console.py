@@ -53,6 +53,7 @@ def test_the_end_of_main_is_the_exit_status(capsys):
     [
         (UserError("no file x; give one"), "no file x; give one"),
         (FileNotFoundError(2, "No such file", "x"), "[Errno 2] No such file: 'x'"),
+        (OSError(28, "No space left on device"), "the disk is full ([Errno 28] No space left"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "the GPU's memory is full: lower"),
     ],
 )

@@ -34,6 +34,7 @@ PAGES = [
     "docs/experiments.md",
     "docs/export.md",
     "docs/serving.md",
+    "docs/troubleshooting.md",
 ]
 CONFIGS = sorted(f"config/{path.name}" for path in (ROOT / "config").glob("*.yaml"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
@@ -168,7 +169,7 @@ def known_keys(command: Command, help_keys: Callable[..., set[str]]) -> set[str]
     if command.script != "scripts/data.py":
         return help_keys(command.script)
     name, *rest = command.words
-    if name in ("text", "base"):
+    if name in ("text", "clean", "base"):
         return {"to", "from", "held_out", *sets.READERS}
     chosen = [word for word in rest if word.startswith("set=")]
     return help_keys(command.script, name, *chosen)

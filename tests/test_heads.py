@@ -15,7 +15,7 @@ from model import GPT, GPTClassifier, GPTConfig
 from sentiment_train import SentimentSettings, make_classifier, prepare
 from smallgpt import load_classifier, settings
 from smallgpt.inference import Classifier
-from smallgpt.weights.pretrained import open_model, open_trunk
+from smallgpt.weights.pretrained import digest, open_model, open_trunk
 
 torch.set_num_threads(1)
 SMALL = GPTConfig(vocab_size=20, block_size=12, n_layer=2, n_head=2, n_embd=8)
@@ -50,7 +50,25 @@ def assert_classified_as_reported(folder: Path) -> None:
 
 # --- pairs ----------------------------------------------------------------------------------------
 
-ROWS = [[1, 3, 4, SEP, 4, 5, 6, 7], [2, 2, 2, 8, 8, SEP, 2], [9, SEP, 9]]
+ROWS = [
+    [1, 3, 4, SEP, 4, 5, 6, 7],
+    [2, 2, 2, 8, 8, SEP, 2],
+    [9, SEP, 9],
+    [1, 3, 4, 5, 8, SEP, 4, 5, 1, 3, 4],  # runs of 3 and of 2 that overlap
+    [7, 2, 7, 2, 7, SEP, 2, 7, 2],
+]
+
+
+def longest_run(text: list[int], at: int, other: list[int]) -> int:
+    """Length of the longest part of a text with position `at` in it that the other text has."""
+    longest = 0
+    for first in range(at + 1):
+        for end in range(at + 1, len(text) + 1):
+            part = text[first:end]
+            size = end - first
+            if any(other[i : i + size] == part for i in range(len(other))):
+                longest = max(longest, size)
+    return longest
 
 
 def by_hand(model: GPTClassifier, ids: list[int]) -> torch.Tensor:
@@ -58,21 +76,23 @@ def by_hand(model: GPTClassifier, ids: list[int]) -> torch.Tensor:
     at = ids.index(SEP)
     first, second = ids[:at], ids[at:]
     x = model.gpt.wte(torch.tensor([ids]))
-    for i, token in enumerate(ids):
-        is_shared = token in (second if i < at else first)
-        x[0, i] += model.marks.weight[int(is_shared)]
+    runs = [longest_run(first, i, second) for i in range(len(first))]
+    runs += [longest_run(second, i, first) for i in range(len(second))]
+    most = len(model.marks.weight) - 1
+    for i, run in enumerate(runs):
+        x[0, i] += model.marks.weight[min(run, most)]
     context = model.gpt.context(x)
     h = model.gpt.norm(model.gpt.run_blocks(x, context))[0]
     return model.head(h.mean(0) if model.pool == "mean" else h[-1])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pool", ["last", "mean"])
-def test_what_both_texts_hold_is_marked(pool):
+@pytest.mark.parametrize("pool, marks", [("last", 1), ("mean", 1), ("mean", 2), ("mean", 6)])
+def test_what_both_texts_hold_is_marked(pool, marks):
     """A mark on the wrong token would still train a little."""
-    model = lively(GPTClassifier(GPT(SMALL), 3, pool, True, SEP, marks=True))
+    model = lively(GPTClassifier(GPT(SMALL), 3, pool, True, SEP, marks))
     wanted = torch.stack([by_hand(model, ids) for ids in ROWS])
-    for width in (8, 12):  # padding changes nothing, also where it is a token that a text has
+    for width in (11, 12):  # padding changes nothing, also where it is a token that a text has
         for fill in (0, 2):
             padded = torch.tensor([ids + [fill] * (width - len(ids)) for ids in ROWS])
             found = model(padded, torch.tensor([len(ids) for ids in ROWS]))
@@ -81,12 +101,24 @@ def test_what_both_texts_hold_is_marked(pool):
 
 def test_a_run_with_marks(fit, pairs):
     """Its marks would not be saved or not be read by classify.py, or a trunk would have them."""
-    case = dict(data__path=pairs, data__pair_column="Second", marks=True)
+    case = dict(data__path=pairs, data__pair_column="Second", marks=3)
     folder = fit(**case)
     assert_classified_as_reported(folder)
     assert last_weights(folder)["marks.weight"].any()
     again = fit(run="again", trunk=folder, max_steps=1)
     assert "marks.weight" not in last_weights(again)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("marks, rows", [(1, [0, 1]), (3, [0, 1, 2, 2])])
+def test_marks_of_a_task_before_are_gone_on_with(fit, asked, pairs, marks, rows):
+    """The blocks have learned to read them: a chain would unlearn at each link."""
+    case = dict(data__path=pairs, data__pair_column="Second")
+    folder = fit(**case, marks=2)
+    learned = last_weights(folder)["marks.weight"]
+    s = asked(**case, trunk=folder, marks=marks)
+    model = make_classifier(s, prepare(s, ALONE), CPU)
+    assert torch.equal(model.marks.weight, learned[rows])
 
 
 # --- cue and label words --------------------------------------------------------------------------
@@ -162,8 +194,8 @@ def test_activations_that_are_computed_again_change_nothing(fit):
     "argument, says",
     [
         ("trunk_blocks=3", "trunk_blocks=3 is more than the trunk's 2"),
-        ("marks=true", "marks=true compares two texts, and csv has no pairs: set data.pair_column"),
-        ("marks=true freeze=trunk", "marks=true needs freeze=none"),
+        ("marks=2", "marks=2 compares two texts, and csv has no pairs: set data.pair_column"),
+        ("marks=2 freeze=trunk", "marks=2 needs freeze=none"),
         ("cue=x pool=mean", "cue needs pool=last: with pool=mean the head reads the text"),
         (f"cue={'x' * 30}", "the cue has 30 tokens, and a text at most 48: shorten it"),
         ("label_words.good=x", "label_words has good, and the labels of csv are bad, good"),
@@ -182,7 +214,8 @@ def test_mistakes(fine, tmp_path, mistake_of, argument, says):
 def test_a_chain_is_made_link_by_link_and_the_report_names_each(
     fine, tmp_path, start, run, trunk, mistake_of
 ):
-    """A link that is finished is not made again; what chose the last run may have been read."""
+    """A link that is finished is not made again; what chose the last run may have been read; a
+    sweep over chains compares no two seeds, since each has a link of its own as its trunk."""
     for name, seed in (("a", 3), ("b", 4)):
         path = write_csv(tmp_path / f"{name}.csv", made(200, seed))
         text = f"max_steps: 2\noptim: {{lr: 0.01}}\ndata: {{path: {path}}}\n"
@@ -201,6 +234,8 @@ def test_a_chain_is_made_link_by_link_and_the_report_names_each(
         said = (tmp_path / name / "report.md").read_text(encoding="utf-8")
         assert f"- trained on before: {' -> '.join(links[:count])}\n" in said
         assert "validation texts are" not in said
+    result = json.loads((tmp_path / "r" / "result.json").read_text(encoding="utf-8"))
+    assert result["hashes"]["trunk"] == digest(str(trunk))
     again = run("sentiment_train", args)
     assert again.status == 0, again.err
     assert again.out.count("run      ") == 1
@@ -226,5 +261,16 @@ def test_a_classifier_of_an_older_version_is_read_as_it_was(fit):
     file = folder / "step-00000002" / "meta.json"
     meta = json.loads(file.read_text(encoding="utf-8"))
     del meta["head"]["cue"], meta["head"]["marks"]
+    file.write_text(json.dumps(meta), encoding="utf-8")
+    assert_classified_as_reported(folder)
+
+
+def test_marks_of_an_older_version_are_read_as_they_were(fit, pairs):
+    """There they were true or false: the tokens that both texts hold had one mark."""
+    case = dict(data__path=pairs, data__pair_column="Second", marks=1, max_steps=2)
+    folder = fit(**case)
+    file = folder / "step-00000002" / "meta.json"
+    meta = json.loads(file.read_text(encoding="utf-8"))
+    meta["head"]["marks"] = True
     file.write_text(json.dumps(meta), encoding="utf-8")
     assert_classified_as_reported(folder)

@@ -39,6 +39,7 @@ from helpers import (
     RUN_FILES,
     drawn_seed,
     group_variables,
+    json_lines,
     last_weights,
     losses,
     same_weights,
@@ -886,10 +887,7 @@ def test_a_run_whose_best_checkpoint_was_lost_reports_the_best_it_has(fit, tmp_p
     """The newest step was the best and was lost; that of the others had been pruned, and the report
     asked for it."""
     folder = fit(eval_every=2, save_every=2, keep=2)
-    records = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    records = json_lines(folder / "metrics.jsonl")
     for record in records:
         if record["split"] == "val":
             record["accuracy"] = {2: 0.99, 4: 0.5, 6: 0.4, 8: 1.0}[record["step"]]

@@ -20,6 +20,7 @@ from helpers import (
     Result,
     command,
     drawn_seed,
+    json_lines,
     losses,
     mistake,
     run_train,
@@ -70,10 +71,7 @@ def test_run_folder(finished):
     assert meta["step"] == 60 and meta["tokens"] == 60 * 256 and meta["model"]["n_embd"] == 32
     assert len(meta["tokenizer"]) == 64 and meta["data"] and meta["versions"]["torch"]
 
-    records = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    records = json_lines(folder / "metrics.jsonl")
     fields = {"step", "split", "loss", "tokens", "tokens_per_second", "lr", "grad_norm", "time"}
     assert {frozenset(r) for r in records if r["split"] == "train"} == {frozenset(fields)}
     fields = {"step", "split", "loss", "tokens", "bits_per_byte", "time"}

@@ -6,7 +6,6 @@ behind it; gradients are summed where their part lives. All of it is PyTorch's o
 on a DeviceMesh, parameters that are DTensors.
 """
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -26,10 +25,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT, GPTClassifier
-from smallgpt.adam import Optimizer
 from smallgpt.hardware import DTYPES
 from smallgpt.parallel.layout import Axes, MeshSettings
-from smallgpt.parallel.strategy import Single, with_gradient
+from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.tensor import cut_matrices
 from smallgpt.parallel.world import World
 
@@ -189,18 +187,9 @@ class Mesh(Single):
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # without a backward, the root would stay gathered
 
-    def clip(self, optimizers: list[Optimizer], max_norm: float) -> Tensor:
-        parameters = with_gradient(self.model)
-        norm = self.gradient_norm(parameters)
-        most = max_norm or math.inf
-        nn.utils.clip_grads_with_norm_(parameters, most, norm)
-        return norm
-
     def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Norm of the whole gradient, of which these parameters have a part. A collective."""
-        gradients = [p.grad for p in parameters]
-        norm = nn.utils.get_total_norm(gradients)
-        return whole_of(norm)
+        norm_of_parts = super().gradient_norm(parameters)
+        return whole_of(norm_of_parts)
 
 
 def gpt_of(model: nn.Module) -> GPT:

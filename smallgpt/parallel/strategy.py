@@ -93,11 +93,6 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def with_gradient(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that have one."""
-    return [p for p in model.parameters() if p.grad is not None]
-
-
 class Single:
     """One process. The model is on its device.
 
@@ -202,9 +197,16 @@ class Single:
         the device: a GPU may still be computing it."""
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        parameters = with_gradient(self.model)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = self.gradient_norm(parameters)
         most = max_norm or math.inf
-        return nn.utils.clip_grad_norm_(parameters, most)
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        return norm
+
+    def gradient_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Norm of the whole gradient, of which these parameters may have a part. A collective."""
+        gradients = [p.grad for p in parameters]
+        return nn.utils.get_total_norm(gradients)
 
 
 class DDP(Single):

@@ -255,10 +255,11 @@ class Counts:
 
 
 class Writer:
-    """Writes the parts into a folder, each dialogue once."""
+    """Writes the parts into a folder, each dialogue once and without the unwanted utterances."""
 
-    def __init__(self, to: Path):
+    def __init__(self, to: Path, is_unwanted: Callable[[str], bool]):
         self.to = to
+        self.is_unwanted = is_unwanted
         self.seen: set[str] = set()
         to.mkdir(parents=True, exist_ok=True)
 
@@ -284,7 +285,7 @@ class Writer:
 
     def is_left_out(self, is_held_out: Callable[[str], bool], text: str) -> bool:
         held_out = is_held_out(text)
-        unwanted = not held_out and is_unwanted(text)
+        unwanted = not held_out and self.is_unwanted(text)
         self.counts.held_out += held_out
         self.counts.unwanted += unwanted
         return held_out or unwanted

@@ -40,7 +40,7 @@ def form_of(source: Source) -> Form:
     """The class of transformers that computes what the model does. UserError if there is none."""
     if not source.head:
         return forms.form_of(source.config, forms.LANGUAGE_MODELS)
-    wanted = {"pool": "last", "mask": True, "marks": False, "cue": []}
+    wanted = {"pool": "last", "mask": True, "marks": 0, "cue": []}
     for name, needed in wanted.items():
         found = source.head.get(name, needed)  # older versions had fewer
         if found != needed:

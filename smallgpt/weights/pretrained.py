@@ -51,6 +51,7 @@ class Trunk:
     name: str  # for reports
     sources: list[dict[str, Any]]  # what it was trained on, as sentiment/leaks.py reads it
     notes: list[str] = field(default_factory=list)  # what a report should hold of it
+    marks: Tensor | None = None  # of a classifier of pairs: see GPTClassifier
 
 
 def own_model() -> str:
@@ -80,7 +81,7 @@ def model_of(found: Checkpoint) -> tuple[GPT | GPTClassifier, Tokenizer]:
         model: GPT | GPTClassifier = GPT(config)
         if head:
             n_classes = len(head["labels"])
-            marks = head.get("marks", False)  # older versions had none
+            marks = int(head.get("marks", 0))  # older versions had none, or True
             sep = tokenizer.sep
             model = GPTClassifier(model, n_classes, head["pool"], head["mask"], sep, marks)
     checkpoint.load_weights(found, model)
@@ -210,8 +211,9 @@ def _open_run(path: str) -> Trunk:
     tokenizer = checkpoint.tokenizer_of(found)
     tensors = {}
     for name, tensor in checkpoint.open_weights(found).tensors.items():
-        if name not in ("head.weight", "marks.weight"):  # of a classifier alone
+        if name != "head.weight":
             tensors[name.removeprefix("gpt.")] = tensor.then(Tensor.float)
+    marks = tensors.pop("marks.weight", None)  # of a classifier alone
     weights = Weights(tensors)
 
     rows = weights.shapes["wte.weight"][0]
@@ -225,6 +227,7 @@ def _open_run(path: str) -> Trunk:
         rows=head.get("rows", rows),  # a classifier's trunk may have had fewer
         name=str(found.path),
         sources=found.meta.get("sources", [_unknown(path)]),
+        marks=marks and marks.read(),
     )
 
 

@@ -1,7 +1,6 @@
 """Several processes: the numbers are those of one, whatever the launcher, and no process is left
 waiting."""
 
-import json
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from helpers import (
     command,
     free_port,
     group_variables,
+    json_lines,
     losses,
     mistake,
     run_train,
@@ -61,17 +61,13 @@ def test_torchrun_gives_the_losses_of_one_process(out, alone, tiny):
     )
     same_losses(out / "ddp64", alone["float64"], 1e-9)
     # one process wrote, once
-    lines = (out / "ddp64" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 12 + 3 and len(list((out / "ddp64" / "tensorboard").iterdir())) == 1
+    records = json_lines(out / "ddp64" / "metrics.jsonl")
+    assert len(records) == 12 + 3 and len(list((out / "ddp64" / "tensorboard").iterdir())) == 1
     # and of the whole batch
-    records = [json.loads(line) for line in lines]
     assert [r["tokens"] for r in records if r["split"] == "train"] == [
         256 * s for s in range(1, 13)
     ]
-    single = [
-        json.loads(x)
-        for x in (alone["float64"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    single = json_lines(alone["float64"] / "metrics.jsonl")
     for key in ("grad_norm", "lr"):
         one, two = ([r[key] for r in rs if r["split"] == "train"] for rs in (single, records))
         assert one == pytest.approx(two, rel=1e-9)
@@ -138,8 +134,10 @@ def test_two_nodes(out, alone, tiny):
     assert [node.returncode for node in nodes] == [0, 0]
     assert "finished 12 steps" in texts[0] and texts[1] == ""
     same_losses(out / "nodes", alone["float64"], 1e-9)
-    lines = (out / "nodes" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 12 + 3 and len(list((out / "nodes" / "tensorboard").iterdir())) == 1
+    assert (
+        len(json_lines(out / "nodes" / "metrics.jsonl")) == 12 + 3
+        and len(list((out / "nodes" / "tensorboard").iterdir())) == 1
+    )
     assert steps(out / "nodes") == [8, 12]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from filelock import FileLock
 
-from helpers import losses, mistake, same_weights, steps
+from helpers import json_lines, losses, mistake, same_weights, steps
 from smallgpt.console import UserError
 from smallgpt.parallel.strategy import Single
 from smallgpt.parallel.world import World
@@ -393,10 +393,7 @@ def test_when_the_best_checkpoint_is_lost_the_best_of_the_others_is_named(copy, 
     """The newest step was the best one and damaged: the run went on, and `best` named what the step
     had become."""
     folder, args = copy
-    records = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    records = json_lines(folder / "metrics.jsonl")
     for record in records:
         if record["split"] == "val":  # as if the losses had been these
             record["loss"] = {4: 9.0, 8: 0.2, 12: 0.1}.get(record["step"], 8.0)

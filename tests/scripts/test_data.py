@@ -102,6 +102,8 @@ def test_stats_of_bytes_that_are_not_utf8(tmp_path, command):
         ("fetch", "choose one of lccc"),
         ("fetch name=lcc", "name=lcc is not known.*lccc"),
         ("text", "give one or more SET=PATH"),
+        ("clean to=x sst2=data", "give from=FILES, to=FOLDER and one or more SET=PATH"),
+        ("clean from=x to=x", "give from=FILES, to=FOLDER and one or more SET=PATH"),
         ("base to=x", "give from=FOLDER and to=FOLDER"),
         ("base from=x", "give from=FOLDER and to=FOLDER"),
         ("text sst2=data", "and to=FILE"),
@@ -126,6 +128,7 @@ def test_mistakes_are_one_message(command, words, message):
         ("show --help", ["loss_on", "tokenizer.kind", "run", "examples"]),
         ("show set=csv --help", ["header", "trunk", "examples"]),
         ("text --help", ["SET=PATH", "to=FILE", "SET.KEY=VALUE"]),
+        ("clean --help", ["from=FILES", "to=FOLDER", "SET=PATH", "tables"]),
         ("base --help", ["from=FOLDER", "held_out=FILE", "docs/base.md"]),
     ],
 )
@@ -256,6 +259,31 @@ def test_base_writes_its_parts_without_what_is_held_out(two_parts, command):
     assert chat == "hello\ngood\n\nwell\nyes\n\n"
     written = {dialogue.turns[0] for dialogue in read_dialogues(to / "reviews_zh.txt")}
     assert written and written <= {*others}
+
+
+def test_clean_copies_chats_and_tables_without_what_is_held_out(tmp_path, command):
+    """The trunk has read a test review, or a link of a chain has learnt the label of one."""
+    rows = [f"{i % 2}\tthe review of the year number {i} is a long one {i}\n" for i in range(60)]
+    labelled = tmp_path / "set.tsv"
+    labelled.write_text("".join(rows), encoding="utf-8")
+    keys = ["csv.header=false", "csv.test_fraction=0.3"]
+    s = sets.ReviewSettings(path=str(labelled), header=False, test_fraction=0.3)
+    held_out = splits.load(s).splits["test"][0].text
+    chat = tmp_path / "chat.txt"
+    chat.write_text(f"hi\nwell\nhe wrote: {held_out}!\nso\n\nhi\nwell\n\n", encoding="utf-8")
+    table = "pos\tnice\tand good\nneg\tpoor\tlike it\npos\t{}\tgood\nneg\tbad\tyes\n"
+    with gzip.open(tmp_path / "pairs.tsv.gz", "wt", encoding="utf-8") as file:
+        file.write(table.format(held_out.upper()))
+    to = tmp_path / "clean"
+    sources = [f"from={tmp_path}/chat*", f"from={tmp_path}/pairs*", f"csv={labelled}", *keys]
+    printed = command("clean", *sources, f"to={to}").splitlines()
+    assert printed[2].split()[:4] == ["2", "3", "13", "chat;"] and "1 copies" in printed[2]
+    assert printed[3].split()[:4] == ["3", "6", "38", "pairs;"] and "1 held out" in printed[3]
+    assert (to / "chat.txt").read_text(encoding="utf-8") == "hi\nwell\n\nso\n\n"
+    kept = "pos\tnice\tand good\nneg\tpoor\tlike it\nneg\tbad\tyes\n"
+    assert (to / "pairs.tsv").read_text(encoding="utf-8") == kept
+    text = (to / "pairs.txt").read_text(encoding="utf-8")
+    assert text == "nice\nand good\n\npoor\nlike it\n\nbad\nyes\n\n"
 
 
 def test_base_tells_which_download_is_missing(two_parts, command):

@@ -8,7 +8,7 @@ import torch
 
 import train
 from chat import ChatSettings
-from helpers import last_weights, mistake
+from helpers import json_lines, last_weights, mistake
 from scripts import publish
 from sentiment_train import SentimentSettings
 from smallgpt import settings
@@ -60,8 +60,7 @@ def test_it_is_small_and_names_no_folder_of_this_machine(folder, chat_file):
 def test_the_card_tells_what_the_run_recorded(folder):
     """A reader of the card cannot tell what the model has read, or how good it is."""
     card = (folder / "base" / "README.md").read_text(encoding="utf-8")
-    records = (folder / "made" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = json.loads(records[-1])
+    *_, last = json_lines(folder / "made" / "metrics.jsonl")
     assert last["split"] == "val" and last["step"] == 12
     assert f"| held-out bits per byte | {last['bits_per_byte']:.4f} |" in card
     assert "| tokens read | 3,072 |" in card and "| chat.txt | 1.0 | " in card

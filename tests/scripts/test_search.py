@@ -14,26 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENV, ROOT, Started, mistake, wait_for
+from helpers import ENV, json_lines, mistake, said, starts, wait_for
 from scripts import sweep as program
 from smallgpt.console import UserError
-from smallgpt.sweeps import compare, jobs
 from smallgpt.sweeps.search import Range, parse_range, spelled
 
 pytest.importorskip("optuna")
 
 SPACE = ["search.dropout=0..0.6", "search.optim.lr=1e-4..1e-2 log", "search.mask=[true,false]"]
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch) -> Path:
-    """The folder of the data of a sweep of stand-ins; see tests/stand_in.py for its files."""
-    monkeypatch.setattr(jobs, "SCRIPTS", {"sentiment_train": ROOT / "tests" / "stand_in.py"})
-    monkeypatch.setattr(jobs, "POLL", 0.01)
-    monkeypatch.setattr(jobs, "LOOK", 0.1)
-    monkeypatch.setattr(compare, "draw", lambda *args: None)
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
 
 
 @pytest.fixture
@@ -62,24 +50,11 @@ def read(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def starts(run: Path) -> list[dict]:
-    """One entry for each time that a run was started."""
-    file = run / "starts.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def trials(folder: Path) -> list[dict]:
     """The rows of trials.csv, in the order of their numbers."""
     with open(folder / "trials.csv", encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     return sorted(rows, key=lambda row: row["trial"])
-
-
-def said(process: Started) -> str:
-    """What it has written so far."""
-    file = process.files[0]
-    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 # --- what a search does ---------------------------------------------------------------------------
@@ -315,8 +290,8 @@ def test_pretraining_is_searched_by_bits_per_byte(start, run, tiny, tmp_path, mo
     folder = tmp_path / "s"
     found = trials(folder)
     for row in found:
-        lines = (folder / row["trial"] / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        (last,) = (r for r in map(json.loads, lines) if r["split"] == "val" and r["step"] == 4)
+        records = json_lines(folder / row["trial"] / "metrics.jsonl")
+        (last,) = (r for r in records if r["split"] == "val" and r["step"] == 4)
         assert float(row["bits_per_byte"]) == pytest.approx(last["bits_per_byte"], rel=1e-5)
     best = min(found, key=lambda row: float(row["bits_per_byte"]))
     (row,) = csv.DictReader(open(folder / "table.csv", encoding="utf-8-sig", newline=""))

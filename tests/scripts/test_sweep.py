@@ -23,24 +23,13 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from helpers import ENV, ROOT, Started, mistake, wait_for
+from helpers import ENV, mistake, said, starts, wait_for
 from scripts import sweep as program
 from smallgpt import settings
 from smallgpt.console import UserError
 from smallgpt.sweeps import compare, jobs
 
 DRAW = compare.draw
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch) -> Path:
-    """The folder of the data of a sweep of stand-ins; a file `slow` in it makes them wait."""
-    monkeypatch.setattr(jobs, "SCRIPTS", {"sentiment_train": ROOT / "tests" / "stand_in.py"})
-    monkeypatch.setattr(jobs, "POLL", 0.01)
-    monkeypatch.setattr(jobs, "LOOK", 0.1)
-    monkeypatch.setattr(compare, "draw", lambda *args: None)  # half a second; see `figures`
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
 
 
 @pytest.fixture
@@ -67,16 +56,6 @@ def arguments(data: Path, out: Path) -> list[str]:
     return ["name=s", f"out_dir={out}", f"set.data.path={data}"]
 
 
-def starts(run: Path) -> list[dict]:
-    """One entry for each time this run was started."""
-    lines = (
-        (run / "starts.jsonl").read_text(encoding="utf-8").splitlines()
-        if (run / "starts.jsonl").exists()
-        else []
-    )
-    return [json.loads(line) for line in lines]
-
-
 def keys_of(run: Path) -> dict:
     """The settings with which a run was last started, as text."""
     return dict(word.split("=", 1) for word in starts(run)[-1]["argv"])
@@ -89,12 +68,6 @@ def result(run: Path) -> dict:
 def rows(folder: Path) -> list[dict]:
     with open(folder / "table.csv", encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def said(process: Started) -> str:
-    """What it has written so far."""
-    file = process.files[0]
-    return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def alive(pid: int) -> bool:

@@ -43,7 +43,7 @@ FEATURES = {
     "new_tokens": dict(freeze="all_but_last:1", mask=False, trunk="gpt2", lm_weight=0.3),
     "adapters": dict(lora=2, micro_tokens=200, save_every=2, keep=9),
     "last_adapters": dict(lora=2, freeze="all_but_last:1"),
-    "marked_pairs": dict(marks=True, data__path="pairs", data__pair_column="Second"),
+    "marked_pairs": dict(marks=3, data__path="pairs", data__pair_column="Second"),
     # eight examples a micro-batch, with a pipeline and without: the draws are the same
     "token_dropout": dict(token_dropout=0.3, mask=False, micro_tokens=8 * 48),
 }

@@ -42,7 +42,7 @@ def test_addresses_are_unwanted(text):
 
 def test_a_dialogue_is_cut_where_something_is_left_out(tmp_path):
     """An answer is learnt to what was not said before it, or an unwanted utterance is written."""
-    writer = base.Writer(tmp_path / "new")
+    writer = base.Writer(tmp_path / "new", base.is_unwanted)
     dialogues = [
         ["a", " b  c ", "", "a test text", "d", "shit", "e", "f"],
         ["alone"],

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from exporting import GPT2, classifier_of, some_ids, source_of, stress_lines, vocabulary
 from smallgpt import tokenizer as tokenizers
 from smallgpt.console import UserError
 from smallgpt.sampling import Conversation, SampleSettings, one_line
+from smallgpt.tokenizer import Tokenizer
 from smallgpt.weights import export, export_gguf
 from smallgpt.weights.export import Source
+from smallgpt.weights.pretrained import open_trunk
 
 torch.set_num_threads(1)
 
+# several spaces, line breaks and combining marks, where its BPE splits otherwise
+NAMED_IN_THE_CARD = r"\s[\s\x1c]|[\u0300-\u036f\n]"
 FORMS = {
-    "gpt2": ("bpe", GPT2 | {"bias": True}, 1e-2),  # llama.cpp's GELU is a table of half precision
-    "gpt2 without biases, untied": ("char", GPT2 | {"tie_weights": False}, 1e-2),
+    "gpt2": ("bpe", GPT2 | {"bias": True}, 5e-4),  # the last digit of a table makes a difference
+    "gpt2 without biases, untied": ("char", GPT2 | {"tie_weights": False}, 5e-4),
     "apertus": ("char", {}, 2e-5),
     "apertus, grouped, untied": ("char", {"n_kv_head": 2, "tie_weights": False}, 2e-5),
     "arcee": ("bpe", {"qk_norm": False, "n_kv_head": 2}, 2e-5),
@@ -54,10 +59,20 @@ def opened(llama, file: Path):
     return llama.Server(p)
 
 
+exact_gelu = torch.nn.functional.gelu
+
+
+def gelu_of_llama_cpp(x: Tensor, approximate: str) -> Tensor:
+    """Looked up in a table of half precision, for -10 < x < 10."""
+    found = exact_gelu(x.half().float(), approximate=approximate).half().float()
+    return torch.where(x.abs() < 10, found, x.relu())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", FORMS)
-def test_each_form_gives_the_same_probabilities(llama, tmp_path, name):
-    """A wrong name, another order of the rows of q and k, or another epsilon would change them."""
+def test_each_form_gives_the_same_probabilities(llama, tmp_path, monkeypatch, name):
+    """A wrong name, another order of the rows of q and k, or another epsilon would change them. Of
+    a GPT-2 all that differs is the GELU."""
     kind, shape, tolerance = FORMS[name]
     source = source_of(vocabulary(kind), **shape)
     server = opened(llama, written(source, tmp_path / "out"))
@@ -73,58 +88,81 @@ def test_each_form_gives_the_same_probabilities(llama, tmp_path, name):
     }
     (choice,) = server.handle_completions(request)["choices"]
     found = {one["id"]: one["logprob"] for one in choice["logprobs"]["content"][0]["top_logprobs"]}
+    log_probs = torch.tensor([found[id] for id in range(rows)])
     expected = source.model(ids)[0, -1].log_softmax(-1)
     assert expected.std() > 1
-    log_probs = torch.tensor([found[id] for id in range(rows)])
+    assert (log_probs - expected).abs().max() <= max(tolerance, 5e-3 * name.startswith("gpt2"))
+    monkeypatch.setattr(torch.nn.functional, "gelu", gelu_of_llama_cpp)
+    expected = source.model(ids)[0, -1].log_softmax(-1)
     assert (log_probs - expected).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_the_ids_are_the_same(llama, tmp_path, kind):
+def their_ids(server, tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of each text, all in one request: a number stays what it is, and parts two texts."""
+    content = []
+    for text in texts:
+        content += [tokenizer.pad, text]
+    request = urllib.request.Request(
+        f"{server.listening_address}/tokenize",
+        json.dumps({"content": content, "add_special": False, "parse_special": False}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        ids = json.loads(answer.read())["tokens"]
+    found = []
+    for id in ids:
+        if id == tokenizer.pad:
+            found.append([])
+        else:
+            found[-1].append(id)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
+def test_the_ids_are_the_same(llama, tmp_path, gpt2_folder, kind):
     """One other id, and the model reads another text. A BPE may differ at what the model card
     names."""
-    tokenizer = vocabulary(kind)
+    is_gpt2 = kind == "gpt2"
+    tokenizer = open_trunk(str(gpt2_folder)).tokenizer if is_gpt2 else vocabulary(kind)
     server = opened(llama, written(source_of(tokenizer), tmp_path / "out"))
-    compared = 0
-    for text in stress_lines(400):
-        if kind == "bpe" and re.search(r"\s[\s\x1c]|[\u0301\n]", text):
-            continue
-        content = {"content": text, "add_special": False, "parse_special": False}
-        request = urllib.request.Request(
-            f"{server.listening_address}/tokenize",
-            json.dumps(content).encode("utf-8"),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            found = json.loads(answer.read())["tokens"]
-        assert found == tokenizer.encode(text), text
-        compared += 1
-    assert compared > 50
+    lines = stress_lines(1000)
+    exact = 0
+    for text, found in zip(lines, their_ids(server, tokenizer, lines), strict=True):
+        if found == tokenizer.encode(text):
+            exact += 1
+        else:
+            assert kind == "bpe" and re.search(NAMED_IN_THE_CARD, text), text
+    assert exact == 1000 if kind != "bpe" else exact >= 800
 
 
 @torch.no_grad()
 def test_a_greedy_chat_is_that_of_chat(llama, tmp_path):
-    """The template, or a second <|bos|>, would make another dialogue of it."""
+    """The template, a second <|bos|>, or a turn closed otherwise would make another dialogue of
+    it."""
     source = source_of(vocabulary("char"))
     server = opened(llama, written(source, tmp_path / "out"))
     greedy = SampleSettings(temperature=0, repetition_penalty=1, max_tokens=8)
     not_alone = range(0x80, 0x100)  # bytes of longer characters, which it shows otherwise
     banned = [*source.silent, *not_alone]
+    talk = Conversation(source.model, source.tokenizer, greedy)
+    talk.banned = torch.tensor(banned)
+    talk.banned_first = torch.tensor([*banned, *source.ends])
+    messages = []
     for text in ("the cat", "你好 12", "cat the"):
-        talk = Conversation(source.model, source.tokenizer, greedy)
-        talk.banned = torch.tensor(banned)
-        talk.banned_first = torch.tensor([*banned, *source.ends])
         talk.say(text)
         expected = "".join(talk.reply())
+        messages.append({"role": "user", "content": text})
         answer = server.handle_chat_completions(
             {
-                "messages": [{"role": "user", "content": text}],
+                "messages": messages,
                 "temperature": 0.0,
                 "max_tokens": 8,
                 "logit_bias": [[id, False] for id in banned],
             }
         )
-        assert one_line(answer["choices"][0]["message"]["content"]) == expected != ""
+        messages.append(answer["choices"][0]["message"])
+        assert one_line(messages[-1]["content"]) == expected != ""
+    assert talk.reply_begin < len(talk.ids) < 64, "no turn was forgotten"
 
 
 def test_what_llama_cpp_does_not_have_is_refused(tmp_path):

@@ -22,7 +22,7 @@ CLASSIFIERS = {  # tests/scripts/test_export.py has a GPT-2 that pools the mean 
     "last": (
         "last",
         True,
-        ONE_LAYER | {"mlp": "swiglu", "n_kv_head": 2, "marks": True, "cue": [5, 6]},
+        ONE_LAYER | {"mlp": "swiglu", "n_kv_head": 2, "marks": 3, "cue": [5, 6]},
     ),
 }
 
