@@ -24,7 +24,8 @@ import torch  # noqa: E402
 
 import sentiment_train  # noqa: E402
 from sentiment_train import Objective, SentimentSettings  # noqa: E402
-from smallgpt import hardware, settings  # noqa: E402
+from smallgpt import console, hardware, settings  # noqa: E402
+from smallgpt.console import UserError  # noqa: E402
 from smallgpt.optim import make_optimizers, update  # noqa: E402
 from smallgpt.parallel.strategy import Single, Spread  # noqa: E402
 from smallgpt.parallel.world import World  # noqa: E402
@@ -108,19 +109,23 @@ def measure(words: list[str]) -> list[str]:
     return [f"{trained:.2f}", f"{forward:,.0f}", once, f"{training:,.0f}", f"{peak:.1f}"]
 
 
-def main() -> None:
+def main() -> int:
     words = sys.argv[1:]
     if "--" not in words:
-        sys.exit(__doc__)
+        raise UserError("give settings, then `--`, then variants, such as lora=8 or freeze=trunk")
     border = words.index("--")
+    variants = words[border + 1 :]
+    settings_of = {variant: [*words[:border], *variant.split()] for variant in variants}
+    for listed in settings_of.values():
+        settings.load(SentimentSettings, listed)  # a mistake is found before time is spent
     print(HEADER)
     print("|---" * HEADER.count(" | ") + "|---|")
-    for variant in words[border + 1 :]:
-        own = variant.split()
+    for variant, listed in settings_of.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            cells = pool.apply(measure, [[*words[:border], *own]])
+            cells = pool.apply(measure, [listed])
         print("|", " | ".join([f"`{variant}`", *cells]), "|", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)
