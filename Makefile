@@ -27,7 +27,7 @@ BASE := $(wildcard checkpoints/base/best)
 TRUNK := checkpoints/$(if $(BASE),base,quickstart)
 
 quickstart: $(VENV)/.installed
-	@$(if $(BASE),$(PY) scripts/replies.py $(TRUNK) each=3,echo "No replies yet: this clone has no checkpoints/base.")
+	@$(if $(BASE),echo "What $(TRUNK) answers; it came with the clone:" && $(PY) scripts/replies.py $(TRUNK) each=3,true)
 	@$(PY) scripts/data.py embedded to=data
 	@$(PY) train.py config/quickstart.yaml
 	@$(PY) scripts/curves.py checkpoints/quickstart
