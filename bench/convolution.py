@@ -1,6 +1,6 @@
 """A convolution that was not pretrained, on a labelled set: what a trunk has to beat.
 
-    python bench/convolution.py set=sst2 path=data        about a minute a seed on one core
+    python bench/convolution.py set=sst2 path=data
     python bench/convolution.py set=chnsenticorp path=data batch_size=32 train_size=1000
 
 Kim (2014), CNN-rand: word vectors, filters over 3, 4 and 5 tokens, the maximum of each over the

