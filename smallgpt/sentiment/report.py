@@ -185,7 +185,7 @@ def tfidf(
         vectorizer.set_params(analyzer=unit, ngram_range=(1, 3))
     train_features = vectorizer.fit_transform(train_texts)
     test_features = vectorizer.transform(test_texts)
-    model = model or LinearSVC(C=0.5)
+    model = model or LinearSVC(C=0.5, random_state=0)
     model.fit(train_features, train_labels)
     return unit, model.predict(test_features)
 
