@@ -21,14 +21,20 @@ class ImpatientProtocol(H11Protocol):
         super().connection_made(transport)
         self.expect_request()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.timer.cancel()  # it would hold what the connection held until its time has come
+        super().connection_lost(exc)
+
     def on_response_complete(self) -> None:
-        self.expect_request()
+        self.timer.cancel()
+        if not self.transport.is_closing():
+            self.expect_request()
         super().on_response_complete()
 
     def expect_request(self) -> None:
         """Look in a while whether another request than the last one has begun."""
         last = self.cycle
-        self.loop.call_later(HEADER_SECONDS, self.close_if_silent, last)
+        self.timer = self.loop.call_later(HEADER_SECONDS, self.close_if_silent, last)
 
     def close_if_silent(self, last: object) -> None:
         if self.cycle is last:
